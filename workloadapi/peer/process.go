@@ -1,0 +1,184 @@
+package peer
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Errors that say why a process is not answered. They may be wrapped.
+var (
+	// ErrGone says that the process which opened the connection has ended, whoever holds the connection now.
+	ErrGone = errors.New("the process that opened this connection has exited: connect anew")
+
+	// ErrForeignPIDNamespace says that the caller has no process id here.
+	ErrForeignPIDNamespace = errors.New("the caller is in a PID namespace that the agent cannot see (its process id is 0): " +
+		"run the agent in the host's PID namespace, such as hostPID: true")
+
+	// ErrUserChanged says that the process gave up the user that it connected as.
+	ErrUserChanged = errors.New("the process no longer holds the user id that it connected with: connect anew")
+)
+
+// A Process is the process that opened a connection, pinned until the connection is closed. Its methods may be called
+// concurrently, also after the connection has been closed: they then return ErrGone.
+type Process struct {
+	// PID is the process id in the agent's PID namespace. Never 0.
+	PID int32
+
+	// UID and GID are the effective ids when the process connected (SO_PEERCRED).
+	UID, GID uint32
+
+	pin   *pin
+	table *Table
+}
+
+// ID is a number that no other process has had since this table was made, even if it had the same process id. Several
+// connections of one process have the same.
+func (p *Process) ID() uint64 { return p.pin.id }
+
+// Alive returns nil while the process lives and ErrGone once it has ended or is no longer pinned. A zombie has ended.
+func (p *Process) Alive() error { return p.pin.alive() }
+
+// Done is closed when the process has ended or is no longer pinned.
+func (p *Process) Done() <-chan struct{} { return p.pin.gone }
+
+// Close gives up a Process that Table.Open returned. It is not for those of connections.
+func (p *Process) Close() { p.table.release(p.pin, nil) }
+
+// A Snapshot is what a process can change about itself without becoming another process.
+type Snapshot struct {
+	// StartTime is in clock ticks after boot.
+	StartTime uint64
+
+	// RealUID, EffectiveUID and SavedUID are the user ids, and the same for the group.
+	RealUID, EffectiveUID, SavedUID uint32
+	RealGID, EffectiveGID, SavedGID uint32
+
+	// Groups are the supplementary group ids in rising order.
+	Groups []uint32
+
+	// Executable is what the process runs. It is zero if the agent may not see it; then ExecutableErr says why.
+	Executable    File
+	ExecutableErr error
+}
+
+// A File is the identity of a file's content on this machine.
+type File struct {
+	Device, Inode uint64
+	Size          int64
+
+	// Modified and Changed are mtime and ctime in nanoseconds since 1970.
+	Modified, Changed int64
+}
+
+// Equal says whether nothing differs.
+func (s Snapshot) Equal(o Snapshot) bool {
+	return s.StartTime == o.StartTime &&
+		s.RealUID == o.RealUID && s.EffectiveUID == o.EffectiveUID && s.SavedUID == o.SavedUID &&
+		s.RealGID == o.RealGID && s.EffectiveGID == o.EffectiveGID && s.SavedGID == o.SavedGID &&
+		slices.Equal(s.Groups, o.Groups) &&
+		s.Executable == o.Executable && (s.ExecutableErr == nil) == (o.ExecutableErr == nil)
+}
+
+// Snapshot reads the process's state between two checks that it lives.
+//
+// Errors: ErrGone; ErrUserChanged if the user id that it connected with is none of its real, effective and saved ones any
+// more, since a connection opened by one user must not serve another; and those of reading /proc.
+func (p *Process) Snapshot() (Snapshot, error) {
+	if err := p.Alive(); err != nil {
+		return Snapshot{}, err
+	}
+	s, err := readSnapshot(p.PID)
+	// Only now is it known that what was read is about this process: while it lives, nobody else has its process id.
+	if gone := p.Alive(); gone != nil {
+		return Snapshot{}, gone
+	}
+	if err != nil {
+		return Snapshot{}, err
+	}
+	if p.UID != s.RealUID && p.UID != s.EffectiveUID && p.UID != s.SavedUID {
+		return Snapshot{}, fmt.Errorf("process %d connected as uid %d and is uid %d now: %w", p.PID, p.UID, s.EffectiveUID, ErrUserChanged)
+	}
+	return s, nil
+}
+
+func readSnapshot(pid int32) (Snapshot, error) {
+	dir := "/proc/" + strconv.Itoa(int(pid))
+	stat, err := readLimited(dir+"/stat", maxStatBytes)
+	if err != nil {
+		return Snapshot{}, procError(pid, err)
+	}
+	var s Snapshot
+	if s.StartTime, err = parseStartTime(stat); err != nil {
+		return Snapshot{}, procError(pid, err)
+	}
+	status, err := readLimited(dir+"/status", maxStatusBytes)
+	if err != nil {
+		return Snapshot{}, procError(pid, err)
+	}
+	if err := parseStatus(status, &s); err != nil {
+		return Snapshot{}, procError(pid, err)
+	}
+	var st unix.Stat_t
+	if err := ignoringEINTR(func() error { return unix.Stat(dir+"/exe", &st) }); err != nil {
+		s.ExecutableErr = fmt.Errorf("reading %s/exe: %w", dir, err)
+	} else {
+		s.Executable = FileOf(&st)
+	}
+	return s, nil
+}
+
+// FileOf returns the content identity in what stat said.
+func FileOf(st *unix.Stat_t) File {
+	return File{Device: st.Dev, Inode: st.Ino, Size: st.Size, Modified: st.Mtim.Nano(), Changed: st.Ctim.Nano()}
+}
+
+func procError(pid int32, err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("reading /proc/%d: %w (is /proc mounted, without hidepid for this user?)", pid, err)
+	}
+	return fmt.Errorf("reading /proc/%d: %w", pid, err)
+}
+
+// readLimited reads a file of /proc, whose size is not known before.
+func readLimited(path string, limit int) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	buf := make([]byte, 2048)
+	n := 0
+	for {
+		if n == len(buf) {
+			if n >= limit {
+				return nil, fmt.Errorf("%s is longer than %d bytes", path, limit)
+			}
+			buf = append(buf, make([]byte, len(buf))...)
+		}
+		m, err := f.Read(buf[n:])
+		n += m
+		if err == io.EOF {
+			return buf[:n], nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// ignoringEINTR repeats a call that a signal interrupted; the Go runtime sends itself signals all the time.
+func ignoringEINTR(call func() error) error {
+	for {
+		if err := call(); err != syscall.EINTR {
+			return err
+		}
+	}
+}

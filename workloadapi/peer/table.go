@@ -1,0 +1,326 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Config says how many callers a Table takes.
+type Config struct {
+	// MaxConnections bounds open connections, which cost one file descriptor each and one more per process. Zero means
+	// 16384.
+	MaxConnections int
+
+	// MaxConnectionsPerUID bounds those of one user, so that one cannot lock out the others. Zero means a quarter of
+	// MaxConnections.
+	MaxConnectionsPerUID int
+
+	// Log gets refused connections. Nil means nowhere.
+	Log *slog.Logger
+}
+
+// A Table pins the processes behind connections: one pidfd for each, shared by its connections and closed with the last
+// of them. One goroutine watches them all; when a process ends, its connections are closed, wherever they were passed to.
+type Table struct {
+	maxConns, maxConnsPerUID int
+	log                      *slog.Logger
+
+	// noPeerPIDFD makes the table act as on a kernel before 6.5, without SO_PEERPIDFD.
+	noPeerPIDFD bool
+
+	epoll   *os.File
+	epollFD int
+	watcher sync.WaitGroup
+
+	// mu guards what follows. Holding it, a pin that is in pins has at least one user and an open pidfd.
+	mu       sync.Mutex
+	closed   bool
+	lastID   uint64
+	pins     map[uint64]*pin // by id
+	byPID    map[int32]*pin  // the newest by process id
+	conns    int
+	uidConns map[uint32]int
+}
+
+// A pin holds on to one process.
+type pin struct {
+	id   uint64
+	pid  int32
+	gone chan struct{} // closed once, when the process has ended or the pin is given up
+
+	// users and conns are guarded by Table.mu.
+	users int
+	conns map[*conn]struct{}
+
+	// mu makes sure that nobody polls a descriptor that has been closed and given to something else.
+	mu       sync.RWMutex
+	fd       int // -1 when closed
+	goneOnce sync.Once
+}
+
+// NewTable returns an empty table whose watcher runs until Close.
+func NewTable(c Config) (*Table, error) {
+	if c.MaxConnections < 0 || c.MaxConnectionsPerUID < 0 {
+		return nil, fmt.Errorf("MaxConnections %d and MaxConnectionsPerUID %d: must not be negative", c.MaxConnections, c.MaxConnectionsPerUID)
+	}
+	if c.MaxConnections == 0 {
+		c.MaxConnections = 16384
+	}
+	if c.MaxConnectionsPerUID == 0 {
+		c.MaxConnectionsPerUID = max(1, c.MaxConnections/4)
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("creating an epoll descriptor to watch callers: %w", err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("making the epoll descriptor non-blocking: %w", err)
+	}
+	t := &Table{
+		maxConns: c.MaxConnections, maxConnsPerUID: c.MaxConnectionsPerUID, log: c.Log,
+		// The runtime's own poller watches the epoll descriptor, so that waiting costs no thread and Close wakes it.
+		epoll: os.NewFile(uintptr(fd), "pidfds"), epollFD: fd,
+		pins: map[uint64]*pin{}, byPID: map[int32]*pin{}, uidConns: map[uint32]int{},
+	}
+	raw, err := t.epoll.SyscallConn()
+	if err != nil {
+		t.epoll.Close()
+		return nil, fmt.Errorf("watching callers: %w", err)
+	}
+	t.watcher.Go(func() { t.watch(raw) })
+	return t, nil
+}
+
+// Close closes every connection, gives up every process and waits for the watcher.
+func (t *Table) Close() error {
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		return nil
+	}
+	t.closed = true
+	var conns []*conn
+	for _, p := range t.pins {
+		for c := range p.conns {
+			conns = append(conns, c)
+		}
+		p.markGone()
+	}
+	t.mu.Unlock()
+	for _, c := range conns {
+		c.Close()
+	}
+	err := t.epoll.Close()
+	t.watcher.Wait()
+	return err
+}
+
+// Open pins a process by its id, as the agent counts it. The caller must have reason to believe that the id still means
+// the process it has in mind, and must Close the Process. Its UID and GID are the present effective ones.
+//
+// Errors: ErrGone if there is no such process.
+func (t *Table) Open(pid int32) (*Process, error) {
+	if pid <= 0 {
+		return nil, fmt.Errorf("process id %d is not positive", pid)
+	}
+	fd, err := pidfdOpen(pid)
+	if err != nil {
+		return nil, err
+	}
+	p, err := t.acquire(pid, fd, nil)
+	if err != nil {
+		return nil, err
+	}
+	process := &Process{PID: pid, pin: p, table: t}
+	s, err := readSnapshot(pid)
+	if gone := p.alive(); gone != nil {
+		err = gone
+	}
+	if err != nil {
+		t.release(p, nil)
+		return nil, err
+	}
+	process.UID, process.GID = s.EffectiveUID, s.EffectiveGID
+	return process, nil
+}
+
+// acquire returns the pin for the process that fd, which it takes over, refers to, and adds c to its connections.
+func (t *Table) acquire(pid int32, fd int, c *conn) (*pin, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		unix.Close(fd)
+		return nil, net.ErrClosed
+	}
+	// The order matters: the process behind fd is alive, so it holds pid now; the pinned one is alive after that, and has
+	// held pid since before. Hence they are one process.
+	if err := pollAlive(fd); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	p := t.byPID[pid]
+	if p != nil && p.alive() == nil {
+		unix.Close(fd)
+	} else {
+		t.lastID++
+		p = &pin{id: t.lastID, pid: pid, gone: make(chan struct{}), conns: map[*conn]struct{}{}, fd: fd}
+		event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: int32(uint32(p.id)), Pad: int32(uint32(p.id >> 32))}
+		if err := unix.EpollCtl(t.epollFD, unix.EPOLL_CTL_ADD, fd, &event); err != nil {
+			unix.Close(fd)
+			return nil, fmt.Errorf("watching process %d: %w", pid, err)
+		}
+		t.pins[p.id], t.byPID[pid] = p, p
+	}
+	p.users++
+	if c != nil {
+		// Under mu, since ended may close c as soon as it is listed.
+		p.conns[c] = struct{}{}
+		c.pin = p
+	}
+	return p, nil
+}
+
+// release gives up one use of a pin; the last one closes the pidfd.
+func (t *Table) release(p *pin, c *conn) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(p.conns, c)
+	p.users--
+	if p.users > 0 {
+		return
+	}
+	delete(t.pins, p.id)
+	if t.byPID[p.pid] == p {
+		delete(t.byPID, p.pid)
+	}
+	p.markGone()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	// Closing the only descriptor of a pidfd would also take it off the epoll set, but a forked child may hold a copy.
+	if !t.closed {
+		_ = unix.EpollCtl(t.epollFD, unix.EPOLL_CTL_DEL, p.fd, nil)
+	}
+	unix.Close(p.fd)
+	p.fd = -1
+}
+
+// admit counts a connection of uid, or says why it is one too many.
+func (t *Table) admit(uid uint32) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.conns >= t.maxConns {
+		return fmt.Errorf("%d connections are open, which is the limit", t.conns)
+	}
+	if t.uidConns[uid] >= t.maxConnsPerUID {
+		return fmt.Errorf("uid %d has %d connections open, which is the limit for one user", uid, t.uidConns[uid])
+	}
+	t.conns++
+	t.uidConns[uid]++
+	return nil
+}
+
+func (t *Table) dismiss(uid uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.conns--
+	if t.uidConns[uid]--; t.uidConns[uid] == 0 {
+		delete(t.uidConns, uid)
+	}
+}
+
+// watch closes the connections of processes that end, until the epoll descriptor is closed.
+func (t *Table) watch(raw syscall.RawConn) {
+	events := make([]unix.EpollEvent, 64)
+	for {
+		n := 0
+		var waitErr error
+		err := raw.Read(func(fd uintptr) bool {
+			n, waitErr = unix.EpollWait(int(fd), events, 0)
+			return n != 0 || (waitErr != nil && waitErr != unix.EINTR)
+		})
+		if err != nil || waitErr != nil {
+			if !errors.Is(err, os.ErrClosed) {
+				t.log.LogAttrs(context.Background(), slog.LevelError, "watching callers ended: connections of processes that end stay open until used",
+					slog.Any("err", errors.Join(err, waitErr)))
+			}
+			return
+		}
+		for _, e := range events[:n] {
+			t.ended(uint64(uint32(e.Fd)) | uint64(uint32(e.Pad))<<32)
+		}
+	}
+}
+
+// ended closes the connections of the process with that id.
+func (t *Table) ended(id uint64) {
+	t.mu.Lock()
+	var conns []*conn
+	if p := t.pins[id]; p != nil {
+		p.markGone()
+		for c := range p.conns {
+			conns = append(conns, c)
+		}
+	}
+	t.mu.Unlock()
+	for _, c := range conns {
+		c.Close()
+	}
+}
+
+func (p *pin) markGone() { p.goneOnce.Do(func() { close(p.gone) }) }
+
+func (p *pin) alive() error {
+	select {
+	case <-p.gone:
+		return ErrGone
+	default:
+	}
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	if p.fd < 0 {
+		return ErrGone
+	}
+	return pollAlive(p.fd)
+}
+
+// pollAlive asks the pidfd, which turns readable when the process ends. Unlike sending signal 0 this needs no rights and
+// takes a zombie for what it is.
+func pollAlive(fd int) error {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	var n int
+	err := ignoringEINTR(func() (err error) {
+		n, err = unix.Poll(fds, 0)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("polling a pidfd: %w", err)
+	}
+	if n > 0 {
+		return ErrGone
+	}
+	return nil
+}
+
+func pidfdOpen(pid int32) (int, error) {
+	fd, err := unix.PidfdOpen(int(pid), 0)
+	switch {
+	case errors.Is(err, unix.ESRCH), errors.Is(err, unix.EINVAL):
+		// EINVAL: the id of a thread, not of a process. No process has it.
+		return -1, fmt.Errorf("process %d: %w", pid, ErrGone)
+	case err != nil:
+		return -1, fmt.Errorf("opening a pidfd of process %d: %w", pid, err)
+	}
+	return fd, nil
+}
