@@ -1,0 +1,274 @@
+// Package authority holds the X.509 and JWT authorities of the trust domain: it makes the first ones, follows their records
+// in the store, checks what is to be issued and signs it. The CA calls it; nothing else signs for the trust domain.
+//
+// Authorities belong to the trust domain, not to a replica: all replicas on one store use the same. Only what CheckX509 has
+// checked can be signed, and every SVID has one fixed profile. Private keys are in package keys; this package never sees
+// their bytes, and knows nothing about who asks: whether a caller may hold an ID is decided before it is called.
+package authority
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-id/signet/ca/keys"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// Defaults of Config.
+const (
+	DefaultX509Lifetime = 365 * 24 * time.Hour
+	DefaultJWTLifetime  = 90 * 24 * time.Hour
+	DefaultX509TTL      = time.Hour
+	DefaultJWTTTL       = 5 * time.Minute
+	DefaultMaxX509TTL   = 24 * time.Hour
+	DefaultMaxJWTTTL    = time.Hour
+	DefaultMaxAudiences = 16
+	DefaultRefreshHint  = 5 * time.Minute
+)
+
+// Backdate is how far before its issuance an SVID or authority begins to be valid, for verifiers whose clock is late.
+const Backdate = 30 * time.Second
+
+var (
+	// ErrNoActive is returned when something is to be signed and no authority is active: none was activated after the last
+	// one was revoked.
+	ErrNoActive = errors.New("no active authority; prepare and activate one")
+
+	// ErrExpired is returned when something is to be signed and the active authority is past its end, or the clock is
+	// before its begin.
+	ErrExpired = errors.New("the active authority is not valid now; check the clock, or prepare and activate a new authority")
+
+	// ErrStopped is returned by everything that signs after the records of the authorities went back in state, changed
+	// behind the CA's back or could not be read. The Set does not sign again until it is opened anew.
+	ErrStopped = errors.New("issuing has stopped")
+
+	// ErrRefused is in the chain of every error that says that a request itself cannot be issued, whatever the authorities
+	// are. The text tells the caller what to change.
+	ErrRefused = errors.New("refused")
+)
+
+// Config says how a Set is opened.
+type Config struct {
+	// TrustDomain is the trust domain the authorities speak for. Names that Go's crypto/x509 cannot read back from a
+	// certificate are refused. [DEC-03]
+	TrustDomain spiffeid.TrustDomain
+
+	// Store keeps the records of the authorities, under "authority/".
+	Store store.Store
+
+	// Seal encrypts the authorities' private keys.
+	Seal *keys.SealKey
+
+	// Now tells the time that ends up in SVIDs. Nil means time.Now.
+	Now func() time.Time
+
+	// X509Lifetime and JWTLifetime are the lifetimes of the authorities that are made from now on. Zero means a year for
+	// X.509 and 90 days for JWT authorities.
+	X509Lifetime, JWTLifetime time.Duration
+
+	// DefaultX509TTL and DefaultJWTTTL are the validity of SVIDs for which no TTL was asked. Zero means 1 hour for
+	// X509-SVIDs and 5 minutes for JWT-SVIDs.
+	DefaultX509TTL, DefaultJWTTTL time.Duration
+
+	// MaxX509TTL and MaxJWTTTL cut the validity that may be asked for. Zero means 24 hours for X509-SVIDs and 1 hour for
+	// JWT-SVIDs.
+	MaxX509TTL, MaxJWTTTL time.Duration
+
+	// MaxAudiences is the most audiences a JWT-SVID may have. Each is another party that could replay it. Zero means 16.
+	// [JWT-SVID §3.2]
+	MaxAudiences int
+
+	// RefreshHint is how often consumers of the bundle should fetch it. Zero means 5 minutes.
+	RefreshHint time.Duration
+
+	// Issuer is the iss claim of JWT-SVIDs, for OIDC federation. Empty means that there is none.
+	Issuer string
+
+	// Log gets a line for each change of the authorities. Nil means slog.Default.
+	Log *slog.Logger
+}
+
+// check fills in the defaults and refuses what cannot work.
+func (c *Config) check() error {
+	if c.TrustDomain.IsZero() {
+		return errors.New("trust_domain is not set")
+	}
+	if err := spiffe.CheckOwnTrustDomain(c.TrustDomain); err != nil {
+		return err
+	}
+	if c.Store == nil {
+		return errors.New("the authorities need a store")
+	}
+	if c.Seal == nil {
+		return errors.New("no seal key; set seal.key_file or seal.systemd_credential")
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	if c.MaxAudiences == 0 {
+		c.MaxAudiences = DefaultMaxAudiences
+	}
+	if c.MaxAudiences < 0 {
+		return fmt.Errorf("max_audiences is %d; it must be at least 1", c.MaxAudiences)
+	}
+	for _, d := range []struct {
+		name     string
+		value    *time.Duration
+		standard time.Duration
+	}{
+		{"x509 authority lifetime", &c.X509Lifetime, DefaultX509Lifetime},
+		{"jwt authority lifetime", &c.JWTLifetime, DefaultJWTLifetime},
+		{"max_x509_ttl", &c.MaxX509TTL, DefaultMaxX509TTL},
+		{"max_jwt_ttl", &c.MaxJWTTTL, DefaultMaxJWTTTL},
+		{"default_x509_ttl", &c.DefaultX509TTL, min(DefaultX509TTL, positive(c.MaxX509TTL, DefaultX509TTL))},
+		{"default_jwt_ttl", &c.DefaultJWTTTL, min(DefaultJWTTTL, positive(c.MaxJWTTTL, DefaultJWTTTL))},
+		{"refresh_hint", &c.RefreshHint, DefaultRefreshHint},
+	} {
+		if *d.value == 0 {
+			*d.value = d.standard
+		}
+		if *d.value < time.Second {
+			return fmt.Errorf("%s is %v; it must be at least 1s", d.name, *d.value)
+		}
+	}
+	for _, o := range []struct {
+		small, large string
+		a, b         time.Duration
+	}{
+		{"default_x509_ttl", "max_x509_ttl", c.DefaultX509TTL, c.MaxX509TTL},
+		{"default_jwt_ttl", "max_jwt_ttl", c.DefaultJWTTTL, c.MaxJWTTTL},
+		{"max_x509_ttl", "the x509 authority lifetime", c.MaxX509TTL, c.X509Lifetime},
+		{"max_jwt_ttl", "the jwt authority lifetime", c.MaxJWTTTL, c.JWTLifetime},
+	} {
+		if o.a > o.b {
+			return fmt.Errorf("%s is %v, longer than %s, which is %v; shorten the first or lengthen the second", o.small, o.a, o.large, o.b)
+		}
+	}
+	return nil
+}
+
+func positive(d, otherwise time.Duration) time.Duration {
+	if d > 0 {
+		return d
+	}
+	return otherwise
+}
+
+// A Set is the authorities of the trust domain as of the newest record it was shown. Its methods may be called concurrently;
+// those that sign take no lock.
+type Set struct {
+	config Config
+
+	// current is replaced as a whole by Load and Observe; what it points to is never changed.
+	current atomic.Pointer[snapshot]
+
+	// stopped holds the reason for which nothing is signed any more. It is set once.
+	stopped atomic.Pointer[error]
+
+	// signatures counts, to pick the sample for self-checks.
+	signatures atomic.Uint64
+
+	// mu makes Load and Observe one after the other. No signature waits for it.
+	mu sync.Mutex
+}
+
+// Open loads the trust domain's authorities from the store, or makes the first ones if the store has none. Of several
+// replicas that open an empty store at once, one makes them and all use those. They are published (in Bundle) before
+// anything is signed with them.
+//
+// errors.Is tells keys.ErrWrongSealKey and keys.ErrSealBroken.
+func Open(ctx context.Context, c Config) (*Set, error) {
+	if err := c.check(); err != nil {
+		return nil, err
+	}
+	s := &Set{config: c}
+	// Two rounds are enough: who loses the commit of the first ones finds them in the store.
+	for range 3 {
+		items, err := s.list(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if len(items) > 0 {
+			return s, s.Load(items)
+		}
+		if err := s.makeFirst(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return nil, errors.New("the store forgets the authorities as soon as they are written to it")
+}
+
+// Health returns nil if the Set can sign both kinds of SVIDs now, or else why it cannot.
+func (s *Set) Health() error {
+	if _, err := s.activeX509(s.config.Now()); err != nil {
+		return err
+	}
+	_, err := s.activeJWT(s.config.Now())
+	return err
+}
+
+func (s *Set) list(ctx context.Context) ([]store.Item, error) {
+	var items []store.Item
+	_, err := s.config.Store.List(ctx, keyPrefix, 0, func(item store.Item) error {
+		if len(items) == maxRecords {
+			return fmt.Errorf("more than %d records under %q in the store", maxRecords, keyPrefix)
+		}
+		items = append(items, item)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading the authorities from the store: %w", err)
+	}
+	return items, nil
+}
+
+// stop ends issuance for good and returns the reason.
+func (s *Set) stop(cause error) error {
+	err := fmt.Errorf("%w: %w", ErrStopped, cause)
+	if s.stopped.CompareAndSwap(nil, &err) {
+		s.config.Log.Error("issuing has stopped", "trust_domain", s.config.TrustDomain.Name(), "err", cause)
+	}
+	return *s.stopped.Load()
+}
+
+// activeX509 returns the authority to sign X509-SVIDs with at now.
+func (s *Set) activeX509(now time.Time) (*x509Authority, error) {
+	if err := s.stopped.Load(); err != nil {
+		return nil, *err
+	}
+	a := s.current.Load().activeX509
+	if a == nil {
+		return nil, fmt.Errorf("x509: %w", ErrNoActive)
+	}
+	if now.Before(a.certificate.NotBefore) || !now.Before(a.certificate.NotAfter) {
+		return nil, fmt.Errorf("x509 authority %s is valid from %s to %s: %w", a.id,
+			a.certificate.NotBefore.UTC().Format(time.RFC3339), a.certificate.NotAfter.UTC().Format(time.RFC3339), ErrExpired)
+	}
+	return a, nil
+}
+
+// activeJWT returns the authority to sign JWT-SVIDs with at now.
+func (s *Set) activeJWT(now time.Time) (*jwtAuthority, error) {
+	if err := s.stopped.Load(); err != nil {
+		return nil, *err
+	}
+	a := s.current.Load().activeJWT
+	if a == nil {
+		return nil, fmt.Errorf("jwt: %w", ErrNoActive)
+	}
+	if !now.Before(a.expiresAt) {
+		return nil, fmt.Errorf("jwt authority %s ended at %s: %w", a.id, a.expiresAt.UTC().Format(time.RFC3339), ErrExpired)
+	}
+	return a, nil
+}

@@ -1,0 +1,133 @@
+package authority
+
+import (
+	"cmp"
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// A Bundle is what the trust domain publishes: its authorities in every state but revoked, oldest first.
+type Bundle struct {
+	TrustDomain spiffeid.TrustDomain
+	X509        []X509Authority
+	JWT         []JWTAuthority
+
+	// Sequence rises with each change of the content. It is the store's revision of the newest authority record.
+	Sequence uint64
+
+	// RefreshHint is how often consumers should fetch the bundle.
+	RefreshHint time.Duration
+}
+
+// An X509Authority is a published X.509 authority.
+type X509Authority struct {
+	// ID is the subject key id of the certificate, in lower-case hexadecimal.
+	ID          string
+	Certificate *x509.Certificate
+	State       State
+}
+
+// A JWTAuthority is a published JWT authority.
+type JWTAuthority struct {
+	// KeyID is the kid of the tokens that it signs.
+	KeyID     string
+	PublicKey crypto.PublicKey
+	ExpiresAt time.Time
+	State     State
+}
+
+// Bundle returns the bundle as of the newest record that the Set was shown. The slices are the caller's own; the certificates
+// and keys in them are shared and must not be changed.
+func (s *Set) Bundle() Bundle {
+	b := s.current.Load().bundle
+	b.X509, b.JWT = slices.Clone(b.X509), slices.Clone(b.JWT)
+	return b
+}
+
+// SPIFFE returns the bundle as a new go-spiffe value, for marshaling and for verifying. Only public members are in it.
+// [SPIFFE Trust Domain and Bundle §4]
+func (b Bundle) SPIFFE() *spiffebundle.Bundle {
+	out := spiffebundle.New(b.TrustDomain)
+	for _, a := range b.X509 {
+		out.AddX509Authority(a.Certificate)
+	}
+	for _, a := range b.JWT {
+		// The only error is an empty key id, and records with one are refused.
+		_ = out.AddJWTAuthority(a.KeyID, a.PublicKey)
+	}
+	out.SetSequenceNumber(b.Sequence)
+	out.SetRefreshHint(b.RefreshHint)
+	return out
+}
+
+// GetX509BundleForTrustDomain returns the X.509 authorities of the Set's own trust domain, and an error for any other. It
+// makes the Set an x509bundle.Source.
+func (s *Set) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	if td != s.config.TrustDomain {
+		return nil, fmt.Errorf("no X.509 bundle for trust domain %q", td.Name())
+	}
+	return s.current.Load().bundle.SPIFFE().X509Bundle(), nil
+}
+
+// GetJWTBundleForTrustDomain returns the JWT authorities of the Set's own trust domain, and an error for any other. It makes
+// the Set a jwtbundle.Source.
+func (s *Set) GetJWTBundleForTrustDomain(td spiffeid.TrustDomain) (*jwtbundle.Bundle, error) {
+	if td != s.config.TrustDomain {
+		return nil, fmt.Errorf("no JWT bundle for trust domain %q", td.Name())
+	}
+	return s.current.Load().bundle.SPIFFE().JWTBundle(), nil
+}
+
+// Pin returns the SHA-256 of the active X.509 authority's SubjectPublicKeyInfo in lower-case hexadecimal, by which an agent
+// recognises the CA on its first connection. It is empty if no authority is active.
+func (s *Set) Pin() string {
+	a := s.current.Load().activeX509
+	if a == nil {
+		return ""
+	}
+	return pin(a.certificate)
+}
+
+// Pins returns the pins of all published X.509 authorities, in the order of the bundle.
+func (s *Set) Pins() []string {
+	var pins []string
+	for _, a := range s.current.Load().bundle.X509 {
+		pins = append(pins, pin(a.Certificate))
+	}
+	return pins
+}
+
+func pin(cert *x509.Certificate) string {
+	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:])
+}
+
+func (n *snapshot) makeBundle(c Config) Bundle {
+	b := Bundle{TrustDomain: c.TrustDomain, Sequence: uint64(n.revision), RefreshHint: c.RefreshHint}
+	for _, a := range slices.SortedFunc(maps.Values(n.x509), func(a, b *x509Authority) int {
+		return cmp.Or(cmp.Compare(a.generation, b.generation), cmp.Compare(a.id, b.id))
+	}) {
+		if a.state.published() {
+			b.X509 = append(b.X509, X509Authority{ID: a.id, Certificate: a.certificate, State: a.state})
+		}
+	}
+	for _, a := range slices.SortedFunc(maps.Values(n.jwt), func(a, b *jwtAuthority) int {
+		return cmp.Or(cmp.Compare(a.generation, b.generation), cmp.Compare(a.id, b.id))
+	}) {
+		if a.state.published() {
+			b.JWT = append(b.JWT, JWTAuthority{KeyID: a.id, PublicKey: a.public, ExpiresAt: a.expiresAt, State: a.state})
+		}
+	}
+	return b
+}

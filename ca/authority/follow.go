@@ -1,0 +1,314 @@
+package authority
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto"
+	"crypto/x509"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/signet-id/signet/ca/keys"
+	"github.com/signet-id/signet/ca/store"
+)
+
+// A snapshot is the authorities as of one revision. It is never changed once it is in Set.current.
+type snapshot struct {
+	index    indexRecord
+	x509     map[string]*x509Authority
+	jwt      map[string]*jwtAuthority
+	revision store.Revision // of the newest record, the index included
+
+	activeX509 *x509Authority // nil if none is
+	activeJWT  *jwtAuthority  // nil if none is
+	bundle     Bundle
+}
+
+// An x509Authority is one X.509 authority. Its fields are never changed.
+type x509Authority struct {
+	id          string
+	generation  uint64
+	state       State
+	certificate *x509.Certificate
+	key         *keys.Key     // nil unless state.signs()
+	template    *leafTemplate // nil unless the key is a P-256 key in this process
+}
+
+// A jwtAuthority is one JWT authority. Its fields are never changed.
+type jwtAuthority struct {
+	id         string
+	generation uint64
+	state      State
+	public     crypto.PublicKey
+	expiresAt  time.Time
+	key        *keys.Key  // nil unless state.signs()
+	signer     *jwtSigner // nil unless state.signs()
+}
+
+// Load replaces what the Set knows by the records in items: all that the store has under "authority/", as of one revision.
+// Other keys are passed over. The CA calls it after its watch was interrupted; Open has called it already. Like Observe,
+// it stops issuance if a known authority went back in state.
+func (s *Set) Load(items []store.Item) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.current.Load()
+	next := &snapshot{x509: map[string]*x509Authority{}, jwt: map[string]*jwtAuthority{}}
+	if err := s.apply(old, next, items); err != nil {
+		return s.refuse(old, err)
+	}
+	return s.publish(old, next)
+}
+
+// Observe applies the changes of one commit. The CA calls it with every batch that it watches, in order; a batch without
+// authorities costs next to nothing, and one that is already known is passed over.
+//
+// A known authority that goes back in state, vanishes while it is still good, or changes its key or certificate means that
+// the store was tampered with or put back to an older copy. Then, and when a record cannot be read, the Set keeps the
+// bundle it has and stops issuing for good: the error wraps ErrStopped.
+func (s *Set) Observe(batch store.Batch) error {
+	if !slices.ContainsFunc(batch.Events, func(e store.Event) bool { return strings.HasPrefix(e.Key, keyPrefix) }) {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.current.Load()
+	if batch.Revision <= old.revision {
+		return nil
+	}
+	next := &snapshot{index: old.index, x509: maps.Clone(old.x509), jwt: maps.Clone(old.jwt), revision: old.revision}
+	var items []store.Item
+	for _, e := range batch.Events {
+		switch id, kind := splitKey(e.Key); {
+		case !e.Deleted:
+			items = append(items, e.Item)
+		case kind == keyX509Prefix:
+			delete(next.x509, id)
+		case kind == keyJWTPrefix:
+			delete(next.jwt, id)
+		case kind == keyIndex:
+			next.index = indexRecord{}
+		}
+	}
+	if err := s.apply(old, next, items); err != nil {
+		return s.refuse(old, err)
+	}
+	next.revision = batch.Revision
+	return s.publish(old, next)
+}
+
+// refuse handles records that cannot be followed: with nothing loaded yet it is only an error, later it stops issuance.
+func (s *Set) refuse(old *snapshot, err error) error {
+	if old == nil {
+		return err
+	}
+	return s.stop(err)
+}
+
+// publish makes next the current snapshot, provided that it continues old.
+func (s *Set) publish(old, next *snapshot) error {
+	if err := next.finish(s.config); err != nil {
+		return s.refuse(old, err)
+	}
+	if old != nil {
+		if err := continues(old, next, s.config.Now()); err != nil {
+			return s.stop(err)
+		}
+	}
+	s.current.Store(next)
+	s.logChanges(old, next)
+	return nil
+}
+
+// apply adds items to next. An authority that old has with the same key is not unsealed again.
+func (s *Set) apply(old, next *snapshot, items []store.Item) error {
+	for _, item := range items {
+		var err error
+		switch id, kind := splitKey(item.Key); kind {
+		case keyX509Prefix:
+			var known *x509Authority
+			if old != nil {
+				known = old.x509[id]
+			}
+			next.x509[id], err = s.readX509(item, known)
+		case keyJWTPrefix:
+			var known *jwtAuthority
+			if old != nil {
+				known = old.jwt[id]
+			}
+			next.jwt[id], err = s.readJWT(item, known)
+		case keyIndex:
+			next.index, err = decodeIndex(item, s.config.TrustDomain)
+		default:
+			if !strings.HasPrefix(item.Key, keyPrefix) {
+				continue
+			}
+			err = fmt.Errorf("record %q is of an unknown kind; use the signet release that wrote it", item.Key)
+		}
+		if err != nil {
+			return err
+		}
+		next.revision = max(next.revision, item.Modified)
+	}
+	return nil
+}
+
+func (s *Set) readX509(item store.Item, known *x509Authority) (*x509Authority, error) {
+	r, cert, err := decodeX509(item, s.config.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	a := &x509Authority{id: r.ID, generation: r.Generation, state: r.State, certificate: cert}
+	if !r.State.signs() {
+		return a, nil
+	}
+	if known != nil && known.key != nil && known.certificate.Equal(cert) && known.generation == r.Generation {
+		a.key, a.template = known.key, known.template
+		return a, nil
+	}
+	a.key, err = s.openKey(r.Key, keys.Binding{TrustDomain: s.config.TrustDomain, Use: keys.UseX509, AuthorityID: r.ID, Generation: r.Generation}, cert.PublicKey)
+	if err != nil {
+		return nil, err
+	}
+	a.template, err = newLeafTemplate(cert, a.key)
+	return a, err
+}
+
+func (s *Set) readJWT(item store.Item, known *jwtAuthority) (*jwtAuthority, error) {
+	r, public, err := decodeJWT(item)
+	if err != nil {
+		return nil, err
+	}
+	a := &jwtAuthority{id: r.ID, generation: r.Generation, state: r.State, public: public, expiresAt: r.NotAfter}
+	if !r.State.signs() {
+		return a, nil
+	}
+	if known != nil && known.key != nil && known.generation == r.Generation { // the id is derived from the key
+		a.key, a.signer = known.key, known.signer
+		return a, nil
+	}
+	a.key, err = s.openKey(r.Key, keys.Binding{TrustDomain: s.config.TrustDomain, Use: keys.UseJWT, AuthorityID: r.ID, Generation: r.Generation}, public)
+	if err != nil {
+		return nil, err
+	}
+	a.signer, err = newJWTSigner(r.ID, a.key)
+	return a, err
+}
+
+// openKey unseals a key, which is done in this process and never waits.
+func (s *Set) openKey(stored keys.Stored, b keys.Binding, want crypto.PublicKey) (*keys.Key, error) {
+	key, err := keys.Open(context.Background(), stored, s.config.Seal, b)
+	if err != nil {
+		return nil, err
+	}
+	if public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(want) {
+		return nil, fmt.Errorf("key of %s authority %q does not belong to its published public key; restore the store from a backup", b.Use, b.AuthorityID)
+	}
+	return key, nil
+}
+
+// finish derives what is derived from the records, and refuses a set that no code of ours writes.
+func (n *snapshot) finish(c Config) error {
+	if n.index.Version == 0 {
+		return fmt.Errorf("the store has authorities but no record %q; restore it from a backup", keyIndex)
+	}
+	for _, a := range n.x509 {
+		if a.generation > n.index.X509Generation {
+			return fmt.Errorf("x509 authority %s has generation %d, but only %d were made; restore the store from a backup", a.id, a.generation, n.index.X509Generation)
+		}
+		if a.state == StateActive {
+			if n.activeX509 != nil {
+				return fmt.Errorf("x509 authorities %s and %s are both active; restore the store from a backup", n.activeX509.id, a.id)
+			}
+			n.activeX509 = a
+		}
+	}
+	for _, a := range n.jwt {
+		if a.generation > n.index.JWTGeneration {
+			return fmt.Errorf("jwt authority %s has generation %d, but only %d were made; restore the store from a backup", a.id, a.generation, n.index.JWTGeneration)
+		}
+		if a.state == StateActive {
+			if n.activeJWT != nil {
+				return fmt.Errorf("jwt authorities %s and %s are both active; restore the store from a backup", n.activeJWT.id, a.id)
+			}
+			n.activeJWT = a
+		}
+	}
+	n.bundle = n.makeBundle(c)
+	return nil
+}
+
+// continues returns an error if next cannot have come after old. Without this check, a store put back to yesterday's copy
+// would make a revoked authority good again.
+func continues(old, next *snapshot, now time.Time) error {
+	if next.index.X509Generation < old.index.X509Generation || next.index.JWTGeneration < old.index.JWTGeneration {
+		return fmt.Errorf("record %q went back to an earlier generation", keyIndex)
+	}
+	for id, was := range old.x509 {
+		is, ok := next.x509[id]
+		if !ok {
+			if was.state != StateRevoked && now.Before(was.certificate.NotAfter) {
+				return fmt.Errorf("the record of x509 authority %s, %s, vanished from the store", id, was.state)
+			}
+			continue
+		}
+		if is.state.rank() < was.state.rank() || is.generation != was.generation {
+			return fmt.Errorf("x509 authority %s went back from %s to %s", id, was.state, is.state)
+		}
+		if !bytes.Equal(is.certificate.Raw, was.certificate.Raw) {
+			return fmt.Errorf("the certificate of x509 authority %s was exchanged", id)
+		}
+	}
+	for id, was := range old.jwt {
+		is, ok := next.jwt[id]
+		if !ok {
+			if was.state != StateRevoked && now.Before(was.expiresAt) {
+				return fmt.Errorf("the record of jwt authority %s, %s, vanished from the store", id, was.state)
+			}
+			continue
+		}
+		if is.state.rank() < was.state.rank() || is.generation != was.generation || !is.expiresAt.Equal(was.expiresAt) {
+			return fmt.Errorf("jwt authority %s went back from %s to %s, or was exchanged", id, was.state, is.state)
+		}
+	}
+	return nil
+}
+
+func (s *Set) logChanges(old, next *snapshot) {
+	log := func(kind, id string, was, is State) {
+		if was != is {
+			s.config.Log.Info("authority changed", "trust_domain", s.config.TrustDomain.Name(), "kind", kind, "authority_id", id, "from", string(was), "to", string(is))
+		}
+	}
+	for _, a := range slices.SortedFunc(maps.Values(next.x509), func(a, b *x509Authority) int { return cmp.Compare(a.generation, b.generation) }) {
+		var was State
+		if old != nil && old.x509[a.id] != nil {
+			was = old.x509[a.id].state
+		}
+		log("x509", a.id, was, a.state)
+	}
+	for _, a := range slices.SortedFunc(maps.Values(next.jwt), func(a, b *jwtAuthority) int { return cmp.Compare(a.generation, b.generation) }) {
+		var was State
+		if old != nil && old.jwt[a.id] != nil {
+			was = old.jwt[a.id].state
+		}
+		log("jwt", a.id, was, a.state)
+	}
+}
+
+// splitKey returns the kind of record a key is for (one of the key constants; empty for others) and the authority's id.
+func splitKey(key string) (id, kind string) {
+	if key == keyIndex {
+		return "", keyIndex
+	}
+	if id, ok := strings.CutPrefix(key, keyX509Prefix); ok {
+		return id, keyX509Prefix
+	}
+	if id, ok := strings.CutPrefix(key, keyJWTPrefix); ok {
+		return id, keyJWTPrefix
+	}
+	return "", ""
+}
