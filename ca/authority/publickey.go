@@ -122,8 +122,15 @@ func checkKeyStrength(key crypto.PublicKey) error {
 		case elliptic.P256(), elliptic.P384(), elliptic.P521():
 			return nil
 		}
-		return fmt.Errorf("public key %w: curve %s is too weak or unknown; use P-256, P-384 or P-521", ErrRefused, key.Curve.Params().Name)
+		name := "(none)"
+		if key.Curve != nil {
+			name = key.Curve.Params().Name
+		}
+		return fmt.Errorf("public key %w: curve %s is too weak or unknown; use P-256, P-384 or P-521", ErrRefused, name)
 	case *rsa.PublicKey:
+		if key.N == nil {
+			return fmt.Errorf("public key %w: RSA without a modulus", ErrRefused)
+		}
 		if bits := key.N.BitLen(); bits < minRSABits || bits > maxRSABits {
 			return fmt.Errorf("public key %w: RSA with %d bits; use %d to %d bits, or better EC P-256", ErrRefused, bits, minRSABits, maxRSABits)
 		}
@@ -132,6 +139,9 @@ func checkKeyStrength(key crypto.PublicKey) error {
 		}
 		return nil
 	case ed25519.PublicKey:
+		if len(key) != ed25519.PublicKeySize {
+			return fmt.Errorf("public key %w: Ed25519 with %d bytes, not %d", ErrRefused, len(key), ed25519.PublicKeySize)
+		}
 		return nil
 	default:
 		return fmt.Errorf("public key %w: its kind is %T; use EC P-256, P-384, P-521, RSA or Ed25519", ErrRefused, key)
