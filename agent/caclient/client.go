@@ -1,0 +1,297 @@
+// Package caclient is the agent's only door to the CA: one mutually authenticated gRPC connection that carries Follow
+// and, beside it, issuance and renewal. It reconnects by itself, with jitter and a cap, and tells apart a CA that is
+// away from one that refuses this agent. It holds no state of the trust domain: what it receives it hands to a
+// Follower, whole messages only.
+package caclient
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+)
+
+// Format is the newest FollowResponse format that this package reads.
+const Format = 1
+
+const (
+	// maxMessageBytes bounds one message from the CA.
+	maxMessageBytes = 16 << 20
+	// maxSnapshotBytes bounds the parts of one snapshot together, so that a broken CA cannot fill the node's memory.
+	maxSnapshotBytes = 1 << 30
+	// callTimeout bounds one RPC, as SPIRE's agent does.
+	callTimeout = 30 * time.Second
+	// answerTimeout is how long the CA may stay silent while it owes an answer on Follow.
+	answerTimeout = 30 * time.Second
+	// keepaliveTime and keepaliveTimeout find a CA that vanished without closing the connection.
+	keepaliveTime    = 30 * time.Second
+	keepaliveTimeout = 10 * time.Second
+	// retryMin and retryMax bound the wait between two attempts to reach the CA.
+	retryMin = time.Second
+	retryMax = 30 * time.Second
+)
+
+// ErrUnreachable means that there is no connection to the CA now. The client is trying to make one.
+var ErrUnreachable = errors.New("the CA is not reachable")
+
+// A Follower keeps what Follow delivers. Its methods are called by one goroutine at a time.
+type Follower interface {
+	// Held says what is held: the epoch and the revision, or zero values for nothing.
+	Held() (epoch string, revision int64)
+
+	// Apply takes over one message: a whole snapshot, which replaces everything, or the differences to what is held.
+	// After an error nothing has changed, and the client asks for a snapshot.
+	Apply(*nodev1.FollowResponse) error
+}
+
+// Config says whom a Client talks to, and as whom.
+type Config struct {
+	// Address is the CA's host:port.
+	Address string
+
+	// TrustDomain is the agent's. The CA must be spiffe://<TrustDomain>/spire/server.
+	TrustDomain spiffeid.TrustDomain
+
+	// Identity returns the agent's present X509-SVID. It is asked for each new connection.
+	Identity func() *x509svid.SVID
+
+	// Bundles verifies the CA; it is asked for each new connection.
+	Bundles x509bundle.Source
+
+	// Follower receives the state of the trust domain.
+	Follower Follower
+
+	// Version is the agent's, for the CA's list of agents.
+	Version string
+
+	// Log receives what operators want to know about the connection. Nil means slog.Default.
+	Log *slog.Logger
+
+	// Now is the wall clock. Nil means time.Now.
+	Now func() time.Time
+}
+
+// A Client is the connection to the CA. Its methods may be called at the same time.
+type Client struct {
+	config Config
+	batch  atomic.Int64 // items in the next IssueX509SVIDs call
+
+	mu      sync.Mutex
+	session *session // nil while there is no connection; guarded by mu
+	lastErr error    // why there is none; guarded by mu
+	handed  []string // authorities handed on to every open stream; guarded by mu
+
+	applied     atomic.Int64
+	connections atomic.Int64
+}
+
+// New returns a Client that does nothing until Run.
+func New(c Config) (*Client, error) {
+	switch {
+	case c.Address == "":
+		return nil, errors.New("the CA's address is empty")
+	case c.TrustDomain.IsZero():
+		return nil, errors.New("the trust domain is empty")
+	case c.Identity == nil || c.Bundles == nil || c.Follower == nil:
+		return nil, errors.New("caclient needs Identity, Bundles and Follower")
+	}
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	client := &Client{config: c}
+	client.batch.Store(MaxBatch)
+	return client, nil
+}
+
+// Run keeps following the CA until ctx ends, which gives nil, or until the CA refuses this agent, which gives a
+// *DeniedError: then the caller decides how to become welcome again, and calls Run again. At most one Run at a time.
+func (c *Client) Run(ctx context.Context) error {
+	var retiring sync.WaitGroup
+	defer retiring.Wait()
+	wait := retryMin
+	var old *session
+	fresh := false // ask for a snapshot, whatever is held
+	for {
+		started := time.Now()
+		s, err := c.open()
+		if old != nil {
+			retiring.Go(func() { old.retire(ctx) })
+			old = nil
+		}
+		if err == nil {
+			err = c.follow(ctx, s, fresh)
+		}
+		if ctx.Err() == nil && errors.Is(err, errReplaced) {
+			old, wait, fresh = s, retryMin, false
+			continue
+		}
+		if s != nil {
+			c.close(s, err)
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		var denied *DeniedError
+		if errors.As(err, &denied) {
+			if s.svid == c.config.Identity() {
+				return denied
+			}
+			continue // the SVID was renewed meanwhile; the new one has not been judged
+		}
+		fresh = errors.Is(err, errOutOfStep)
+		if s != nil && s.inSync.Load() && time.Since(started) > wait {
+			wait = retryMin
+		}
+		delay := jitter(wait)
+		c.config.Log.Warn("no connection to the CA", "server_address", c.config.Address, "retry_in", delay.Round(time.Millisecond), "err", err)
+		if err := sleep(ctx, delay); err != nil {
+			return nil
+		}
+		wait = min(2*wait, retryMax)
+	}
+}
+
+// Reconnect makes the next calls use the present identity and bundle: a new connection takes the place of the old one,
+// on which calls under way may finish.
+func (c *Client) Reconnect() {
+	c.mu.Lock()
+	s := c.session
+	c.mu.Unlock()
+	if s != nil {
+		s.end(errReplaced)
+	}
+}
+
+// Connected says whether the CA has confirmed that the agent holds its newest state, and the connection still stands.
+func (c *Client) Connected() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.session != nil && c.session.inSync.Load()
+}
+
+// Stats are counters since the Client was made.
+type Stats struct {
+	// Applied counts Follow messages that were applied.
+	Applied int64
+	// Connections counts connections that reached the CA.
+	Connections int64
+}
+
+// Stats returns the counters.
+func (c *Client) Stats() Stats {
+	return Stats{Applied: c.applied.Load(), Connections: c.connections.Load()}
+}
+
+// errOutOfStep means that what the CA sends does not continue what is held.
+var errOutOfStep = errors.New("out of step with the CA")
+
+// errReplaced ends a session that a newer identity takes the place of.
+var errReplaced = errors.New("the agent's SVID or the bundle has changed")
+
+// A session is one connection. It is closed when Follow has ended and the last call on it is done.
+type session struct {
+	conn   *grpc.ClientConn
+	svid   *x509svid.SVID
+	out    outbox
+	inSync atomic.Bool // the CA has answered the first Sync
+
+	ended   chan struct{} // closed by end
+	endOnce sync.Once
+	endErr  error
+
+	users sync.WaitGroup // calls under way; Add under Client.mu while the session is the client's
+}
+
+// end makes follow return err. Only the first call counts.
+func (s *session) end(err error) {
+	s.endOnce.Do(func() {
+		s.endErr = err
+		close(s.ended)
+	})
+}
+
+// open makes the session that all calls use from now on. The connection itself is made by the first RPC.
+func (c *Client) open() (*session, error) {
+	svid := c.config.Identity()
+	if svid == nil {
+		return nil, errors.New("the agent has no SVID yet")
+	}
+	conn, err := dial(c.config.Address, clientTLS(c.config.TrustDomain, svid, c.config.Bundles, c.config.Now))
+	if err != nil {
+		return nil, err
+	}
+	s := &session{conn: conn, svid: svid, ended: make(chan struct{})}
+	s.out.init()
+	c.mu.Lock()
+	c.session = s
+	handed := c.handed
+	c.mu.Unlock()
+	s.out.setHandedOn(handed)
+	return s, nil
+}
+
+// close takes s out of use. Nobody answers on it any more: calls under way fail at once, and their callers may try the
+// next connection.
+func (c *Client) close(s *session, err error) {
+	c.mu.Lock()
+	if c.session == s {
+		c.session = nil
+		c.lastErr = err
+	}
+	c.mu.Unlock()
+	_ = s.conn.Close() // closing a client connection has no failure that anybody could act on
+	s.users.Wait()
+}
+
+// retire closes the connection of a session that another has taken the place of, once the calls under way on it are
+// done. They were allowed when they began, so that they may finish.
+func (s *session) retire(ctx context.Context) {
+	stop := context.AfterFunc(ctx, func() { _ = s.conn.Close() })
+	defer stop()
+	s.users.Wait()
+	_ = s.conn.Close()
+}
+
+// use returns the present connection and a function to give it back.
+func (c *Client) use() (*session, func(), error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.session == nil {
+		if c.lastErr != nil {
+			return nil, nil, fmt.Errorf("%w: %w", ErrUnreachable, c.lastErr)
+		}
+		return nil, nil, ErrUnreachable
+	}
+	s := c.session
+	s.users.Add(1)
+	return s, s.users.Done, nil
+}
+
+func dial(address string, creds grpc.DialOption) (*grpc.ClientConn, error) {
+	conn, err := grpc.NewClient("dns:///"+address, creds,
+		grpc.WithDisableServiceConfig(),
+		grpc.WithNoProxy(),
+		grpc.WithIdleTimeout(0),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes)),
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: 10 * time.Second}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("server_address %q: %w", address, err)
+	}
+	return conn, nil
+}

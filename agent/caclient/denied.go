@@ -1,0 +1,66 @@
+package caclient
+
+import (
+	"fmt"
+
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// A Reason is why the CA refuses this agent. The values are those of SPIRE's PermissionDeniedDetails.
+type Reason int
+
+const (
+	// Expired: the agent's SVID is past its end.
+	Expired = Reason(types.PermissionDeniedDetails_AGENT_EXPIRED)
+	// NotAttested: the CA does not know this agent (any more).
+	NotAttested = Reason(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
+	// NotActive: another SVID of this agent is the current one.
+	NotActive = Reason(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE)
+	// Banned: an operator has banned this agent.
+	Banned = Reason(types.PermissionDeniedDetails_AGENT_BANNED)
+	// MustReattest: this kind of agent renews by attesting again.
+	MustReattest = Reason(types.PermissionDeniedDetails_AGENT_MUST_REATTEST)
+)
+
+func (r Reason) String() string {
+	switch r {
+	case Expired:
+		return "the agent's SVID has expired"
+	case NotAttested:
+		return "the CA does not know this agent"
+	case NotActive:
+		return "another SVID of this agent is in use"
+	case Banned:
+		return "the agent is banned"
+	case MustReattest:
+		return "the agent must attest again"
+	}
+	return fmt.Sprintf("reason %d", int(r))
+}
+
+// A DeniedError says that the CA was reached and refuses this agent. Waiting alone does not help.
+type DeniedError struct {
+	Reason  Reason
+	Message string
+}
+
+func (e *DeniedError) Error() string {
+	return fmt.Sprintf("the CA refuses this agent: %s (%q)", e.Reason, e.Message)
+}
+
+// fromStatus turns the gRPC error of a call into one that callers can test for: *DeniedError where SPIRE's details say
+// why the agent is refused, else err itself.
+func fromStatus(err error) error {
+	st, ok := status.FromError(err)
+	if !ok || st.Code() != codes.PermissionDenied {
+		return err
+	}
+	for _, d := range st.Details() {
+		if pd, ok := d.(*types.PermissionDeniedDetails); ok && pd.GetReason() != types.PermissionDeniedDetails_UNKNOWN {
+			return &DeniedError{Reason: Reason(pd.GetReason()), Message: st.Message()}
+		}
+	}
+	return err
+}

@@ -1,0 +1,260 @@
+package svidcache
+
+import (
+	"container/list"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-id/signet/spiffe"
+)
+
+const (
+	// retryMin and retryMax bound the wait after a failed issuance.
+	retryMin = time.Second
+	retryMax = 30 * time.Second
+	// futileMax bounds the wait after an issuance that succeeded and did not help, such as while the clocks of CA and
+	// agent disagree.
+	futileMax = 10 * time.Minute
+	// lookMin is the shortest time between two looks at the clock for renewals, so that those of a batch go together.
+	lookMin = 500 * time.Millisecond
+	// maxChainBytes bounds one X509-SVID with its intermediates.
+	maxChainBytes = 64 << 10
+)
+
+// The lanes of issuing: what a caller waits for never stands behind what is only kept ready.
+const (
+	laneWatched = iota
+	lanePrefetch
+)
+
+// A record is the X509-SVID of an entry that is watched or kept ready. Guarded by Cache.mu.
+type record struct {
+	entry    *entry
+	svid     *svid // nil until issued
+	watchers map[*watcher]struct{}
+	idle     *list.Element // in Cache.idle while nobody watches
+
+	inFlight bool
+	next     *key // made for an issuance that has not succeeded yet
+	failures int
+	triedAt  time.Time // the last failure, on the steady clock
+	retryAt  time.Time // on the steady clock; zero: at once
+	usable   bool      // what the last look at the clock found
+}
+
+// An svid is one X509-SVID with its key. It never changes.
+type svid struct {
+	entryRevision       int64
+	id                  spiffeid.ID
+	chain               []byte // concatenated DER
+	key                 []byte // PKCS#8 DER
+	notBefore, notAfter time.Time
+	renewAt             time.Time
+	signer              string // key id of the authority that ends the chain; empty: not stated
+}
+
+// A key is one that was made for a workload and is not certified yet.
+type key struct {
+	private []byte // PKCS#8 DER
+	public  []byte // PKIX DER
+}
+
+func newKey() (*key, error) {
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("making a workload's key: %w", err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(k)
+	if err != nil {
+		return nil, fmt.Errorf("encoding a workload's key: %w", err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(k.Public())
+	if err != nil {
+		return nil, fmt.Errorf("encoding a workload's public key: %w", err)
+	}
+	return &key{private: private, public: public}, nil
+}
+
+// readSVID checks what the CA issued for e and k. A caller gets it only if any verifier would take it for e's ID.
+func readSVID(e *entry, k *key, a X509Answer) (*svid, error) {
+	s := &svid{entryRevision: a.EntryRevision, key: k.private}
+	if a.EntryRevision == 0 {
+		s.entryRevision = e.revision
+	}
+	var last *x509.Certificate
+	for i, der := range a.Chain {
+		if len(s.chain)+len(der) > maxChainBytes {
+			return nil, fmt.Errorf("the chain has more than the %d bytes allowed", maxChainBytes)
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %d: %w", i, err)
+		}
+		if i == 0 {
+			if s.id, err = spiffe.CheckX509SVIDLeaf(cert); err != nil {
+				return nil, err
+			}
+			if string(cert.RawSubjectPublicKeyInfo) != string(k.public) {
+				return nil, errors.New("it is for another key")
+			}
+			s.notBefore, s.notAfter = cert.NotBefore, cert.NotAfter
+		}
+		s.chain = append(s.chain, der...)
+		last = cert
+	}
+	switch {
+	case last == nil:
+		return nil, errors.New("it is empty")
+	case s.id != e.spiffeID && s.entryRevision <= e.revision:
+		return nil, fmt.Errorf("it is for %q, and the entry is for %q", s.id, e.spiffeID)
+	}
+	s.signer = string(last.AuthorityKeyId)
+	// Half life, a tenth of it to either side, so that SVIDs that were issued together are not renewed together.
+	life := s.notAfter.Sub(s.notBefore)
+	s.renewAt = s.notBefore.Add(life*9/20 + mathrand.N(life/10+1))
+	return s, nil
+}
+
+// valid says whether the SVID may be handed out. That it is not valid yet is left to the verifier to say: its clock may
+// be the better one.
+func (s *svid) valid(now time.Time) bool { return now.Before(s.notAfter) }
+
+// stale says why an SVID must be issued now although there is one, or is empty.
+func (s *svid) stale(e *entry, own *bundle, now time.Time) string {
+	switch {
+	case s.entryRevision < e.revision:
+		return "the entry has changed"
+	case own != nil && s.signer != "" && !has(own.signers, s.signer):
+		return "its authority is tainted or gone"
+	case !now.Before(s.renewAt):
+		return "half of its life is over"
+	case now.Before(s.notBefore.Add(-time.Minute)):
+		return "it is not valid yet"
+	}
+	return ""
+}
+
+func has(set map[string]struct{}, k string) bool {
+	_, ok := set[k]
+	return ok
+}
+
+// serves says whether r has what its entry's callers may get at now.
+func (r *record) serves(now time.Time) bool {
+	return r.svid != nil && r.svid.valid(now) && r.svid.id == r.entry.spiffeID
+}
+
+// settling says whether an issuance is on its way whose outcome callers should wait for: there is nothing to serve, or
+// what there is was built from an older revision of the entry.
+func (r *record) settling(now time.Time) bool {
+	return r.failures == 0 && (!r.serves(now) || r.svid.entryRevision < r.entry.revision)
+}
+
+// check queues r for issuance if it needs one and its time has come, and sees to it that the clock is looked at in time
+// for the next one. It is called with mu held.
+func (c *Cache) check(r *record, now time.Time) {
+	r.usable = r.serves(now)
+	if r.inFlight {
+		return // looked at again when it is done
+	}
+	own := c.state.Load().bundles[c.config.TrustDomain]
+	if r.svid != nil && r.svid.stale(r.entry, own, now) == "" {
+		r.failures, r.retryAt = 0, time.Time{}
+		c.retimeTo(time.Now().Add(min(max(r.svid.renewAt.Sub(now), lookMin), tick)))
+		return
+	}
+	if steady := time.Now(); r.retryAt.After(steady) {
+		c.retimeTo(r.retryAt)
+		return
+	}
+	lane, other := laneWatched, lanePrefetch
+	if len(r.watchers) == 0 {
+		lane, other = other, lane
+	}
+	delete(c.due[other], r)
+	c.due[lane][r] = struct{}{}
+	kick(c.lanes[lane])
+}
+
+// failed notes that an issuance did not help, and when to try again. It is called with mu held.
+func (r *record) failed(longest time.Duration) {
+	wait := min(retryMin<<min(r.failures, 20), longest)
+	r.failures++
+	r.triedAt = time.Now()
+	r.retryAt = r.triedAt.Add(wait/2 + mathrand.N(wait))
+}
+
+// drop forgets r. It is called with mu held.
+func (c *Cache) drop(r *record) {
+	if r.idle != nil {
+		c.idle.Remove(r.idle)
+		r.idle = nil
+	}
+	delete(c.records, r.entry.id)
+	for lane := range c.due {
+		delete(c.due[lane], r)
+	}
+}
+
+// prefetch keeps an SVID of e ready if there is room. It is called with mu held.
+func (c *Cache) prefetch(e *entry, now time.Time) {
+	if e.noPrefetch || e.expired(now) || c.records[e.id] != nil || c.idle.Len() >= c.config.MaxPrefetch {
+		return
+	}
+	r := &record{entry: e, watchers: make(map[*watcher]struct{})}
+	r.idle = c.idle.PushBack(r)
+	c.records[e.id] = r
+	c.check(r, now)
+}
+
+// watch makes w one of those who need the SVID of e. It is called with mu held.
+func (c *Cache) watch(e *entry, w *watcher, now time.Time) {
+	r := c.records[e.id]
+	if r == nil {
+		r = &record{entry: e, watchers: make(map[*watcher]struct{})}
+		c.records[e.id] = r
+	}
+	if r.idle != nil {
+		c.idle.Remove(r.idle)
+		r.idle = nil
+		c.refill = true
+	}
+	r.watchers[w] = struct{}{}
+	if !r.serves(now) && time.Since(r.triedAt) >= retryMin {
+		// Somebody waits now: a failure that nobody saw is no reason to wait longer.
+		r.failures, r.retryAt = 0, time.Time{}
+	}
+	c.check(r, now)
+}
+
+// unwatch is the reverse of watch. The SVIDs that were used last stay, as far as the budget goes. It is called with mu
+// held.
+func (c *Cache) unwatch(id string, w *watcher) {
+	r := c.records[id]
+	if r == nil {
+		return
+	}
+	delete(r.watchers, w)
+	if len(r.watchers) > 0 || r.idle != nil {
+		return
+	}
+	r.idle = c.idle.PushFront(r)
+	for c.idle.Len() > c.config.MaxPrefetch {
+		c.drop(c.idle.Back().Value.(*record))
+	}
+}
+
+func kick(slot chan struct{}) {
+	select {
+	case slot <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,405 @@
+package svidcache
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/spiffe"
+	"github.com/signet-id/signet/workloadapi"
+)
+
+var errStopped = fmt.Errorf("%w: the agent is shutting down", workloadapi.ErrUnavailable)
+
+// policyFormat is the PolicySet format that the cache makes.
+const policyFormat = 1
+
+// A watcher is one caller's subscription, or a caller that waits for its registration.
+type watcher struct {
+	uid       uint32
+	selectors map[spiffe.Selector]struct{}
+	holdsSVID bool          // entries are issued and kept for it
+	wake      chan struct{} // one slot: look again
+	out       chan workloadapi.Update
+
+	// Guarded by Cache.mu.
+	entries []*entry // what it matches now, the default first
+
+	// Owned by serve.
+	sent      *shown // what the last update showed
+	unsettled time.Time
+}
+
+func (w *watcher) kick() { kick(w.wake) }
+
+var _ workloadapi.Source = (*Cache)(nil)
+
+// Watch sends the caller's identities, bundles and policies at once and again, in full, after each change that the
+// caller can see. The first update waits for a registration in flight and for the SVIDs that are being issued. It is
+// workloadapi.Source's.
+func (c *Cache) Watch(ctx context.Context, caller workloadapi.Caller) (<-chan workloadapi.Update, error) {
+	w := newWatcher(caller, true)
+	c.subscribe(w)
+	if err := c.awaitEntry(ctx, w); err != nil && !errors.Is(err, workloadapi.ErrNoIdentity) {
+		c.unsubscribe(w)
+		return nil, err
+	}
+	started := c.start(func() {
+		defer close(w.out)
+		defer c.unsubscribe(w)
+		c.serve(ctx, w)
+	})
+	if !started {
+		c.unsubscribe(w)
+		return nil, errStopped
+	}
+	return w.out, nil
+}
+
+func newWatcher(caller workloadapi.Caller, holdsSVID bool) *watcher {
+	w := &watcher{
+		uid: caller.UID, selectors: make(map[spiffe.Selector]struct{}, len(caller.Selectors)), holdsSVID: holdsSVID,
+		wake: make(chan struct{}, 1), out: make(chan workloadapi.Update),
+	}
+	for _, s := range caller.Selectors {
+		w.selectors[s] = struct{}{}
+	}
+	return w
+}
+
+func (c *Cache) subscribe(w *watcher) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.watchers[w] = struct{}{}
+	c.byChan[w.out] = w
+	for s := range w.selectors {
+		if c.bySel[s] == nil {
+			c.bySel[s] = make(map[*watcher]struct{})
+		}
+		c.bySel[s][w] = struct{}{}
+	}
+	c.rematch(w, c.state.Load(), c.config.Now())
+}
+
+func (c *Cache) unsubscribe(w *watcher) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.watchers, w)
+	delete(c.byChan, w.out)
+	for s := range w.selectors {
+		delete(c.bySel[s], w)
+		if len(c.bySel[s]) == 0 {
+			delete(c.bySel, s)
+		}
+	}
+	if w.holdsSVID {
+		for _, e := range w.entries {
+			c.unwatch(e.id, w)
+		}
+	}
+	w.entries = nil
+	c.handed.leave(w)
+	c.handOn()
+	if c.refill {
+		c.retimeTo(time.Now().Add(lookMin))
+	}
+}
+
+// rematch finds what w matches now. It is called with mu held.
+func (c *Cache) rematch(w *watcher, s *state, now time.Time) {
+	old := w.entries
+	w.entries = s.match(w.selectors, now)
+	if !w.holdsSVID {
+		return
+	}
+	for _, e := range w.entries {
+		c.watch(e, w, now)
+	}
+	for _, e := range old {
+		if !slices.ContainsFunc(w.entries, func(have *entry) bool { return have.id == e.id }) {
+			c.unwatch(e.id, w)
+		}
+	}
+}
+
+// watchersMatching adds to found those whose selectors cover e's. It is called with mu held.
+func (c *Cache) watchersMatching(e *entry, found map[*watcher]struct{}) {
+	var candidates map[*watcher]struct{}
+	for i, s := range e.selectors {
+		if with := c.bySel[s]; i == 0 || len(with) < len(candidates) {
+			candidates = with
+		}
+	}
+	for w := range candidates {
+		if e.matches(w.selectors) {
+			found[w] = struct{}{}
+		}
+	}
+}
+
+// awaitEntry returns nil when w matches an entry. If it does not, and its entry may be on its way, it waits: first for
+// everything that was committed at the CA before the call, so that a registration that was acknowledged is never missed,
+// then a little longer for one that is just being made. [Workload API §5.2.1: PermissionDenied only if there is none]
+func (c *Cache) awaitEntry(ctx context.Context, w *watcher) error {
+	matched := func() bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return len(w.entries) > 0
+	}
+	select {
+	case <-c.synced:
+	default:
+		if err := c.awaitState(ctx); err != nil {
+			return err
+		}
+	}
+	if matched() {
+		return nil
+	}
+	syncCtx, cancel := context.WithTimeout(ctx, syncWait)
+	err := c.config.CA.Sync(syncCtx)
+	cancel()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		c.config.Log.Debug("a caller matches no registration entry, and the CA could not be asked for newer ones", "uid", w.uid, "err", err)
+	}
+	if matched() {
+		return nil
+	}
+	if c.hold(w.uid) {
+		defer c.release(w.uid)
+		timer := time.NewTimer(c.config.RegistrationWait)
+		defer timer.Stop()
+		for {
+			select {
+			case <-w.wake:
+				if matched() {
+					w.kick() // for serve
+					return nil
+				}
+				continue
+			case <-timer.C:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			break
+		}
+	}
+	if matched() {
+		return nil
+	}
+	c.stats.noIdentity.Add(1)
+	return workloadapi.ErrNoIdentity
+}
+
+// awaitState holds the first callers after a start until the agent has heard from its CA.
+func (c *Cache) awaitState(ctx context.Context) error {
+	timer := time.NewTimer(c.config.RegistrationWait)
+	defer timer.Stop()
+	select {
+	case <-c.synced:
+		return nil
+	case <-timer.C:
+		c.stats.notReady.Add(1)
+		return workloadapi.ErrNotReady
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// hold says whether one more call may be held.
+func (c *Cache) hold(uid uint32) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.config.RegistrationWait <= 0 || c.held >= maxHeld || c.heldUID[uid] >= maxHeldPerUID {
+		return false
+	}
+	c.held++
+	c.heldUID[uid]++
+	return true
+}
+
+func (c *Cache) release(uid uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.held--
+	if c.heldUID[uid]--; c.heldUID[uid] == 0 {
+		delete(c.heldUID, uid)
+	}
+}
+
+// serve sends updates until ctx ends.
+func (c *Cache) serve(ctx context.Context, w *watcher) {
+	settle := time.NewTimer(settleWait)
+	defer settle.Stop()
+	var pending *shown
+	for {
+		now, complete, lost := c.show(w)
+		out := chan<- workloadapi.Update(nil)
+		switch {
+		case now.same(w.sent):
+			pending = nil
+			w.unsettled = time.Time{}
+		case complete || lost || c.waitedEnough(w, settle):
+			pending = now
+			w.unsettled = time.Time{}
+			out = w.out
+		default:
+			pending = nil
+		}
+		var update workloadapi.Update
+		if pending != nil {
+			update = pending.update(c.config.TrustDomain)
+		}
+		select {
+		case out <- update:
+			w.sent = pending
+			c.shownTo(w, pending)
+		case <-w.wake:
+		case <-settle.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// waitedEnough says whether w has waited long enough for SVIDs on their way; it starts the wait if it has not begun.
+func (c *Cache) waitedEnough(w *watcher, settle *time.Timer) bool {
+	if w.unsettled.IsZero() {
+		w.unsettled = time.Now()
+		settle.Reset(settleWait)
+	}
+	return time.Since(w.unsettled) >= settleWait
+}
+
+// A shown is what an update shows, as parts that never change.
+type shown struct {
+	identities []shownIdentity
+	bundles    map[spiffeid.TrustDomain]*bundle // own and federated
+	ownTD      spiffeid.TrustDomain
+	policies   *policyv1.PolicySet
+	entitled   bool
+}
+
+type shownIdentity struct {
+	entry *entry
+	svid  *svid
+}
+
+// show collects what w may see now. complete says that nothing is on its way that belongs to it; lost that something
+// which was shown before must not be any more.
+func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.state.Load()
+	wall := c.config.Now()
+	complete = true
+	n := &shown{bundles: make(map[spiffeid.TrustDomain]*bundle, 1), ownTD: c.config.TrustDomain, entitled: len(w.entries) > 0}
+	if own := s.bundles[n.ownTD]; own != nil {
+		n.bundles[n.ownTD] = own
+	}
+	var policies []*policyv1.Policy
+	for _, e := range w.entries {
+		policies = append(policies, s.policies.of(e.spiffeID, c.config.ServiceMatches)...)
+		r := c.records[e.id]
+		if r == nil {
+			continue
+		}
+		if r.settling(wall) {
+			complete = false
+		}
+		if !r.serves(wall) {
+			continue
+		}
+		n.identities = append(n.identities, shownIdentity{entry: e, svid: r.svid})
+		for _, td := range e.federatesWith {
+			if b := s.bundles[td]; b != nil {
+				n.bundles[td] = b
+			}
+		}
+	}
+	n.policies = s.policies.set(c.config.TrustDomain, policies, w.sent)
+	if w.sent != nil {
+		for _, before := range w.sent.identities {
+			if !slices.ContainsFunc(n.identities, func(i shownIdentity) bool { return i.entry.id == before.entry.id }) {
+				lost = true
+			}
+		}
+	}
+	return n, complete, lost
+}
+
+// set returns the set of the given policies; the one that was sent before if it is the same, so that its revision names
+// the change that made it.
+func (p *policies) set(td spiffeid.TrustDomain, found []*policyv1.Policy, sent *shown) *policyv1.PolicySet {
+	if !p.synced {
+		return nil
+	}
+	slices.SortFunc(found, func(a, b *policyv1.Policy) int {
+		switch {
+		case a.GetName() < b.GetName():
+			return -1
+		case a.GetName() > b.GetName():
+			return 1
+		}
+		return 0
+	})
+	found = slices.CompactFunc(found, func(a, b *policyv1.Policy) bool { return a.GetName() == b.GetName() })
+	if sent != nil && sent.policies != nil {
+		old := sent.policies
+		if old.GetEpoch() == p.epoch && old.GetDefaults() == p.defaults && samePolicies(old.GetPolicies(), found) {
+			return old
+		}
+	}
+	return &policyv1.PolicySet{
+		Format: policyFormat, TrustDomain: td.Name(), Epoch: p.epoch, Revision: p.revision, Defaults: p.defaults, Policies: found,
+	}
+}
+
+// same says whether a caller sees no difference between n and what was sent (WAPI-07).
+func (n *shown) same(sent *shown) bool {
+	if sent == nil || n.entitled != sent.entitled || n.policies != sent.policies || len(n.bundles) != len(sent.bundles) {
+		return false
+	}
+	for td, b := range n.bundles {
+		if old := sent.bundles[td]; old == nil || old.digest != b.digest {
+			return false
+		}
+	}
+	return slices.EqualFunc(n.identities, sent.identities, func(a, b shownIdentity) bool {
+		return a.svid == b.svid && a.entry.id == b.entry.id && a.entry.hint == b.entry.hint && slices.Equal(a.entry.federatesWith, b.entry.federatesWith)
+	})
+}
+
+func (n *shown) update(own spiffeid.TrustDomain) workloadapi.Update {
+	u := workloadapi.Update{
+		Identities:  make([]workloadapi.Identity, 0, len(n.identities)),
+		TrustDomain: own,
+		X509Bundles: make(map[spiffeid.TrustDomain][]byte, len(n.bundles)),
+		JWTBundles:  make(map[spiffeid.TrustDomain]map[string]crypto.PublicKey, len(n.bundles)),
+		Policies:    n.policies,
+		Entitled:    n.entitled,
+	}
+	for _, i := range n.identities {
+		u.Identities = append(u.Identities, workloadapi.Identity{
+			ID: i.svid.id, EntryID: i.entry.id, Hint: i.entry.hint, Chain: i.svid.chain, Key: i.svid.key,
+			NotAfter: i.svid.notAfter, FederatesWith: i.entry.federatesWith,
+		})
+	}
+	for td, b := range n.bundles {
+		u.X509Bundles[td] = b.x509DER
+		u.JWTBundles[td] = b.jwt
+	}
+	if b := n.bundles[own]; b != nil {
+		u.BundleRevision = b.revision
+	}
+	return u
+}
