@@ -131,9 +131,9 @@ func addEntry(bundle *spiffebundle.Bundle, element any) error {
 		bundle.AddX509Authority(authority)
 		return nil
 	case useJWTSVID:
-		return addSigningKey(entry, "JWT-27", bundle.HasJWTAuthority, bundle.AddJWTAuthority)
+		return addSigningKey(entry, "JWT-27", bundle.HasJWTAuthority, bundle.HasWITAuthority, bundle.AddJWTAuthority)
 	case useWITSVID:
-		return addSigningKey(entry, "WIT-50", bundle.HasWITAuthority, bundle.AddWITAuthority)
+		return addSigningKey(entry, "WIT-50", bundle.HasWITAuthority, bundle.HasJWTAuthority, bundle.AddWITAuthority)
 	default:
 		return broken("TDB-14", "use %q is not known", excerpt(use))
 	}
@@ -170,8 +170,9 @@ func parseAuthority(entry map[string]any) (*x509.Certificate, error) {
 	return authority, nil
 }
 
-// addSigningKey reads an entry with use jwt-svid or wit-svid. Of two with the same kid the first counts (DEC-09).
-func addSigningKey(entry map[string]any, kidRow string, has func(string) bool, add func(string, crypto.PublicKey) error) error {
+// addSigningKey reads an entry with use jwt-svid or wit-svid. Of two with the same kid the first counts, within one use
+// (DEC-09) and across the two (WIT-03), so that what was parsed can always be written again.
+func addSigningKey(entry map[string]any, kidRow string, has, otherUseHas func(string) bool, add func(string, crypto.PublicKey) error) error {
 	kid, _ := entry["kid"].(string)
 	if kid == "" {
 		return broken(kidRow, "kid is missing, empty or no string")
@@ -185,6 +186,9 @@ func addSigningKey(entry map[string]any, kidRow string, has func(string) bool, a
 	}
 	if has(kid) {
 		return broken("DEC-09", "kid %q occurs twice, the first entry counts", excerpt(kid))
+	}
+	if otherUseHas(kid) {
+		return broken("WIT-03", "kid %q occurs with use %s and use %s, the first entry counts", excerpt(kid), useJWTSVID, useWITSVID)
 	}
 	if err := add(kid, key); err != nil {
 		return broken("TDB-20", "%w", err)
@@ -253,4 +257,37 @@ func RefreshInterval(b *spiffebundle.Bundle) time.Duration {
 		return 5 * time.Minute
 	}
 	return max(time.Minute, min(hint, 24*time.Hour))
+}
+
+// Supersedes says whether a bundle that was just fetched takes the place of the current one of the same trust domain,
+// which is nil the first time. One with a lower sequence does not; without sequences the latest wins (FED-08, FED-09).
+//
+// The error is a [RowError] and something to raise an alarm about: an old document came back (FED-08; adopt is false), or
+// the content has changed but the sequence has not (TDB-05; adopt is true, since the source is authenticated and waiting
+// could leave removed keys trusted).
+func Supersedes(fetched, current *spiffebundle.Bundle) (adopt bool, err error) {
+	if fetched == nil {
+		return false, broken("TDB-02", "no bundle given")
+	}
+	if current == nil {
+		return true, nil
+	}
+	td := current.TrustDomain()
+	if fetched.TrustDomain() != td {
+		return false, broken("TDB-18", "bundle of trust domain %q cannot take the place of one of %q", fetched.TrustDomain(), td)
+	}
+	have, known := current.SequenceNumber()
+	sequence, given := fetched.SequenceNumber()
+	switch {
+	case !known || !given || sequence > have:
+		return true, nil
+	case sequence < have:
+		return false, broken("FED-08", "bundle of trust domain %q has the sequence %d, older than the %d that is stored: an old document came back", td, sequence, have)
+	}
+	was, wasErr := MarshalBundle(current)
+	is, isErr := MarshalBundle(fetched)
+	if wasErr != nil || isErr != nil || !bytes.Equal(was, is) {
+		return true, broken("TDB-05", "bundle of trust domain %q has changed, but its sequence is still %d", td, sequence)
+	}
+	return true, nil
 }

@@ -1,6 +1,7 @@
 package spiffe
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"net/url"
@@ -27,7 +28,7 @@ func ResolveEndpoint(explicit string, getenv func(string) string) (network, addr
 	}
 	network, address, err = ParseEndpoint(value)
 	if err != nil {
-		return "", "", broken(RowOf(err), "%s: %w", EndpointEnv, err)
+		return "", "", broken(RowOf(err), "%s: %w", EndpointEnv, errors.Unwrap(err))
 	}
 	return network, address, nil
 }

@@ -1,6 +1,7 @@
 package spiffe
 
 import (
+	"cmp"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -70,7 +71,7 @@ func ParseWorkloadID(s string) (spiffeid.ID, error) {
 func ParseTrustDomain(name string) (spiffeid.TrustDomain, error) {
 	if rest, found := strings.CutPrefix(name, idScheme); found {
 		bare, _, _ := strings.Cut(rest, "/")
-		return spiffeid.TrustDomain{}, broken("ID-08", "trust domain %q is a SPIFFE ID, write the bare name %q", excerpt(name), excerpt(bare))
+		return spiffeid.TrustDomain{}, broken("ID-08", "trust domain %q is a SPIFFE ID, write the bare name %q", excerpt(name), excerpt(cmp.Or(bare, "example.org")))
 	}
 	if err := checkTrustDomainName(name); err != nil {
 		return spiffeid.TrustDomain{}, err

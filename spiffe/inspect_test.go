@@ -2,8 +2,10 @@ package spiffe
 
 import (
 	"crypto/elliptic"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/json"
 	"math/big"
 	"slices"
@@ -176,5 +178,30 @@ func TestInspectJWTSVIDReturnsWhatItCouldRead(t *testing.T) {
 	_, claims, _, err = InspectJWTSVID(token(t, goodHeader().text(t), `{"exp":9007199254740993}`, key), testNow)
 	if err != nil || claims["exp"] != json.Number("9007199254740993") {
 		t.Errorf("large number: %v, %v", claims["exp"], err)
+	}
+}
+
+// What crypto/x509 would not issue, or not with our test authority, is put into a copy of a good leaf.
+func TestInspectX509SVIDSerialAndKey(t *testing.T) {
+	good := newRoot(t, "example.org", nil).leaf(t, webID, nil).cert
+	for name, tt := range map[string]struct {
+		change func(*x509.Certificate)
+		want   []string
+	}{
+		"X509-25 zero":      {func(c *x509.Certificate) { c.SerialNumber = new(big.Int) }, []string{"X509-25 warning"}},
+		"X509-25 negative":  {func(c *x509.Certificate) { c.SerialNumber = big.NewInt(-1) }, []string{"X509-25 warning"}},
+		"X509-25 21 octets": {func(c *x509.Certificate) { c.SerialNumber = new(big.Int).Lsh(big.NewInt(1), 159) }, []string{"X509-25 warning"}},
+		"X509-28 P-224":     {func(c *x509.Certificate) { c.PublicKey = newKey(t, elliptic.P224()).Public() }, []string{"X509-28 warning"}},
+		"X509-28 RSA 1024": {func(c *x509.Certificate) {
+			c.PublicKey = &rsa.PublicKey{N: new(big.Int).Lsh(big.NewInt(1), 1023), E: 65537}
+		}, []string{"X509-28 warning"}},
+		"X509-28 RSA 2048":     {func(c *x509.Certificate) { c.PublicKey = testRSAKey().Public() }, []string{}},
+		"X509-40 unknown crit": {func(c *x509.Certificate) { c.UnhandledCriticalExtensions = []asn1.ObjectIdentifier{{1, 2, 3}} }, []string{"X509-40 error"}},
+	} {
+		leaf := *good
+		tt.change(&leaf)
+		if got := InspectX509SVID([]*x509.Certificate{&leaf}, testNow); !slices.Equal(levels(got), tt.want) {
+			t.Errorf("%s: InspectX509SVID = %v, want %v", name, got, tt.want)
+		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"maps"
 	"slices"
 
@@ -45,7 +46,7 @@ func marshalSigningKey(use, kid string, key crypto.PublicKey) (json.RawMessage, 
 		return nil, broken("JWT-27", "a signing key has no key id, which its JWK needs")
 	}
 	if err := checkSigningKey(key); err != nil {
-		return nil, broken(RowOf(err), "key %q: %w", excerpt(kid), err)
+		return nil, broken(RowOf(err), "key %q: %w", excerpt(kid), errors.Unwrap(err))
 	}
 	return marshalJWK(jose.JSONWebKey{Key: key, KeyID: kid, Use: use})
 }
@@ -83,11 +84,18 @@ func checkSigningKey(key crypto.PublicKey) error {
 	return keyFits(alg, key)
 }
 
-// publicMembers are the members that make up the public key, by kty.
-var publicMembers = map[string][]string{
-	"EC":  {"crv", "x", "y"},
-	"RSA": {"n", "e"},
-	"OKP": {"crv", "x"},
+// publicMembers returns the members that make up the public key of a kty, or nil if the kty is not known.
+func publicMembers(kty string) []string {
+	switch kty {
+	case "EC":
+		return []string{"crv", "x", "y"}
+	case "RSA":
+		return []string{"n", "e"}
+	case "OKP":
+		return []string{"crv", "x"}
+	default:
+		return nil
+	}
 }
 
 // parsePublicKey returns the public key of a JWK. go-jose gets to see nothing but kty and the members of the public key,
@@ -106,8 +114,8 @@ func parsePublicKey(entry map[string]any) (crypto.PublicKey, error) {
 		}
 		return nil, broken("JWT-28", "entry holds the private member %q, so its key is no longer secret", name)
 	}
-	names, known := publicMembers[kty]
-	if !known {
+	names := publicMembers(kty)
+	if names == nil {
 		return nil, broken("TDB-13", "kty %q is not known", excerpt(kty))
 	}
 	public := map[string]string{"kty": kty}
