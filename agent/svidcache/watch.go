@@ -294,8 +294,8 @@ type shownIdentity struct {
 	svid  *svid
 }
 
-// show collects what w may see now. complete says that nothing is on its way that belongs to it; lost that something
-// which was shown before must not be any more.
+// show collects what w may see now. complete says that nothing is on its way that belongs to it; lost that the
+// caller has an entry less, which it must hear of at once.
 func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -329,7 +329,7 @@ func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 	n.policies = s.policies.set(c.config.TrustDomain, policies, w.sent)
 	if w.sent != nil {
 		for _, before := range w.sent.identities {
-			if !slices.ContainsFunc(n.identities, func(i shownIdentity) bool { return i.entry.id == before.entry.id }) {
+			if !slices.ContainsFunc(w.entries, func(e *entry) bool { return e.id == before.entry.id }) {
 				lost = true
 			}
 		}
