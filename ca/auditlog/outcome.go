@@ -1,0 +1,7 @@
+package auditlog
+
+// The values of Record.Outcome.
+const (
+	Done    = "ok"      // it was done
+	Refused = "refused" // the caller may not, or asked for what cannot be
+)
