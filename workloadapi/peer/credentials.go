@@ -17,6 +17,9 @@ import (
 type Info struct {
 	credentials.CommonAuthInfo
 
+	// UID is the effective user id of who connected.
+	UID uint32
+
 	// Process is who connected; nil if Err is not.
 	Process *Process
 
@@ -30,15 +33,24 @@ func (Info) AuthType() string { return "peer-pidfd" }
 
 // FromContext returns who sent a call to a server with a table's credentials, or Info.Err.
 func FromContext(ctx context.Context) (*Process, error) {
+	info, err := InfoFromContext(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return info.Process, info.Err
+}
+
+// InfoFromContext returns the Info of the connection that a call came over.
+func InfoFromContext(ctx context.Context) (Info, error) {
 	p, ok := grpcpeer.FromContext(ctx)
 	if !ok {
-		return nil, errors.New("the call came over no connection")
+		return Info{}, errors.New("the call came over no connection")
 	}
 	info, ok := p.AuthInfo.(Info)
 	if !ok {
-		return nil, fmt.Errorf("the call came over a connection of type %T, not over the agent's Unix socket", p.AuthInfo)
+		return Info{}, fmt.Errorf("the call came over a connection of type %T, not over the agent's Unix socket", p.AuthInfo)
 	}
-	return info.Process, info.Err
+	return info, nil
 }
 
 // Credentials returns transport credentials for a gRPC server on a Unix socket. They ask for nothing and encrypt nothing:
@@ -80,7 +92,7 @@ func (t *Table) identify(raw net.Conn) (net.Conn, Info, error) {
 	if err != nil && !errors.Is(err, ErrForeignPIDNamespace) {
 		return nil, Info{}, err
 	}
-	info := Info{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, Err: err}
+	info := Info{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, UID: cred.Uid, Err: err}
 	if err := t.admit(cred.Uid); err != nil {
 		if fd >= 0 {
 			unix.Close(fd)

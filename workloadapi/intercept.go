@@ -1,0 +1,202 @@
+package workloadapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-id/signet/workloadapi/peer"
+)
+
+// securityHeader must come with every call, with the value "true" exactly: a program that is tricked into sending a
+// request here does not know of it. [Workload Endpoint §3]
+const securityHeader = "workload.spiffe.io"
+
+// exempt services work without the header: Envoy and health checkers cannot be made to send it (DEC-20).
+var exempt = [...]string{
+	"/grpc.health.v1.Health/",
+	"/envoy.service.secret.v3.SecretDiscoveryService/",
+	"/envoy.service.auth.v3.Authorization/",
+}
+
+// checkHeader comes before everything else, also before the answer that a method does not exist (WEP-08).
+func (s *Server) checkHeader(ctx context.Context, method string) error {
+	if !s.cfg.RequireHeaderEverywhere {
+		for _, prefix := range exempt {
+			if strings.HasPrefix(method, prefix) {
+				return nil
+			}
+		}
+	}
+	md, _ := metadata.FromIncomingContext(ctx)
+	if v := md.Get(securityHeader); len(v) != 1 || v[0] != "true" {
+		return badArgument("the metadata %s: true is missing: SPIFFE clients send it with each call, exactly once", securityHeader)
+	}
+	return nil
+}
+
+// enter lets a call in. The context it returns ends with the call, with the server, and with the calling process. leave
+// is never nil.
+func (s *Server) enter(ctx context.Context, method string) (_ context.Context, leave func(), err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	leave = func() { cancel(nil) }
+	if err := s.checkHeader(ctx, method); err != nil {
+		return ctx, leave, err
+	}
+	info, err := peer.InfoFromContext(ctx)
+	if err != nil {
+		return ctx, leave, err
+	}
+	if info.Err != nil && !strings.HasPrefix(method, exempt[0]) { // health says nothing about anybody
+		return ctx, leave, info.Err
+	}
+	if err := s.calls.take(info.UID); err != nil {
+		return ctx, leave, err
+	}
+	unhook := context.AfterFunc(s.stopping, func() { cancel(errStopping) })
+	return ctx, func() {
+		unhook()
+		cancel(nil)
+		s.calls.put(info.UID)
+	}, nil
+}
+
+func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	start := time.Now()
+	ctx, leave, err := s.enter(ctx, info.FullMethod)
+	defer leave()
+	var resp any
+	if err == nil {
+		resp, err = handler(ctx, req)
+	}
+	if err = s.ended(ctx, info.FullMethod, start, err); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	start := time.Now()
+	ctx, leave, err := s.enter(ss.Context(), info.FullMethod)
+	defer leave()
+	if err == nil {
+		err = handler(srv, &stream{ServerStream: ss, ctx: ctx})
+	}
+	return s.ended(ctx, info.FullMethod, start, err)
+}
+
+// A stream has the context that enter made.
+type stream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s *stream) Context() context.Context { return s.ctx }
+
+// ended turns the error of a call into its status and reports it.
+func (s *Server) ended(ctx context.Context, method string, start time.Time, err error) error {
+	st := toStatus(ctx, err)
+	// Health, reflection and unimplemented methods make their own status. It counts only as the outermost error: one that
+	// is wrapped comes from elsewhere, such as the CA, and does not speak about this call.
+	if own, ok := err.(interface{ GRPCStatus() *status.Status }); ok && !errors.Is(context.Cause(ctx), errStopping) {
+		st = own.GRPCStatus().Err()
+	}
+	code := status.Code(st)
+	if s.cfg.OnCall != nil {
+		if code == codes.Unimplemented {
+			method = "unknown" // the client chose the name: as a label it would be unbounded
+		}
+		s.cfg.OnCall(CallEnd{Method: method, Code: code, Duration: time.Since(start)})
+	}
+	s.refusals.note(ctx, method, code, err)
+	return st
+}
+
+// A callLimit counts open calls by user.
+type callLimit struct {
+	total, perUID int
+
+	mu   sync.Mutex
+	all  int
+	open map[uint32]int
+}
+
+func (l *callLimit) take(uid uint32) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.all >= l.total {
+		return fmt.Errorf("%d calls are open in all: %w", l.all, errBusy)
+	}
+	if l.open[uid] >= l.perUID {
+		return fmt.Errorf("uid %d has %d calls open: %w", uid, l.open[uid], errBusy)
+	}
+	l.all++
+	l.open[uid]++
+	return nil
+}
+
+func (l *callLimit) put(uid uint32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all--
+	if l.open[uid]--; l.open[uid] == 0 {
+		delete(l.open, uid)
+	}
+}
+
+// A refusalLog writes down calls that were not answered, as many as an operator can read: callers repeat themselves, and
+// hostile ones must not fill a disk.
+type refusalLog struct {
+	log   *slog.Logger
+	limit *rate.Limiter
+
+	mu      sync.Mutex
+	skipped int
+}
+
+func newRefusalLog(log *slog.Logger) *refusalLog {
+	return &refusalLog{log: log, limit: rate.NewLimiter(5, 50)}
+}
+
+func (r *refusalLog) note(ctx context.Context, method string, code codes.Code, err error) {
+	var level slog.Level
+	switch code {
+	case codes.OK, codes.Canceled, codes.DeadlineExceeded, codes.Unimplemented:
+		return
+	case codes.Internal, codes.Unknown:
+		level = slog.LevelError
+	default:
+		level = slog.LevelInfo
+	}
+	if errors.Is(context.Cause(ctx), errStopping) {
+		return
+	}
+	r.mu.Lock()
+	if !r.limit.Allow() {
+		r.skipped++
+		r.mu.Unlock()
+		return
+	}
+	skipped := r.skipped
+	r.skipped = 0
+	r.mu.Unlock()
+
+	attrs := []slog.Attr{slog.String("method", method), slog.String("code", code.String()), slog.Any("err", err)}
+	if p, perr := peer.FromContext(ctx); perr == nil {
+		attrs = append(attrs, slog.Int("pid", int(p.PID)), slog.Uint64("uid", uint64(p.UID)))
+	}
+	if skipped > 0 {
+		attrs = append(attrs, slog.Int("not_logged", skipped))
+	}
+	r.log.LogAttrs(ctx, level, "call refused", attrs...)
+}

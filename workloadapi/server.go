@@ -1,0 +1,280 @@
+package workloadapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-id/signet/api/signet/policy/v1/policyapi"
+	"github.com/signet-id/signet/workloadapi/peer"
+)
+
+// Bounds of the endpoint that nobody needs to change.
+const (
+	// maxRequestBytes bounds a request: the longest is a JWT-SVID of 16 KiB with an audience, or a list of audiences.
+	maxRequestBytes = 64 << 10
+
+	// maxHeaderBytes bounds the metadata of a call.
+	maxHeaderBytes = 16 << 10
+
+	// maxStreamsPerConnection is far above what a client opens, which is one for each RPC it uses.
+	maxStreamsPerConnection = 100
+
+	// handshakeTimeout is how long a connection may take to say that it speaks HTTP/2.
+	handshakeTimeout = 10 * time.Second
+
+	// idleTimeout ends connections without a call.
+	idleTimeout = 15 * time.Minute
+
+	// stopTimeout is how long calls may take to end at shutdown before their connections are closed.
+	stopTimeout = 2 * time.Second
+
+	// attestingPerUID and attestingTotal bound the processes that are looked at simultaneously.
+	attestingPerUID, attestingTotal = 32, 1024
+)
+
+// Config is what an endpoint needs. Source, Attestor and SocketPath have no default.
+type Config struct {
+	// Source knows the callers' identities. If it is an Acknowledger as well, it is told what has been handed on.
+	Source Source
+
+	// Attestor says what callers are.
+	Attestor Attestor
+
+	// SocketPath is where the Unix socket is made, at most 107 bytes. A missing directory is made with mode 0755.
+	SocketPath string
+
+	// Mode is the socket's mode. Zero means 0777: any local process may ask, and attestation decides.
+	Mode os.FileMode
+
+	// Log gets what operators should know. Nil means nowhere. Secrets and tokens never go there.
+	Log *slog.Logger
+
+	// Now is the clock that tokens are judged by. Nil means time.Now.
+	Now func() time.Time
+
+	// JWTLeeway is how far the clock of a JWT-SVID's issuer may be off. Zero means 30 s; at most 60 s.
+	JWTLeeway time.Duration
+
+	// AllowUnknownJWTHeaders lets ValidateJWTSVID accept tokens with header members other than alg, kid and typ.
+	AllowUnknownJWTHeaders bool
+
+	// AllowForeignPrivateClaims lets ValidateJWTSVID return all claims of a token from a foreign trust domain, and not
+	// only the registered ones. [Workload API §6.2.3]
+	AllowForeignPrivateClaims bool
+
+	// RequireHeaderEverywhere demands the security header also from SDS, ext_authz and grpc.health, which are exempt
+	// otherwise so that Envoy and health checks work as they are.
+	RequireHeaderEverywhere bool
+
+	// AllowBundlesWithoutIdentity serves our own trust domain's bundles to callers without a registration entry.
+	AllowBundlesWithoutIdentity bool
+
+	// DisableX509 and DisableJWT answer the RPCs of that profile with Unimplemented.
+	DisableX509, DisableJWT bool
+
+	// IssueWait is how long a call of a registered caller waits for its first SVID before it ends with Unavailable.
+	// Zero means 10 s.
+	IssueWait time.Duration
+
+	// SpreadUpdates spreads updates that only bring new bundles, which concern every stream at once, over this time.
+	// Zero sends them at once. [Workload API §4.2]
+	SpreadUpdates time.Duration
+
+	// MaxStreams bounds open calls, and open connections. Zero means 16384.
+	MaxStreams int
+
+	// MaxStreamsPerUID bounds those of one user, so that one cannot lock out the others. Zero means a quarter of
+	// MaxStreams.
+	MaxStreamsPerUID int
+
+	// OnCall, if not nil, is told when a call has ended. It must not block.
+	OnCall func(CallEnd)
+
+	// OnPush, if not nil, is told when a stream's message has been sent. It must not block.
+	OnPush func(method string)
+
+	// Services are registered on the same socket, under the same rules: SDS and ext_authz are such.
+	Services []func(grpc.ServiceRegistrar, *Server)
+}
+
+// A CallEnd is one finished call, for metrics. It names no SPIFFE ID.
+type CallEnd struct {
+	// Method is the full gRPC method, or "unknown" if there is no such method.
+	Method   string
+	Code     codes.Code
+	Duration time.Duration
+}
+
+// A Server is a Workload Endpoint. It listens from New on and answers while Run runs.
+type Server struct {
+	cfg      Config
+	log      *slog.Logger
+	socket   *socket
+	peers    *peer.Table
+	gate     *peer.Gate
+	grpc     *grpc.Server
+	health   *health.Server
+	calls    callLimit
+	refusals *refusalLog
+
+	// stopping ends when Run's context does; its cause is errStopping.
+	stopping context.Context
+	stop     context.CancelCauseFunc
+
+	closeOnce sync.Once
+	closeErr  error
+}
+
+// New checks the configuration and creates the socket. Callers can connect from then on, and wait for Run. Whoever does
+// not call Run calls Close.
+func New(cfg Config) (*Server, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	peers, err := peer.NewTable(peer.Config{MaxConnections: cfg.MaxStreams, MaxConnectionsPerUID: cfg.MaxStreamsPerUID, Log: cfg.Log})
+	if err != nil {
+		return nil, err
+	}
+	sock, err := listen(cfg.SocketPath, cfg.Mode, cfg.Log)
+	if err != nil {
+		return nil, errors.Join(err, peers.Close())
+	}
+	s := &Server{
+		cfg: cfg, log: cfg.Log, socket: sock, peers: peers,
+		gate:     peer.NewGate(attestingPerUID, attestingTotal),
+		health:   health.NewServer(),
+		calls:    callLimit{total: cfg.MaxStreams, perUID: cfg.MaxStreamsPerUID, open: map[uint32]int{}},
+		refusals: newRefusalLog(cfg.Log),
+	}
+	s.stopping, s.stop = context.WithCancelCause(context.Background())
+	s.grpc = grpc.NewServer(
+		grpc.Creds(peers.Credentials()),
+		grpc.MaxRecvMsgSize(maxRequestBytes),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
+		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		// No pings from our side: the kernel reports a peer that is gone, and a stopped one is no reason to hang up.
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idleTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+		// So that the interceptor sees calls to services that are not there, too.
+		grpc.UnknownServiceHandler(func(_ any, ss grpc.ServerStream) error {
+			return status.Error(codes.Unimplemented, "no such method on this endpoint")
+		}),
+	)
+	workload.RegisterSpiffeWorkloadAPIServer(s.grpc, &workloadService{server: s})
+	policyapi.RegisterPoliciesServer(s.grpc, &policyService{server: s})
+	healthpb.RegisterHealthServer(s.grpc, s.health)
+	for _, register := range cfg.Services {
+		register(s.grpc, s)
+	}
+	reflection.Register(s.grpc)
+	for name := range s.grpc.GetServiceInfo() {
+		s.health.SetServingStatus(name, healthpb.HealthCheckResponse_NOT_SERVING)
+	}
+	s.health.SetServingStatus("", healthpb.HealthCheckResponse_NOT_SERVING)
+	return s, nil
+}
+
+func (c *Config) check() error {
+	switch {
+	case c.Source == nil:
+		return errors.New("config of the Workload Endpoint: Source is nil")
+	case c.Attestor == nil:
+		return errors.New("config of the Workload Endpoint: Attestor is nil")
+	case c.JWTLeeway < 0 || c.JWTLeeway > time.Minute:
+		return fmt.Errorf("JWTLeeway is %s: must be between 0 and 1m", c.JWTLeeway)
+	case c.IssueWait < 0 || c.SpreadUpdates < 0:
+		return fmt.Errorf("IssueWait %s and SpreadUpdates %s: must not be negative", c.IssueWait, c.SpreadUpdates)
+	case c.MaxStreams < 0 || c.MaxStreamsPerUID < 0:
+		return fmt.Errorf("MaxStreams %d and MaxStreamsPerUID %d: must not be negative", c.MaxStreams, c.MaxStreamsPerUID)
+	case c.Mode&^os.ModePerm != 0:
+		return fmt.Errorf("Mode %v: only permission bits, such as 0777", c.Mode)
+	}
+	if c.Mode == 0 {
+		c.Mode = 0o777
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.IssueWait == 0 {
+		c.IssueWait = 10 * time.Second
+	}
+	if c.MaxStreams == 0 {
+		c.MaxStreams = 16384
+	}
+	if c.MaxStreamsPerUID == 0 {
+		c.MaxStreamsPerUID = max(1, c.MaxStreams/4)
+	}
+	return nil
+}
+
+// Addr is the socket's address as SPIFFE_ENDPOINT_SOCKET wants it.
+func (s *Server) Addr() string { return "unix://" + s.socket.path }
+
+// Run serves until ctx ends. Streams then end with Unavailable, so that clients come back, and the socket is removed.
+// Run returns when everything it started has ended: nil if that was because of ctx. It is called once.
+func (s *Server) Run(ctx context.Context) error {
+	s.health.Resume()
+	served := make(chan error, 1)
+	go func() { served <- s.grpc.Serve(s.socket.listener) }()
+
+	var err error
+	select {
+	case <-ctx.Done():
+		s.health.Shutdown()
+		s.stop(errStopping)
+		s.stopGRPC()
+		<-served
+	case err = <-served:
+		err = fmt.Errorf("serving %s: %w", s.socket.path, err)
+	}
+	return errors.Join(err, s.Close())
+}
+
+// stopGRPC lets calls end with their own status. A client that does not let go, such as one that holds a reflection
+// stream open, is cut off, which it sees as Unavailable too.
+func (s *Server) stopGRPC() {
+	done := make(chan struct{})
+	go func() {
+		s.grpc.GracefulStop()
+		close(done)
+	}()
+	timer := time.NewTimer(stopTimeout)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+		s.grpc.Stop()
+		<-done
+	}
+}
+
+// Close ends what still runs, without grace, and removes the socket. Run does it by itself.
+func (s *Server) Close() error {
+	s.closeOnce.Do(func() {
+		s.stop(errStopping)
+		s.health.Shutdown()
+		s.grpc.Stop()
+		s.closeErr = errors.Join(s.socket.close(), s.peers.Close())
+	})
+	return s.closeErr
+}
