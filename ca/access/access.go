@@ -1,0 +1,334 @@
+// Package access says who calls the CA and whether they may: it makes the TLS configuration of the port, identifies the
+// caller of each RPC, and holds the table of which kind of caller may call what. It never answers an RPC itself.
+//
+// Every RPC is judged anew: the certificate's expiry, and for agents the serial number and the ban, so that a
+// connection that outlives its rights is of no use. [DESIGN §4, SPIRE-PROTOCOL §4, §10]
+package access
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// A Kind is what a caller is allowed to be. One caller can be several: an agent's ID may also be an admin's.
+type Kind uint8
+
+// The kinds of callers.
+const (
+	Anyone Kind = 1 << iota // no certificate needed
+	Agent                   // the current SVID of an attested agent
+	Local                   // an admin on the admin Unix socket
+	Admin                   // an admin by X509-SVID
+)
+
+// A Caller is who calls an RPC.
+type Caller struct {
+	Kind    Kind        // every kind that was established
+	ID      spiffeid.ID // zero for local and anonymous callers
+	Serial  string      // decimal; agents and admins
+	Expires time.Time   // of the SVID that was presented
+	UID     uint32      // local callers
+	Address string
+	Node    *registry.Node // agents, as of the start of the RPC
+}
+
+// String names the caller in the audit log.
+func (c *Caller) String() string {
+	switch {
+	case !c.ID.IsZero():
+		return c.ID.String()
+	case c.Kind&Local != 0:
+		return fmt.Sprintf("uid:%d", c.UID)
+	}
+	return "anonymous"
+}
+
+// KindName names how the caller was identified.
+func (c *Caller) KindName() string {
+	switch {
+	case c.Kind&Local != 0:
+		return "local"
+	case c.Kind&Admin != 0:
+		return "admin"
+	case c.Kind&Agent != 0:
+		return "agent"
+	}
+	return "anonymous"
+}
+
+type callerKey struct{}
+
+// From returns the caller of the RPC that ctx belongs to. It is never nil inside an RPC that passed the interceptors.
+func From(ctx context.Context) *Caller {
+	c, _ := ctx.Value(callerKey{}).(*Caller)
+	if c == nil {
+		c = &Caller{}
+	}
+	return c
+}
+
+// A Guard judges callers.
+type Guard struct {
+	TrustDomain spiffeid.TrustDomain
+	Registry    *registry.Registry
+	// Bundles returns the authorities that client certificates must chain to.
+	Bundles x509bundle.Source
+	// Certificate returns the CA's own SVID with its authority.
+	Certificate func() (*tls.Certificate, error)
+	// AdminIDs are admins besides those whom an entry makes one.
+	AdminIDs func() []spiffeid.ID
+	// Methods says who may call what, by full method name. What is not in it is refused.
+	Methods map[string]Kind
+	// Refused is told of each refusal, for audit and metrics.
+	Refused func(ctx context.Context, c *Caller, method string, err error)
+	Now     func() time.Time
+	Log     *slog.Logger
+}
+
+// TLSConfig returns the configuration of the port: TLS 1.3, no session tickets (so that every handshake is judged by
+// the bundle of now), client certificates requested but not required, and verified if presented. [DESIGN §4]
+func (g *Guard) TLSConfig() *tls.Config {
+	verify := spiffe.VerifyPeer(g.Bundles, g.Now, func(id spiffeid.ID, _ [][]*x509.Certificate) error {
+		if id.TrustDomain() != g.TrustDomain && !g.listed(id) {
+			return fmt.Errorf("client %s is not of trust domain %s", id, g.TrustDomain)
+		}
+		return nil
+	})
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		NextProtos:             []string{"h2"},
+		SessionTicketsDisabled: true,
+		ClientAuth:             tls.RequestClientCert,
+		Time:                   g.Now,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return g.Certificate() },
+		VerifyPeerCertificate: func(raw [][]byte, chains [][]*x509.Certificate) error {
+			if len(raw) == 0 {
+				return nil
+			}
+			return verify(raw, chains)
+		},
+	}
+}
+
+func (g *Guard) listed(id spiffeid.ID) bool {
+	for _, a := range g.AdminIDs() {
+		if a == id {
+			return true
+		}
+	}
+	return false
+}
+
+// Unary is the interceptor for unary RPCs.
+func (g *Guard) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	ctx, err := g.admit(ctx, info.FullMethod)
+	if err != nil {
+		return nil, err
+	}
+	return handler(ctx, req)
+}
+
+// Stream is the interceptor for streaming RPCs.
+func (g *Guard) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	ctx, err := g.admit(ss.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	return handler(srv, &stream{ss, ctx})
+}
+
+type stream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s *stream) Context() context.Context { return s.ctx }
+
+func (g *Guard) admit(ctx context.Context, method string) (context.Context, error) {
+	c, err := g.identify(ctx)
+	if err == nil {
+		err = g.authorize(ctx, c, method)
+	}
+	if err != nil {
+		if g.Refused != nil {
+			g.Refused(ctx, c, method, err)
+		}
+		return nil, err
+	}
+	return context.WithValue(ctx, callerKey{}, c), nil
+}
+
+// identify finds out who calls, without judging whether they may.
+func (g *Guard) identify(ctx context.Context) (*Caller, error) {
+	c := &Caller{Kind: Anyone}
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return c, status.Error(codes.Unauthenticated, "no transport")
+	}
+	if p.Addr != nil {
+		c.Address = p.Addr.String()
+	}
+	switch info := p.AuthInfo.(type) {
+	case LocalInfo:
+		c.Kind, c.UID, c.Address = Local|Anyone, info.UID, "unix"
+	case credentials.TLSInfo:
+		if len(info.State.PeerCertificates) == 0 {
+			return c, nil
+		}
+		leaf := info.State.PeerCertificates[0]
+		id, err := spiffe.IDFromCertificate(leaf)
+		if err != nil {
+			return c, status.Errorf(codes.Unauthenticated, "client certificate: %v", err)
+		}
+		c.ID, c.Serial, c.Expires = id, leaf.SerialNumber.String(), leaf.NotAfter
+	default:
+		return c, status.Error(codes.Unauthenticated, "unknown transport")
+	}
+	return c, nil
+}
+
+// authorize decides whether c may call method, and completes c.
+func (g *Guard) authorize(ctx context.Context, c *Caller, method string) error {
+	allowed := g.Methods[method]
+	if allowed&c.Kind != 0 {
+		return nil
+	}
+	denied := status.Errorf(codes.PermissionDenied, "authorization denied for method %s", method)
+	if c.ID.IsZero() {
+		return denied
+	}
+	if g.Now().After(c.Expires) {
+		return Denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "X509-SVID of %s has expired", c.ID)
+	}
+	if allowed&Admin != 0 && (g.listed(c.ID) || c.ID.TrustDomain() == g.TrustDomain && g.Registry.IsAdmin(c.ID)) {
+		c.Kind |= Admin
+		return nil
+	}
+	if allowed&Agent != 0 && c.ID.TrustDomain() == g.TrustDomain && registry.IsAgentID(c.ID) {
+		n, err := g.CheckAgent(ctx, c)
+		if err != nil {
+			return err
+		}
+		c.Kind |= Agent
+		c.Node = n
+		return nil
+	}
+	return denied
+}
+
+// CheckAgent returns the node of a calling agent if its SVID is the one it may use now. The first use of an SVID that a
+// renewal handed out makes it the current one. A no is never given from an index that may lag: the store is asked.
+func (g *Guard) CheckAgent(ctx context.Context, c *Caller) (*registry.Node, error) {
+	if !g.Now().Before(c.Expires) {
+		return nil, Denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "agent X509-SVID of %s has expired", c.ID)
+	}
+	n, err := g.Registry.Node(c.ID)
+	if err == nil && !n.Banned && n.Active && n.Serial == c.Serial {
+		return n, nil
+	}
+	const attempts = 4
+	for range attempts {
+		n, err = g.Registry.NodeNow(ctx, c.ID)
+		switch {
+		case errors.Is(err, registry.ErrNotFound):
+			return nil, Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s is not attested", c.ID)
+		case err != nil:
+			g.Log.Error("reading a node", "node_id", c.ID.String(), "err", err)
+			return nil, status.Error(codes.Unavailable, "the store does not answer; try again")
+		case n.Banned:
+			return nil, Denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", c.ID)
+		case n.Serial == c.Serial && n.Active:
+			return n, nil
+		case n.Serial == c.Serial:
+			n.Active = true
+		case n.NewSerial != "" && n.NewSerial == c.Serial:
+			n.Serial, n.ExpiresAt, n.Active = n.NewSerial, n.NewExpiresAt, true
+			n.NewSerial, n.NewExpiresAt = "", time.Time{}
+		default:
+			return nil, Denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "agent %s uses an X509-SVID that another one has replaced", c.ID)
+		}
+		err = g.Registry.PutNode(store.WithReserve(ctx), n, nil)
+		if err == nil {
+			return n, nil
+		}
+		if !errors.Is(err, registry.ErrConflict) {
+			break
+		}
+	}
+	g.Log.Error("noting the use of an agent's X509-SVID", "node_id", c.ID.String(), "err", err)
+	return nil, status.Error(codes.Unavailable, "the store does not take the change; try again")
+}
+
+// Denied returns PermissionDenied with SPIRE's reason, by which agents decide what to do next. [SPIRE-PROTOCOL §12]
+func Denied(reason types.PermissionDeniedDetails_Reason, format string, args ...any) error {
+	st := status.Newf(codes.PermissionDenied, format, args...)
+	if with, err := st.WithDetails(&types.PermissionDeniedDetails{Reason: reason}); err == nil {
+		st = with
+	}
+	return st.Err()
+}
+
+// LocalInfo identifies an admin on the Unix socket. It exists only for connections whose peer was accepted.
+type LocalInfo struct {
+	credentials.CommonAuthInfo
+	UID uint32
+}
+
+// AuthType implements credentials.AuthInfo.
+func (LocalInfo) AuthType() string { return "unix" }
+
+// LocalCredentials is the transport of the admin socket: it asks the kernel who connects and refuses everybody but
+// root, the CA's own user, and those whom Allow names.
+type LocalCredentials struct {
+	// Allow tells whether a peer with these credentials is an admin.
+	Allow func(uid, gid uint32, groups []uint32) bool
+	Log   *slog.Logger
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (l LocalCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	uid, gid, groups, err := peerCredentials(conn)
+	if err != nil {
+		return nil, nil, fmt.Errorf("peer credentials: %w", err)
+	}
+	if !l.Allow(uid, gid, groups) {
+		l.Log.Warn("refused a connection to the admin socket", "uid", uid, "gid", gid)
+		return nil, nil, fmt.Errorf("uid %d is not an admin; see admin_socket in the CA's configuration", uid)
+	}
+	return conn, LocalInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}, uid}, nil
+}
+
+// ClientHandshake implements credentials.TransportCredentials. These credentials are for servers.
+func (LocalCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("local credentials are for servers")
+}
+
+// Info implements credentials.TransportCredentials.
+func (LocalCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "unix"}
+}
+
+// Clone implements credentials.TransportCredentials.
+func (l LocalCredentials) Clone() credentials.TransportCredentials { return l }
+
+// OverrideServerName implements credentials.TransportCredentials.
+func (LocalCredentials) OverrideServerName(string) error { return nil }

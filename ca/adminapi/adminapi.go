@@ -1,0 +1,181 @@
+// Package adminapi is the door for operators: SPIRE's Server API as far as admins call it (entries, agents, bundles,
+// minting) and signet.admin.v1. The same services answer on the admin socket and, for admins, over mTLS. Package
+// access has admitted the caller before any of it runs. Every change is in the audit log before its answer leaves.
+package adminapi
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	"github.com/signet-id/signet/ca/access"
+	"github.com/signet-id/signet/ca/auditlog"
+	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// Config says what the API works on. All fields are needed.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Registry    *registry.Registry
+	Authority   *authority.Set
+	Audit       *auditlog.Log
+	Epoch       string
+	Version     string
+	// Following returns which agents follow this replica.
+	Following func() map[spiffeid.ID]Following
+	Now       func() time.Time
+	Log       *slog.Logger
+	Issued    func(kind, reason string, n int)
+	// Stop is closed when the CA shuts down: streams then end with Unavailable.
+	Stop <-chan struct{}
+}
+
+// Following is what is known of an agent that follows.
+type Following struct {
+	Acknowledged store.Revision
+	Version      string
+	Address      string
+	Entries      int
+}
+
+// API implements the RPCs. It is safe for concurrent use.
+type API struct {
+	adminv1.UnimplementedAdminServer
+	c Config
+}
+
+// New returns the API.
+func New(c Config) *API { return &API{c: c} }
+
+// toStatus is the one place where errors become gRPC codes. The caller is an admin, so validation errors keep their
+// text; what is not known leaves without it and is logged.
+func (a *API) toStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	if v, ok := errors.AsType[*registry.ValidationError](err); ok {
+		return status.Error(codes.InvalidArgument, v.Error())
+	}
+	if x, ok := errors.AsType[*registry.ExistsError](err); ok {
+		return status.Error(codes.AlreadyExists, x.Error())
+	}
+	switch {
+	case errors.Is(err, errDocument), errors.Is(err, authority.ErrRefused), errors.Is(err, registry.ErrTooMany):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, registry.ErrNotFound):
+		return status.Error(codes.NotFound, err.Error())
+	case errors.Is(err, registry.ErrConflict):
+		return status.Error(codes.Aborted, err.Error())
+	case errors.Is(err, registry.ErrNotReady):
+		return status.Error(codes.Unavailable, registry.ErrNotReady.Error())
+	case errors.Is(err, auditlog.ErrDisk), errors.Is(err, store.ErrDiskFull):
+		a.c.Log.Error("the disk is full", "err", err)
+		return status.Error(codes.Unavailable, "the CA's disk is full: free room on it and try again")
+	case errors.Is(err, store.ErrTooLarge):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, authority.ErrNoActive), errors.Is(err, authority.ErrExpired), errors.Is(err, authority.ErrStopped):
+		return status.Error(codes.FailedPrecondition, err.Error())
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return status.FromContextError(err).Err()
+	}
+	a.c.Log.Error("internal error", "err", err)
+	return status.Error(codes.Internal, "internal error; the CA's log says more")
+}
+
+func (a *API) itemStatus(err error) *types.Status {
+	st := status.Convert(a.toStatus(err))
+	msg := st.Message()
+	if err == nil {
+		msg = "OK"
+	}
+	return &types.Status{Code: int32(st.Code()), Message: msg}
+}
+
+// record builds the audit record of an admin's act.
+func (a *API) record(ctx context.Context, event, subject string, err error, details map[string]any) auditlog.Record {
+	c := access.From(ctx)
+	if details == nil {
+		details = map[string]any{}
+	}
+	details["address"] = c.Address
+	outcome := auditlog.Done
+	if err != nil {
+		outcome = auditlog.Refused
+		details["reason"] = status.Convert(a.toStatus(err)).Message()
+	}
+	return auditlog.Record{Time: a.c.Now(), Event: event, Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: outcome, Details: details}
+}
+
+// intend writes to the audit log what is about to be changed, and with it makes sure that there is room to log at
+// all: a change that cannot be logged is not made. The outcome follows in a second record.
+func (a *API) intend(ctx context.Context, class auditlog.Class, event string, subjects []string, details map[string]any) error {
+	rec := a.record(ctx, event+".begin", "", nil, details)
+	rec.Details["subjects"] = subjects
+	return a.c.Audit.Append(ctx, class, rec)
+}
+
+// outcome logs what became of an act. The change is done or refused already, so a failure here is only reported.
+func (a *API) outcome(ctx context.Context, class auditlog.Class, records ...auditlog.Record) {
+	if len(records) == 0 {
+		return
+	}
+	if err := a.c.Audit.Append(context.WithoutCancel(ctx), class, records...); err != nil {
+		a.c.Log.Error("audit of an outcome; its begin record is in the log", "event", records[0].Event, "err", err)
+	}
+}
+
+func (a *API) ownID(field string, id *types.SPIFFEID) (spiffeid.ID, error) {
+	if id == nil {
+		return spiffeid.ID{}, &registry.ValidationError{Field: field, Problem: "missing"}
+	}
+	s := "spiffe://" + id.TrustDomain + id.Path
+	out, err := spiffe.ParseID(s)
+	if err != nil {
+		return spiffeid.ID{}, &registry.ValidationError{Field: field, Value: s, Problem: err.Error()}
+	}
+	if out.TrustDomain() != a.c.TrustDomain {
+		return spiffeid.ID{}, &registry.ValidationError{Field: field, Value: s, Problem: "must be in trust domain " + a.c.TrustDomain.Name()}
+	}
+	return out, nil
+}
+
+func protoID(id spiffeid.ID) *types.SPIFFEID {
+	return &types.SPIFFEID{TrustDomain: id.TrustDomain().Name(), Path: id.Path()}
+}
+
+// Bounds of lists.
+const (
+	maxPage = 5000
+	// maxUnpaged is how much a list may hold if its caller does not page: SPIRE's answer to page_size 0 is everything.
+	maxUnpaged = 10000
+)
+
+func pageSize(asked int32) (int, error) {
+	switch {
+	case asked < 0:
+		return 0, &registry.ValidationError{Field: "page_size", Problem: "must not be negative"}
+	case asked == 0:
+		return maxUnpaged, nil
+	}
+	return min(int(asked), maxPage), nil
+}
+
+func checkUnpaged(asked int32, more bool) error {
+	if asked == 0 && more {
+		return status.Errorf(codes.ResourceExhausted, "page_size: more than %d results; set page_size and follow next_page_token", maxUnpaged)
+	}
+	return nil
+}

@@ -1,0 +1,427 @@
+package adminapi
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"math"
+	"time"
+
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-id/signet/ca/auditlog"
+	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// maxBatch bounds the batch RPCs for entries.
+const maxBatch = 1000
+
+// allFields is a mask with everything on.
+var allFields = &types.EntryMask{SpiffeId: true, ParentId: true, Selectors: true, X509SvidTtl: true, FederatesWith: true, Admin: true,
+	Downstream: true, ExpiresAt: true, DnsNames: true, RevisionNumber: true, StoreSvid: true, JwtSvidTtl: true, Hint: true, CreatedAt: true, AdditionalAttributes: true}
+
+func protoEntry(e *registry.Entry, m *types.EntryMask) *types.Entry {
+	if m == nil {
+		m = allFields
+	}
+	out := &types.Entry{Id: string(e.ID)}
+	if m.SpiffeId {
+		out.SpiffeId = protoID(e.SPIFFEID)
+	}
+	if m.ParentId {
+		out.ParentId = protoID(e.ParentID)
+	}
+	if m.Selectors {
+		for _, s := range e.Selectors {
+			out.Selectors = append(out.Selectors, &types.Selector{Type: s.Type, Value: s.Value})
+		}
+	}
+	if m.X509SvidTtl {
+		out.X509SvidTtl = int32(e.X509TTL / time.Second)
+	}
+	if m.JwtSvidTtl {
+		out.JwtSvidTtl = int32(e.JWTTTL / time.Second)
+	}
+	if m.FederatesWith {
+		for _, td := range e.FederatesWith {
+			out.FederatesWith = append(out.FederatesWith, td.Name())
+		}
+	}
+	if m.ExpiresAt && !e.ExpiresAt.IsZero() {
+		out.ExpiresAt = e.ExpiresAt.Unix()
+	}
+	if m.DnsNames {
+		out.DnsNames = e.DNSNames
+	}
+	if m.RevisionNumber {
+		out.RevisionNumber = int64(e.Revision)
+	}
+	if m.CreatedAt {
+		out.CreatedAt = e.CreatedAt.Unix()
+	}
+	if m.Hint {
+		out.Hint = e.Hint
+	}
+	out.Admin = m.Admin && e.Admin
+	out.Downstream = m.Downstream && e.Downstream
+	out.StoreSvid = m.StoreSvid && e.StoreSVID
+	if m.AdditionalAttributes && (e.NoX509Prefetch || e.JWTIncludeJTI) {
+		out.AdditionalAttributes = &types.Entry_AdditionalAttributes{DisableX509SvidPrefetch: e.NoX509Prefetch, JwtSvidIncludeJti: e.JWTIncludeJTI}
+	}
+	return out
+}
+
+// fill sets those fields of e that the mask names from in. Nil is all.
+func (a *API) fill(e *registry.Entry, in *types.Entry, m *types.EntryMask) error {
+	if m == nil {
+		m = allFields
+	}
+	var err error
+	if m.SpiffeId {
+		if e.SPIFFEID, err = a.ownID("spiffe_id", in.SpiffeId); err != nil {
+			return err
+		}
+	}
+	if m.ParentId {
+		if e.ParentID, err = a.ownID("parent_id", in.ParentId); err != nil {
+			return err
+		}
+	}
+	if m.Selectors {
+		if e.Selectors, err = selectors("selectors", in.Selectors); err != nil {
+			return err
+		}
+	}
+	if m.X509SvidTtl {
+		e.X509TTL = time.Duration(in.X509SvidTtl) * time.Second
+	}
+	if m.JwtSvidTtl {
+		e.JWTTTL = time.Duration(in.JwtSvidTtl) * time.Second
+	}
+	if m.FederatesWith {
+		e.FederatesWith = nil
+		for _, name := range in.FederatesWith {
+			td, err := spiffe.ParseTrustDomain(name)
+			if err != nil {
+				return &registry.ValidationError{Field: "federates_with", Value: name, Problem: err.Error()}
+			}
+			e.FederatesWith = append(e.FederatesWith, td)
+		}
+	}
+	if m.ExpiresAt {
+		e.ExpiresAt = time.Time{}
+		if in.ExpiresAt < 0 {
+			return &registry.ValidationError{Field: "expires_at", Problem: "must not be negative; 0 means never"}
+		}
+		if in.ExpiresAt > 0 {
+			e.ExpiresAt = time.Unix(in.ExpiresAt, 0).UTC()
+		}
+	}
+	if m.DnsNames {
+		e.DNSNames = in.DnsNames
+	}
+	if m.Hint {
+		e.Hint = in.Hint
+	}
+	if m.Admin {
+		e.Admin = in.Admin
+	}
+	if m.Downstream {
+		e.Downstream = in.Downstream
+	}
+	if m.StoreSvid {
+		e.StoreSVID = in.StoreSvid
+	}
+	if m.AdditionalAttributes {
+		e.NoX509Prefetch = in.GetAdditionalAttributes().GetDisableX509SvidPrefetch()
+		e.JWTIncludeJTI = in.GetAdditionalAttributes().GetJwtSvidIncludeJti()
+	}
+	return nil
+}
+
+func selectors(field string, in []*types.Selector) ([]spiffe.Selector, error) {
+	var out []spiffe.Selector
+	for _, s := range in {
+		sel, err := spiffe.ParseSelector(s.GetType() + ":" + s.GetValue())
+		if err != nil {
+			return nil, &registry.ValidationError{Field: field, Value: s.GetType() + ":" + s.GetValue(), Problem: err.Error()}
+		}
+		if sel.Type != s.GetType() {
+			return nil, &registry.ValidationError{Field: field, Value: s.GetType(), Problem: "a selector's type must not hold a colon"}
+		}
+		out = append(out, sel)
+	}
+	return out, nil
+}
+
+func entryDetails(e *registry.Entry) map[string]any {
+	d := map[string]any{"entry_id": string(e.ID), "parent_id": e.ParentID.String()}
+	var ss []string
+	for _, s := range e.Selectors {
+		ss = append(ss, s.String())
+	}
+	d["selectors"] = ss
+	if e.Admin {
+		d["admin"] = true
+	}
+	if e.Downstream {
+		d["downstream"] = true
+	}
+	return d
+}
+
+// BatchCreateEntry registers entries, each with its own status. [SPIRE-PROTOCOL §14]
+func (a *API) BatchCreateEntry(ctx context.Context, req *entryv1.BatchCreateEntryRequest) (*entryv1.BatchCreateEntryResponse, error) {
+	if len(req.Entries) > maxBatch {
+		return nil, status.Errorf(codes.ResourceExhausted, "entries: %d in one call, at most %d are allowed", len(req.Entries), maxBatch)
+	}
+	out := &entryv1.BatchCreateEntryResponse{Results: make([]*entryv1.BatchCreateEntryResponse_Result, len(req.Entries))}
+	var entries []*registry.Entry
+	var index []int
+	var subjects []string
+	var records []auditlog.Record
+	for i, in := range req.Entries {
+		e := &registry.Entry{}
+		if in == nil {
+			in = &types.Entry{}
+		}
+		e.ID = registry.EntryID(in.Id)
+		if err := a.fill(e, in, nil); err != nil {
+			out.Results[i] = &entryv1.BatchCreateEntryResponse_Result{Status: a.itemStatus(err)}
+			records = append(records, a.record(ctx, "entry.create", clip(in.SpiffeId.GetPath()), err, nil))
+			continue
+		}
+		entries, index, subjects = append(entries, e), append(index, i), append(subjects, e.SPIFFEID.String())
+	}
+	if len(entries) > 0 {
+		if err := a.intend(ctx, auditlog.New, "entry.create", subjects, nil); err != nil {
+			return nil, a.toStatus(err)
+		}
+	}
+	for j, res := range a.c.Registry.CreateEntries(ctx, entries) {
+		r := &entryv1.BatchCreateEntryResponse_Result{Status: a.itemStatus(res.Err)}
+		shown := res.Entry
+		if x, ok := errors.AsType[*registry.ExistsError](res.Err); ok {
+			shown = x.Existing // SPIRE returns what stands in the way
+		}
+		if shown != nil && (res.Err == nil || shown != res.Entry) {
+			r.Entry = protoEntry(shown, req.OutputMask)
+		}
+		out.Results[index[j]] = r
+		records = append(records, a.record(ctx, "entry.create", entries[j].SPIFFEID.String(), res.Err, entryDetails(entries[j])))
+	}
+	a.outcome(ctx, auditlog.New, records...)
+	return out, nil
+}
+
+// BatchUpdateEntry changes those fields of entries that the input mask names. [SPIRE-PROTOCOL §14]
+func (a *API) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchUpdateEntryRequest) (*entryv1.BatchUpdateEntryResponse, error) {
+	if len(req.Entries) > maxBatch {
+		return nil, status.Errorf(codes.ResourceExhausted, "entries: %d in one call, at most %d are allowed", len(req.Entries), maxBatch)
+	}
+	var subjects []string
+	for _, in := range req.Entries {
+		subjects = append(subjects, clip(in.GetId()))
+	}
+	if err := a.intend(ctx, auditlog.New, "entry.update", subjects, nil); err != nil {
+		return nil, a.toStatus(err)
+	}
+	out := &entryv1.BatchUpdateEntryResponse{}
+	var records []auditlog.Record
+	for _, in := range req.Entries {
+		if in == nil {
+			in = &types.Entry{}
+		}
+		e, err := a.c.Registry.UpdateEntry(ctx, registry.EntryID(in.Id), func(e *registry.Entry) error { return a.fill(e, in, req.InputMask) })
+		r := &entryv1.BatchUpdateEntryResponse_Result{Status: a.itemStatus(err)}
+		subject, details := clip(in.Id), map[string]any(nil)
+		if err == nil {
+			r.Entry = protoEntry(e, req.OutputMask)
+			subject, details = e.SPIFFEID.String(), entryDetails(e)
+		}
+		out.Results = append(out.Results, r)
+		records = append(records, a.record(ctx, "entry.update", subject, err, details))
+	}
+	a.outcome(ctx, auditlog.New, records...)
+	return out, nil
+}
+
+// BatchDeleteEntry removes entries. [SPIRE-PROTOCOL §14]
+func (a *API) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchDeleteEntryRequest) (*entryv1.BatchDeleteEntryResponse, error) {
+	if len(req.Ids) > maxBatch {
+		return nil, status.Errorf(codes.ResourceExhausted, "ids: %d in one call, at most %d are allowed", len(req.Ids), maxBatch)
+	}
+	subjects := make([]string, len(req.Ids))
+	for i, id := range req.Ids {
+		subjects[i] = clip(id)
+	}
+	if err := a.intend(ctx, auditlog.Essential, "entry.delete", subjects, nil); err != nil {
+		return nil, a.toStatus(err)
+	}
+	out := &entryv1.BatchDeleteEntryResponse{}
+	var records []auditlog.Record
+	for _, id := range req.Ids {
+		e, _, err := a.c.Registry.DeleteEntry(store.WithReserve(ctx), registry.EntryID(id))
+		out.Results = append(out.Results, &entryv1.BatchDeleteEntryResponse_Result{Id: id, Status: a.itemStatus(err)})
+		subject, details := clip(id), map[string]any(nil)
+		if e != nil {
+			subject, details = e.SPIFFEID.String(), entryDetails(e)
+		}
+		records = append(records, a.record(ctx, "entry.delete", subject, err, details))
+	}
+	a.outcome(ctx, auditlog.Essential, records...)
+	return out, nil
+}
+
+// GetEntry returns one entry. [SPIRE-PROTOCOL §14]
+func (a *API) GetEntry(_ context.Context, req *entryv1.GetEntryRequest) (*types.Entry, error) {
+	if req.Id == "" {
+		return nil, a.toStatus(&registry.ValidationError{Field: "id", Problem: "missing"})
+	}
+	e, err := a.c.Registry.Entry(registry.EntryID(req.Id))
+	if err != nil {
+		return nil, status.Errorf(codes.NotFound, "entry %q not found", clip(req.Id))
+	}
+	return protoEntry(e, req.OutputMask), nil
+}
+
+// ListEntries returns a page of matching entries in order of ID. [SPIRE-PROTOCOL §14]
+func (a *API) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {
+	f, err := a.filter(req.Filter)
+	if err != nil {
+		return nil, a.toStatus(err)
+	}
+	size, err := pageSize(req.PageSize)
+	if err != nil {
+		return nil, a.toStatus(err)
+	}
+	after, err := readToken(req.PageToken)
+	if err != nil {
+		return nil, a.toStatus(err)
+	}
+	page, more := a.c.Registry.ListEntries(f, registry.EntryID(after), size)
+	if err := checkUnpaged(req.PageSize, more); err != nil {
+		return nil, err
+	}
+	out := &entryv1.ListEntriesResponse{}
+	for _, e := range page {
+		out.Entries = append(out.Entries, protoEntry(e, req.OutputMask))
+	}
+	if more {
+		out.NextPageToken = writeToken(string(page[len(page)-1].ID))
+	}
+	return out, nil
+}
+
+// CountEntries counts matching entries. [SPIRE-PROTOCOL §14]
+func (a *API) CountEntries(_ context.Context, req *entryv1.CountEntriesRequest) (*entryv1.CountEntriesResponse, error) {
+	var in *entryv1.ListEntriesRequest_Filter
+	if f := req.Filter; f != nil {
+		in = &entryv1.ListEntriesRequest_Filter{BySpiffeId: f.BySpiffeId, ByParentId: f.ByParentId, BySelectors: f.BySelectors,
+			ByFederatesWith: f.ByFederatesWith, ByHint: f.ByHint, ByDownstream: f.ByDownstream}
+	}
+	f, err := a.filter(in)
+	if err != nil {
+		return nil, a.toStatus(err)
+	}
+	return &entryv1.CountEntriesResponse{Count: int32(min(a.c.Registry.CountEntries(f), math.MaxInt32))}, nil
+}
+
+func (a *API) filter(in *entryv1.ListEntriesRequest_Filter) (f registry.EntryFilter, err error) {
+	if in == nil {
+		return f, nil
+	}
+	if in.BySpiffeId != nil {
+		if f.SPIFFEID, err = a.ownID("filter.by_spiffe_id", in.BySpiffeId); err != nil {
+			return f, err
+		}
+	}
+	if in.ByParentId != nil {
+		if f.ParentID, err = a.ownID("filter.by_parent_id", in.ByParentId); err != nil {
+			return f, err
+		}
+	}
+	if m := in.BySelectors; m != nil {
+		if len(m.Selectors) == 0 {
+			return f, &registry.ValidationError{Field: "filter.by_selectors", Problem: "needs at least one selector"}
+		}
+		if f.Selectors, err = selectors("filter.by_selectors", m.Selectors); err != nil {
+			return f, err
+		}
+		if f.SelectorMatch, err = matchKind("filter.by_selectors", int32(m.Match)); err != nil {
+			return f, err
+		}
+	}
+	if m := in.ByFederatesWith; m != nil {
+		if len(m.TrustDomains) == 0 {
+			return f, &registry.ValidationError{Field: "filter.by_federates_with", Problem: "needs at least one trust domain"}
+		}
+		for _, name := range m.TrustDomains {
+			td, err := spiffe.ParseTrustDomain(name)
+			if err != nil {
+				return f, &registry.ValidationError{Field: "filter.by_federates_with", Value: name, Problem: err.Error()}
+			}
+			f.FederatesWith = append(f.FederatesWith, td)
+		}
+		if f.FederatesMatch, err = matchKind("filter.by_federates_with", int32(m.Match)); err != nil {
+			return f, err
+		}
+	}
+	if in.ByHint != nil {
+		f.Hint = &in.ByHint.Value
+	}
+	if in.ByDownstream != nil {
+		f.Downstream = &in.ByDownstream.Value
+	}
+	return f, nil
+}
+
+// matchKind maps SPIRE's numbers, which both of its match types share.
+func matchKind(field string, n int32) (registry.MatchKind, error) {
+	switch types.SelectorMatch_MatchBehavior(n) {
+	case types.SelectorMatch_MATCH_EXACT:
+		return registry.MatchExact, nil
+	case types.SelectorMatch_MATCH_SUBSET:
+		return registry.MatchSubset, nil
+	case types.SelectorMatch_MATCH_SUPERSET:
+		return registry.MatchSuperset, nil
+	case types.SelectorMatch_MATCH_ANY:
+		return registry.MatchAny, nil
+	}
+	return 0, &registry.ValidationError{Field: field, Problem: "unknown match behaviour"}
+}
+
+// A page token is the last ID of the page before, so that it stays good however the set changes meanwhile.
+const tokenPrefix = "1:"
+
+func writeToken(last string) string {
+	return base64.RawURLEncoding.EncodeToString([]byte(tokenPrefix + last))
+}
+
+func readToken(token string) (string, error) {
+	if token == "" {
+		return "", nil
+	}
+	const maxTokenBytes = 4096
+	bad := &registry.ValidationError{Field: "page_token", Problem: "is not one that this CA handed out"}
+	if len(token) > maxTokenBytes {
+		return "", bad
+	}
+	b, err := base64.RawURLEncoding.DecodeString(token)
+	if err != nil || len(b) <= len(tokenPrefix) || string(b[:len(tokenPrefix)]) != tokenPrefix {
+		return "", bad
+	}
+	return string(b[len(tokenPrefix):]), nil
+}
+
+func clip(s string) string {
+	if len(s) > 256 {
+		return s[:256] + "..."
+	}
+	return s
+}

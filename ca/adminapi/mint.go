@@ -1,0 +1,101 @@
+package adminapi
+
+import (
+	"context"
+	"crypto/x509"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-id/signet/ca/auditlog"
+	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// MintX509SVID signs an X509-SVID for the key and the SPIFFE ID in a CSR, without a registration entry. DNS names in
+// the CSR are taken over. [SPIRE-PROTOCOL §14]
+func (a *API) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequest) (*svidv1.MintX509SVIDResponse, error) {
+	var subject string
+	fail := func(err error) (*svidv1.MintX509SVIDResponse, error) {
+		a.outcome(ctx, auditlog.New, a.record(ctx, "x509svid.mint", subject, err, nil))
+		a.c.Issued("x509", "refused", 1)
+		return nil, a.toStatus(err)
+	}
+	if len(req.Csr) == 0 {
+		return fail(&registry.ValidationError{Field: "csr", Problem: "missing"})
+	}
+	if req.Ttl < 0 {
+		return fail(&registry.ValidationError{Field: "ttl", Problem: "must not be negative; 0 means the default"})
+	}
+	key, err := authority.CheckCSR(req.Csr, spiffeid.ID{})
+	if err != nil {
+		return fail(err)
+	}
+	csr, err := x509.ParseCertificateRequest(req.Csr)
+	if err != nil {
+		return fail(&registry.ValidationError{Field: "csr", Problem: err.Error()})
+	}
+	if len(csr.URIs) != 1 {
+		return fail(&registry.ValidationError{Field: "csr", Problem: "must hold exactly one URI SAN, the SPIFFE ID"})
+	}
+	id, err := spiffe.ParseWorkloadID(csr.URIs[0].String())
+	if err != nil {
+		return fail(&registry.ValidationError{Field: "csr", Value: csr.URIs[0].String(), Problem: err.Error()})
+	}
+	subject = id.String()
+	prepared, err := a.c.Authority.CheckX509(authority.X509Request{ID: id, PublicKey: key, TTL: time.Duration(req.Ttl) * time.Second, DNSNames: csr.DNSNames})
+	if err != nil {
+		return fail(err)
+	}
+	svid, err := a.c.Authority.SignX509(ctx, prepared)
+	if err != nil {
+		return fail(err)
+	}
+	rec := a.record(ctx, "x509svid.mint", subject, nil, map[string]any{"serial": svid.SerialNumber, "not_after": svid.NotAfter.Unix(), "authority": svid.AuthorityID})
+	if err := a.c.Audit.Append(ctx, auditlog.New, rec); err != nil {
+		return nil, a.toStatus(err)
+	}
+	a.c.Issued("x509", "", 1)
+	return &svidv1.MintX509SVIDResponse{Svid: &types.X509SVID{Id: protoID(id), CertChain: svid.Chain, ExpiresAt: svid.NotAfter.Unix()}}, nil
+}
+
+// MintJWTSVID signs a JWT-SVID without a registration entry. [SPIRE-PROTOCOL §14]
+func (a *API) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRequest) (*svidv1.MintJWTSVIDResponse, error) {
+	var subject string
+	fail := func(err error) (*svidv1.MintJWTSVIDResponse, error) {
+		a.outcome(ctx, auditlog.New, a.record(ctx, "jwtsvid.mint", subject, err, nil))
+		a.c.Issued("jwt", "refused", 1)
+		return nil, a.toStatus(err)
+	}
+	id, err := a.ownID("id", req.Id)
+	if err != nil {
+		return fail(err)
+	}
+	subject = id.String()
+	if len(req.Audience) == 0 {
+		return fail(&registry.ValidationError{Field: "audience", Problem: "at least one is needed [JWT-13]"})
+	}
+	if req.Ttl < 0 {
+		return fail(&registry.ValidationError{Field: "ttl", Problem: "must not be negative; 0 means the default"})
+	}
+	svid, err := a.c.Authority.SignJWT(ctx, authority.JWTRequest{ID: id, Audience: req.Audience, TTL: time.Duration(req.Ttl) * time.Second})
+	if err != nil {
+		return fail(err)
+	}
+	rec := a.record(ctx, "jwtsvid.mint", subject, nil, map[string]any{"audience": req.Audience, "not_after": svid.Expiry.Unix(), "authority": svid.KeyID})
+	if err := a.c.Audit.Append(ctx, auditlog.New, rec); err != nil {
+		return nil, a.toStatus(err)
+	}
+	a.c.Issued("jwt", "", 1)
+	return &svidv1.MintJWTSVIDResponse{Svid: &types.JWTSVID{Token: svid.Token, Id: protoID(id), IssuedAt: svid.IssuedAt.Unix(), ExpiresAt: svid.Expiry.Unix()}}, nil
+}
+
+// MintWITSVID is not offered: WIT-SVIDs are incubating. [STAB-01]
+func (a *API) MintWITSVID(context.Context, *svidv1.MintWITSVIDRequest) (*svidv1.MintWITSVIDResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "WIT-SVIDs are not offered")
+}

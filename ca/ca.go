@@ -1,0 +1,556 @@
+// Package ca is the CA put together: the store, the authorities, the registry, the audit log, and the doors for nodes
+// and operators on one TCP port and one Unix socket.
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"reflect"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-id/signet/ca/access"
+	"github.com/signet-id/signet/ca/adminapi"
+	"github.com/signet-id/signet/ca/auditlog"
+	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/keys"
+	"github.com/signet-id/signet/ca/nodeapi"
+	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/ca/store/bolt"
+	"github.com/signet-id/signet/internal/durable"
+	"github.com/signet-id/signet/internal/version"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// A CA is opened by New, serves in Run, and is closed by the end of Run or by Close.
+type CA struct {
+	c     Config
+	td    spiffeid.TrustDomain
+	log   *slog.Logger
+	level *slog.LevelVar
+	store store.Store
+	bolt  *bolt.Store
+	audit *auditlog.Log
+	set   *authority.Set
+	reg   *registry.Registry
+	guard *access.Guard
+	node  *nodeapi.API
+	svid  *serverSVID
+
+	metrics *metrics
+	health  *health.Server
+	port    net.Listener
+	socket  net.Listener
+	tcp     *grpc.Server
+	local   *grpc.Server
+	web     net.Listener
+
+	reconfigured atomic.Pointer[Config]
+	stopping     atomic.Bool
+	stop         chan struct{}
+}
+
+// New checks the configuration, opens everything and binds its addresses. When it returns without an error the CA is
+// ready to serve; with an error nothing is left open.
+func New(ctx context.Context, c Config) (ca *CA, err error) {
+	if err := c.Check(); err != nil {
+		return nil, err
+	}
+	ca = &CA{c: c, td: c.trustDomain(), level: new(slog.LevelVar), stop: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			ca.Close()
+			ca = nil
+		}
+	}()
+	ca.log = ca.logger()
+	ca.reconfigured.Store(&c)
+	if err := durable.MkdirPrivate(c.DataDir); err != nil {
+		return ca, fmt.Errorf("data_dir: %w", err)
+	}
+	ca.metrics = newMetrics(ca)
+	if ca.bolt, err = bolt.Open(bolt.Config{Dir: filepath.Join(c.DataDir, "store"), Log: ca.log}); err != nil {
+		return ca, err
+	}
+	ca.store = ca.metrics.timed(ca.bolt)
+	if err := ca.checkTrustDomain(ctx); err != nil {
+		return ca, err
+	}
+	if ca.audit, err = auditlog.Open(auditlog.Config{Dir: c.Audit.Dir, Reserve: c.Audit.Reserve, MaxFileBytes: c.Audit.MaxFileBytes, Keep: c.Audit.Keep, Now: c.Now, Log: ca.log}); err != nil {
+		return ca, err
+	}
+	seal, err := c.Seal.open()
+	if err != nil {
+		return ca, err
+	}
+	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Store: ca.store, Seal: seal, Now: c.Now, Log: ca.log,
+		X509Lifetime: c.Authorities.X509Lifetime, JWTLifetime: c.Authorities.JWTLifetime, RefreshHint: c.Authorities.RefreshHint,
+		DefaultX509TTL: c.TTL.X509, DefaultJWTTTL: c.TTL.JWT, MaxX509TTL: c.TTL.MaxX509, MaxJWTTTL: c.TTL.MaxJWT, Issuer: c.JWTIssuer}); err != nil {
+		return ca, err
+	}
+	if ca.reg, err = registry.Open(ctx, registry.Config{TrustDomain: ca.td, Store: ca.store, Now: c.Now, Log: ca.log,
+		CheckTTL: ca.checkTTL, Observe: ca.observe, Relisted: ca.reloadAuthorities}); err != nil {
+		return ca, err
+	}
+	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
+	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: ca.set, Certificate: ca.svid.get,
+		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Refused: ca.refused, Now: c.Now, Log: ca.log}
+	ca.node = nodeapi.New(nodeapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Guard: ca.guard,
+		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
+	return ca, ca.listen()
+}
+
+func (s Seal) open() (*keys.SealKey, error) {
+	switch {
+	case s.SystemdCredential != "":
+		k, err := keys.LoadSystemdCredential(s.SystemdCredential)
+		if err != nil {
+			return nil, fmt.Errorf("seal.systemd_credential: %w", err)
+		}
+		return k, nil
+	case s.Create:
+		if err := durable.MkdirPrivate(filepath.Dir(s.KeyFile)); err != nil && !errors.Is(err, os.ErrExist) {
+			return nil, fmt.Errorf("seal.key_file: %w", err)
+		}
+		k, err := keys.LoadOrCreateSealKey(s.KeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("seal.key_file: %w", err)
+		}
+		return k, nil
+	}
+	k, err := keys.LoadSealKey(s.KeyFile)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("seal.key_file: %w (set seal.create: true for the first start)", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("seal.key_file: %w", err)
+	}
+	return k, nil
+}
+
+const trustDomainKey = "meta/trust_domain"
+
+// checkTrustDomain writes the trust domain into a new store and refuses a store of another one.
+func (ca *CA) checkTrustDomain(ctx context.Context) error {
+	it, err := ca.store.Get(ctx, trustDomainKey)
+	if errors.Is(err, store.ErrNotFound) {
+		_, err = ca.store.Commit(ctx, []store.Check{{Key: trustDomainKey}}, []store.Write{{Key: trustDomainKey, Value: []byte(ca.td.Name())}})
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	if string(it.Value) != ca.td.Name() {
+		return fmt.Errorf("data_dir %s belongs to trust domain %q, not to %q; use another data_dir, or correct trust_domain", ca.c.DataDir, it.Value, ca.td.Name())
+	}
+	return nil
+}
+
+func (ca *CA) checkTTL(x, j time.Duration) error {
+	if x != 0 {
+		if err := ca.set.CheckTTL(x); err != nil {
+			return err
+		}
+	}
+	if j != 0 {
+		return ca.set.CheckJWTTTL(j)
+	}
+	return nil
+}
+
+// observe shows each batch of the store to the authorities, and their followers the new bundle.
+func (ca *CA) observe(b store.Batch) {
+	before := ca.set.Bundle().Sequence
+	if err := ca.set.Observe(b); err != nil {
+		ca.log.Error("following the authorities' records", "err", err)
+	}
+	if ca.set.Bundle().Sequence != before && ca.reg != nil {
+		ca.reg.OwnBundleChanged()
+	}
+}
+
+func (ca *CA) reloadAuthorities(ctx context.Context) error {
+	var items []store.Item
+	if _, err := ca.store.List(ctx, "authority/", 0, func(it store.Item) error { items = append(items, it); return nil }); err != nil {
+		return err
+	}
+	return ca.set.Load(items)
+}
+
+// refused audits and counts callers that package access turned away.
+func (ca *CA) refused(ctx context.Context, c *access.Caller, method string, err error) {
+	st := status.Convert(err)
+	ca.metrics.refusals.WithLabelValues(st.Code().String()).Inc()
+	rec := auditlog.Record{Time: ca.c.Now(), Event: "call.refused", Actor: c.String(), ActorKind: c.KindName(), Outcome: auditlog.Refused,
+		Details: map[string]any{"method": method, "reason": st.Message(), "address": c.Address}}
+	if err := ca.audit.Append(ctx, auditlog.New, rec); err != nil {
+		ca.log.Error("audit of a refusal", "method", method, "err", err)
+	}
+}
+
+// Limits of the port.
+const (
+	maxStreamsPerConn = 1000
+	maxRequestBytes   = 4 << 20
+	handshakeTimeout  = 10 * time.Second
+	keepaliveTime     = 5 * time.Minute
+	keepaliveTimeout  = 20 * time.Second
+	minClientPing     = 30 * time.Second
+)
+
+func (ca *CA) listen() error {
+	var err error
+	lc := net.ListenConfig{}
+	if ca.port, err = lc.Listen(context.Background(), "tcp", ca.c.Listen); err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	if ca.socket, err = ca.listenAdmin(); err != nil {
+		return fmt.Errorf("admin_socket: %w", err)
+	}
+	if ca.c.Metrics.Listen != "" {
+		if ca.web, err = lc.Listen(context.Background(), "tcp", ca.c.Metrics.Listen); err != nil {
+			return fmt.Errorf("metrics.listen: %w", err)
+		}
+	}
+	ca.health = health.NewServer()
+	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Epoch: ca.store.Epoch(),
+		Version: version.String(), Following: ca.following, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
+	common := []grpc.ServerOption{
+		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
+		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
+		grpc.WaitForHandlers(true),
+	}
+	ca.tcp = grpc.NewServer(append(common, grpc.Creds(credentials.NewTLS(ca.guard.TLSConfig())))...)
+	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
+	register(ca.tcp, ca.node, admin, ca.health)
+	register(ca.local, ca.node, admin, ca.health)
+	return nil
+}
+
+func (ca *CA) following() map[spiffeid.ID]adminapi.Following {
+	out := map[spiffeid.ID]adminapi.Following{}
+	for id, st := range ca.node.Status() {
+		out[id] = adminapi.Following{Acknowledged: st.Acknowledged, Version: st.Version, Address: st.Address, Entries: st.Entries}
+	}
+	return out
+}
+
+// listenAdmin makes the admin socket with mode 0660 in a directory with mode 0750.
+func (ca *CA) listenAdmin() (net.Listener, error) {
+	path := ca.c.AdminSocket.Path
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+		return nil, err
+	}
+	if len(path) > len(unix.RawSockaddrUnix{}.Path)-1 {
+		return nil, fmt.Errorf("path %q has %d bytes, the kernel allows %d; choose a shorter one", path, len(path), len(unix.RawSockaddrUnix{}.Path)-1)
+	}
+	if conn, err := net.Dial("unix", path); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("%s is in use by another process (is another CA running?)", path)
+	}
+	if st, err := os.Lstat(path); err == nil {
+		if st.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("%s exists and is no socket; remove it or choose another path", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	old := unix.Umask(0o117) // the socket is never wider than 0660, not even for a moment
+	l, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return nil, err
+	}
+	gid, _ := ca.c.AdminSocket.gid()
+	if gid >= 0 {
+		for _, p := range []string{path, filepath.Dir(path)} {
+			if err := os.Chown(p, -1, gid); err != nil {
+				l.Close()
+				return nil, err
+			}
+		}
+	}
+	return l, nil
+}
+
+// allowLocal: root, the CA's own user, and whom the configuration names; never the overflow uid.
+func (ca *CA) allowLocal(uid, gid uint32, groups []uint32) bool {
+	if uid == overflowUID {
+		return false
+	}
+	if uid == 0 || int(uid) == os.Geteuid() {
+		return true
+	}
+	a := ca.reconfigured.Load().AdminSocket
+	for _, u := range a.UIDs {
+		if u == uid {
+			return true
+		}
+	}
+	if want, err := a.gid(); err == nil && want >= 0 {
+		if int(gid) == want {
+			return true
+		}
+		for _, g := range groups {
+			if int(g) == want {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Addr returns the TCP address that the CA listens on.
+func (ca *CA) Addr() net.Addr { return ca.port.Addr() }
+
+// AdminSocket returns the path of the admin socket.
+func (ca *CA) AdminSocket() string { return ca.c.AdminSocket.Path }
+
+// MetricsAddr returns the address of /metrics, or nil.
+func (ca *CA) MetricsAddr() net.Addr {
+	if ca.web == nil {
+		return nil
+	}
+	return ca.web.Addr()
+}
+
+// Bundle returns the trust domain's bundle in SPIFFE bundle format.
+func (ca *CA) Bundle() ([]byte, error) {
+	b := ca.set.Bundle()
+	sb := spiffebundle.New(ca.td)
+	for _, x := range b.X509 {
+		sb.AddX509Authority(x.Certificate)
+	}
+	for _, j := range b.JWT {
+		if err := sb.AddJWTAuthority(j.KeyID, j.PublicKey); err != nil {
+			return nil, err
+		}
+	}
+	sb.SetSequenceNumber(b.Sequence)
+	sb.SetRefreshHint(b.RefreshHint)
+	return spiffe.MarshalBundle(sb)
+}
+
+// shutdownGrace is how long calls may take to end after the CA was told to stop.
+const shutdownGrace = 5 * time.Second
+
+// Run serves until ctx ends or a part fails, and returns only when every goroutine it started has ended and everything
+// is closed.
+func (ca *CA) Run(ctx context.Context) error {
+	defer ca.Close()
+	g, gctx := errgroup.WithContext(ctx)
+	// The registry outlives the servers: a call in flight waits for its own write to be indexed.
+	regCtx, regStop := context.WithCancel(context.WithoutCancel(ctx))
+	defer regStop()
+	regDone := make(chan error, 1)
+	go func() { regDone <- ca.reg.Run(regCtx) }()
+	g.Go(func() error {
+		select {
+		case err := <-regDone:
+			regDone <- err
+			if err == nil {
+				err = errors.New("stopped following the store")
+			}
+			return err
+		case <-gctx.Done():
+			return nil
+		}
+	})
+	g.Go(func() error { return serve(ca.tcp, ca.port) })
+	g.Go(func() error { return serve(ca.local, ca.socket) })
+	g.Go(func() error { return ca.maintain(gctx) })
+	if ca.web != nil {
+		g.Go(func() error { return ca.serveMetrics(gctx) })
+	}
+	g.Go(func() error {
+		<-gctx.Done()
+		ca.shutdown()
+		return nil
+	})
+	ca.health.SetServingStatus("", healthv1.HealthCheckResponse_SERVING)
+	ca.log.Info("serving", "trust_domain", ca.td.Name(), "listen", ca.port.Addr().String(), "admin_socket", ca.c.AdminSocket.Path, "version", version.String())
+	err := g.Wait()
+	regStop()
+	<-regDone
+	return err
+}
+
+func serve(s *grpc.Server, l net.Listener) error {
+	if err := s.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return err
+	}
+	return nil
+}
+
+// shutdown ends streams with Unavailable, lets calls finish, then cuts.
+func (ca *CA) shutdown() {
+	ca.stopping.Store(true)
+	ca.health.Shutdown()
+	close(ca.stop)
+	ca.node.Shutdown()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		ca.tcp.GracefulStop()
+		ca.local.GracefulStop()
+	}()
+	t := time.NewTimer(shutdownGrace)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+		ca.tcp.Stop()
+		ca.local.Stop()
+		<-done
+	}
+}
+
+// sweepInterval is how often ended entries and tokens are removed.
+const sweepInterval = 10 * time.Second
+
+func (ca *CA) maintain(ctx context.Context) error {
+	t := time.NewTicker(sweepInterval)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+		gone, err := ca.reg.Sweep(ctx)
+		if err != nil && ctx.Err() == nil {
+			ca.log.Warn("removing what has ended", "err", err)
+		}
+		var records []auditlog.Record
+		for _, e := range gone {
+			records = append(records, auditlog.Record{Time: ca.c.Now(), Event: "entry.expired", Actor: registry.ServerID(ca.td).String(), ActorKind: "system",
+				Subject: e.SPIFFEID.String(), Outcome: auditlog.Done, Details: map[string]any{"entry_id": string(e.ID)}})
+		}
+		if len(records) > 0 {
+			if err := ca.audit.Append(ctx, auditlog.Essential, records...); err != nil {
+				ca.log.Error("audit of ended entries", "err", err)
+			}
+		}
+		if _, err := ca.svid.get(); err != nil {
+			ca.log.Error("the CA's own X509-SVID", "err", err)
+		}
+	}
+}
+
+// Health returns nil if the CA can do its work, or what keeps it from it.
+func (ca *CA) Health() error {
+	if ca.stopping.Load() {
+		return errors.New("shutting down")
+	}
+	if err := ca.bolt.Health(); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	if err := ca.audit.Health(); err != nil {
+		if errors.Is(err, auditlog.ErrDisk) {
+			return fmt.Errorf("disk: %w", err)
+		}
+		return fmt.Errorf("audit: %w", err)
+	}
+	if err := ca.set.Health(); err != nil {
+		return fmt.Errorf("authority: %w", err)
+	}
+	return nil
+}
+
+func (ca *CA) serveMetrics(ctx context.Context) error {
+	srv := &http.Server{Handler: ca.metrics.handler(), ReadHeaderTimeout: handshakeTimeout, MaxHeaderBytes: 16 << 10}
+	errc := make(chan error, 1)
+	go func() { errc <- srv.Serve(ca.web) }()
+	<-ctx.Done()
+	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	if err := srv.Shutdown(sctx); err != nil {
+		srv.Close()
+	}
+	if err := <-errc; !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// Close lets go of everything that New opened. After Run it does nothing.
+func (ca *CA) Close() {
+	for _, l := range []net.Listener{ca.port, ca.socket, ca.web} {
+		if l != nil {
+			l.Close()
+		}
+	}
+	if ca.tcp != nil {
+		ca.tcp.Stop()
+	}
+	if ca.local != nil {
+		ca.local.Stop()
+	}
+	if ca.audit != nil {
+		if err := ca.audit.Close(); err != nil && !errors.Is(err, auditlog.ErrClosed) {
+			ca.log.Error("closing the audit log", "err", err)
+		}
+	}
+	if ca.bolt != nil {
+		if err := ca.bolt.Close(); err != nil && !errors.Is(err, store.ErrClosed) {
+			ca.log.Error("closing the store", "err", err)
+		}
+	}
+}
+
+// Reload takes over from a new configuration what can change while running, and returns the names of the fields that
+// differ and need a restart.
+func (ca *CA) Reload(c Config) (needRestart []string, err error) {
+	if err := c.Check(); err != nil {
+		return nil, err
+	}
+	old := ca.reconfigured.Load()
+	now := *old
+	now.Logging.Level, now.AdminIDs, now.AdminSocket.UIDs, now.AdminSocket.Group = c.Logging.Level, c.AdminIDs, c.AdminSocket.UIDs, c.AdminSocket.Group
+	if lv, err := c.Logging.level(); err == nil {
+		ca.level.Set(lv)
+	}
+	ca.reconfigured.Store(&now)
+	have, want := reflect.ValueOf(now), reflect.ValueOf(c)
+	for i := range have.NumField() {
+		tag := have.Type().Field(i).Tag.Get("yaml")
+		if tag != "-" && !reflect.DeepEqual(have.Field(i).Interface(), want.Field(i).Interface()) {
+			needRestart = append(needRestart, tag)
+		}
+	}
+	return needRestart, nil
+}
+
+func (ca *CA) logger() *slog.Logger {
+	lv, _ := ca.c.Logging.level()
+	ca.level.Set(lv)
+	if ca.c.Log != nil {
+		return ca.c.Log
+	}
+	o := &slog.HandlerOptions{Level: ca.level}
+	if ca.c.Logging.Format == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, o))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, o))
+}

@@ -1,0 +1,237 @@
+package ca
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// Config is the CA's configuration file. The zero value of a field is its default. Times are written 1h, 30m, 90s.
+type Config struct {
+	// TrustDomain is the name of the trust domain, such as example.org. It cannot be changed later.
+	TrustDomain string `yaml:"trust_domain"`
+	// Listen is the TCP address for agents and remote admins. Default :8081.
+	Listen string `yaml:"listen"`
+	// DataDir holds the store and the audit log. One CA uses it at a time.
+	DataDir string `yaml:"data_dir"`
+	// AdminSocket is where local admins are served.
+	AdminSocket AdminSocket `yaml:"admin_socket"`
+	// AdminIDs are SPIFFE IDs, of any trust domain whose SVIDs this CA can verify, that are admins over TCP.
+	AdminIDs []string `yaml:"admin_ids"`
+	// Seal says where the key is that seals the authorities' private keys. One of its sources is needed.
+	Seal Seal `yaml:"seal"`
+	// TTL holds the validity of what is issued.
+	TTL TTL `yaml:"ttl"`
+	// Authorities says how long new authorities live and how often their bundle should be fetched.
+	Authorities Authorities `yaml:"authorities"`
+	// JWTIssuer is the iss claim of JWT-SVIDs. Empty: none.
+	JWTIssuer string `yaml:"jwt_issuer"`
+	// Audit says where the audit log is and how much room it takes.
+	Audit Audit `yaml:"audit"`
+	// Metrics serves /metrics, /live and /ready.
+	Metrics Metrics `yaml:"metrics"`
+	// Logging says what is logged to standard error.
+	Logging Logging `yaml:"log"`
+
+	// Now tells the time. Nil: time.Now.
+	Now func() time.Time `yaml:"-"`
+	// Log replaces the logger that Logging describes.
+	Log *slog.Logger `yaml:"-"`
+}
+
+// AdminSocket says where the admin socket is and who besides root and the CA's own user may use it.
+type AdminSocket struct {
+	// Path is the socket's path. Default: DataDir/admin/ca.sock.
+	Path string `yaml:"path"`
+	// UIDs are further users, by number. The overflow uid 65534 is refused always.
+	UIDs []uint32 `yaml:"uids"`
+	// Group is a group, by name or number, whose members are admins.
+	Group string `yaml:"group"`
+}
+
+// Seal names the source of the seal key: 32 random bytes.
+type Seal struct {
+	// KeyFile is a file with mode 0600 that holds the key.
+	KeyFile string `yaml:"key_file"`
+	// Create makes KeyFile on the first start. Without it a missing file is an error, so that a lost mount is not
+	// taken for a first start.
+	Create bool `yaml:"create"`
+	// SystemdCredential is the name of a credential that systemd passes (LoadCredential=).
+	SystemdCredential string `yaml:"systemd_credential"`
+}
+
+// TTL holds validities.
+type TTL struct {
+	X509    time.Duration `yaml:"x509"`     // default 1h
+	JWT     time.Duration `yaml:"jwt"`      // default 5m
+	Agent   time.Duration `yaml:"agent"`    // agents' own X509-SVIDs; default 1h
+	MaxX509 time.Duration `yaml:"max_x509"` // default 24h
+	MaxJWT  time.Duration `yaml:"max_jwt"`  // default 1h
+}
+
+// Authorities holds lifetimes.
+type Authorities struct {
+	X509Lifetime time.Duration `yaml:"x509_lifetime"` // default a year
+	JWTLifetime  time.Duration `yaml:"jwt_lifetime"`  // default 90 days
+	RefreshHint  time.Duration `yaml:"refresh_hint"`  // default 5m
+}
+
+// Audit bounds the audit log.
+type Audit struct {
+	Dir          string `yaml:"dir"`            // default DataDir/audit
+	Reserve      int64  `yaml:"reserve_bytes"`  // kept for renewals when the disk is full; default 64 MiB
+	MaxFileBytes int64  `yaml:"max_file_bytes"` // a new file is begun at this size
+	Keep         int    `yaml:"keep_files"`     // the oldest beyond this many are deleted; negative: none
+}
+
+// Metrics says where metrics are served.
+type Metrics struct {
+	Listen string `yaml:"listen"` // such as 127.0.0.1:9988; empty: nowhere
+}
+
+// Logging says what is logged.
+type Logging struct {
+	Level  string `yaml:"level"`  // debug, info (default), warn, error
+	Format string `yaml:"format"` // text (default) or json
+}
+
+// ReadConfig reads a configuration file. Errors name file, line and column.
+func ReadConfig(data []byte, file string) (Config, error) {
+	var c Config
+	if err := strictyaml.Unmarshal(data, file, &c); err != nil {
+		return Config{}, err
+	}
+	return c, c.Check()
+}
+
+// Check fills in defaults and refuses what cannot work, before anything is started.
+func (c *Config) Check() error {
+	var errs []error
+	bad := func(field, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("%s: %s", field, fmt.Sprintf(format, args...)))
+	}
+	if c.TrustDomain == "" {
+		bad("trust_domain", "missing; give the name of your trust domain, such as example.org")
+	} else if td, err := spiffe.ParseTrustDomain(c.TrustDomain); err != nil {
+		bad("trust_domain", "%v", err)
+	} else if err := spiffe.CheckOwnTrustDomain(td); err != nil {
+		bad("trust_domain", "%v", err)
+	}
+	if c.Listen == "" {
+		c.Listen = ":8081"
+	}
+	if _, port, err := net.SplitHostPort(c.Listen); err != nil || port == "" {
+		bad("listen", "%q is not host:port, such as :8081 or 10.0.0.5:8081", c.Listen)
+	}
+	if c.DataDir == "" {
+		bad("data_dir", "missing; name a directory for the store and the audit log")
+	} else if !filepath.IsAbs(c.DataDir) {
+		bad("data_dir", "%q must be absolute", c.DataDir)
+	}
+	if c.AdminSocket.Path == "" {
+		c.AdminSocket.Path = filepath.Join(c.DataDir, "admin", "ca.sock")
+	}
+	for _, u := range c.AdminSocket.UIDs {
+		if u == overflowUID {
+			bad("admin_socket.uids", "%d is the overflow uid, which unknown users of other namespaces have; it is never an admin", u)
+		}
+	}
+	if _, err := c.AdminSocket.gid(); err != nil {
+		bad("admin_socket.group", "%v", err)
+	}
+	for _, s := range c.AdminIDs {
+		if _, err := spiffe.ParseWorkloadID(s); err != nil {
+			bad("admin_ids", "%v", err)
+		}
+	}
+	switch {
+	case c.Seal.KeyFile == "" && c.Seal.SystemdCredential == "":
+		bad("seal", "name key_file (with create: true for the first start) or systemd_credential")
+	case c.Seal.KeyFile != "" && c.Seal.SystemdCredential != "":
+		bad("seal", "key_file and systemd_credential exclude each other")
+	case c.Seal.Create && c.Seal.KeyFile == "":
+		bad("seal.create", "needs key_file")
+	}
+	if c.TTL.Agent == 0 {
+		c.TTL.Agent = time.Hour
+	}
+	if c.TTL.Agent < minAgentTTL {
+		bad("ttl.agent", "%v is shorter than %v", c.TTL.Agent, minAgentTTL)
+	}
+	if c.Audit.Dir == "" {
+		c.Audit.Dir = filepath.Join(c.DataDir, "audit")
+	}
+	if c.Metrics.Listen != "" {
+		if _, _, err := net.SplitHostPort(c.Metrics.Listen); err != nil {
+			bad("metrics.listen", "%q is not host:port, such as 127.0.0.1:9988", c.Metrics.Listen)
+		}
+	}
+	if _, err := c.Logging.level(); err != nil {
+		errs = append(errs, err)
+	}
+	switch c.Logging.Format {
+	case "", "text", "json":
+	default:
+		bad("log.format", "%q is not text or json", c.Logging.Format)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return errors.Join(errs...)
+}
+
+const (
+	overflowUID = 65534
+	minAgentTTL = 10 * time.Second
+)
+
+func (l Logging) level() (slog.Level, error) {
+	var lv slog.Level
+	if l.Level == "" {
+		return slog.LevelInfo, nil
+	}
+	if err := lv.UnmarshalText([]byte(l.Level)); err != nil {
+		return 0, fmt.Errorf("log.level: %q is not debug, info, warn or error", l.Level)
+	}
+	return lv, nil
+}
+
+// gid returns the number of Group, or -1 if there is none.
+func (a AdminSocket) gid() (int, error) {
+	if a.Group == "" {
+		return -1, nil
+	}
+	if n, err := strconv.ParseUint(a.Group, 10, 31); err == nil {
+		return int(n), nil
+	}
+	g, err := user.LookupGroup(a.Group)
+	if err != nil {
+		return -1, fmt.Errorf("%q: no such group", a.Group)
+	}
+	return strconv.Atoi(g.Gid)
+}
+
+func (c *Config) trustDomain() spiffeid.TrustDomain {
+	td, _ := spiffe.ParseTrustDomain(c.TrustDomain) // Check has seen it
+	return td
+}
+
+func (c *Config) adminIDs() []spiffeid.ID {
+	var out []spiffeid.ID
+	for _, s := range c.AdminIDs {
+		if id, err := spiffe.ParseWorkloadID(s); err == nil {
+			out = append(out, id)
+		}
+	}
+	return out
+}

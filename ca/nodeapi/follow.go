@@ -1,0 +1,341 @@
+package nodeapi
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"io"
+	"maps"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/ca/access"
+	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// FollowFormat is the newest version of FollowResponse that this CA sends.
+const FollowFormat = 1
+
+const (
+	// maxPartBytes bounds one message of a snapshot, well below gRPC's 4 MiB.
+	maxPartBytes = 1 << 20
+	// maxDeltaItems is how large a difference may be; beyond it a snapshot in parts is sent instead.
+	maxDeltaItems = 1000
+	// maxSyncs is how many Sync requests may wait for one answer.
+	maxSyncs = 64
+	// recheck is how often a stream's rights are judged by the wall clock when nothing else happens.
+	recheck = 20 * time.Second
+)
+
+// A FollowStatus says what is known of an agent that follows this replica.
+type FollowStatus struct {
+	Connected    bool
+	Acknowledged store.Revision
+	Sent         store.Revision
+	HandedOn     []string
+	Version      string
+	Address      string
+	Entries      int
+}
+
+// followState is one Follow stream.
+type followState struct {
+	cancel  context.CancelFunc
+	acked   atomic.Int64
+	sent    atomic.Int64
+	entries atomic.Int64
+	handed  atomic.Pointer[[]string]
+	version string
+	address string
+}
+
+// Status returns the state of each Follow stream by agent.
+func (a *API) Status() map[spiffeid.ID]FollowStatus {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	out := make(map[spiffeid.ID]FollowStatus, len(a.streams))
+	for id, s := range a.streams {
+		st := FollowStatus{Connected: true, Acknowledged: store.Revision(s.acked.Load()), Sent: store.Revision(s.sent.Load()), Version: s.version, Address: s.address, Entries: int(s.entries.Load())}
+		if h := s.handed.Load(); h != nil {
+			st.HandedOn = *h
+		}
+		out[id] = st
+	}
+	return out
+}
+
+// Follow keeps one agent up to date. [DESIGN §4]
+func (a *API) Follow(s nodev1.Node_FollowServer) error {
+	ctx, cancel := context.WithCancel(s.Context())
+	defer cancel()
+	c := access.From(ctx)
+	first, err := s.Recv()
+	if err != nil {
+		return status.Error(codes.InvalidArgument, "the first message must be hello")
+	}
+	hello := first.GetHello()
+	switch {
+	case hello == nil:
+		return status.Error(codes.InvalidArgument, "the first message must be hello")
+	case hello.Format < FollowFormat:
+		return status.Errorf(codes.FailedPrecondition, "format %d is older than this CA speaks (%d); upgrade the agent", hello.Format, FollowFormat)
+	}
+	st := &followState{cancel: cancel, version: clip(hello.AgentVersion), address: c.Address}
+	a.enter(c.ID, st)
+	defer a.leave(c.ID, st)
+
+	f := a.c.Registry.Follow(c.ID, store.Revision(hello.Revision), hello.Epoch == a.c.Epoch)
+	defer f.Close()
+
+	syncs := make(chan uint64, maxSyncs)
+	recvErr := make(chan error, 1)
+	go func() { recvErr <- receive(ctx, s, st, syncs) }()
+	err = a.push(ctx, s, c, f, st, syncs, recvErr)
+	cancel()
+	return err
+}
+
+// enter registers a stream. A second stream of the same agent ends the first: the agent reconnected faster than its
+// old connection was found dead.
+func (a *API) enter(id spiffeid.ID, st *followState) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if old := a.streams[id]; old != nil {
+		old.cancel()
+		a.c.Log.Info("a newer Follow stream replaces the old one", "node_id", id.String(), "old_address", old.address, "address", st.address)
+	}
+	a.streams[id] = st
+}
+
+func (a *API) leave(id spiffeid.ID, st *followState) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.streams[id] == st {
+		delete(a.streams, id)
+	}
+}
+
+// receive reads the agent's messages until the stream ends. It ends with the stream's context, which the handler's
+// return cancels.
+func receive(ctx context.Context, s nodev1.Node_FollowServer, st *followState, syncs chan<- uint64) error {
+	for {
+		m, err := s.Recv()
+		if err != nil {
+			return err
+		}
+		switch {
+		case m.GetAck() != nil:
+			const maxAuthorities = 64
+			st.acked.Store(m.GetAck().Revision)
+			if h := m.GetAck().AuthoritiesHandedOn; len(h) <= maxAuthorities {
+				st.handed.Store(&h)
+			}
+		case m.GetSync() != nil:
+			select {
+			case syncs <- m.GetSync().Id:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		default:
+			return status.Error(codes.InvalidArgument, "expected ack or sync")
+		}
+	}
+}
+
+func (a *API) push(ctx context.Context, s nodev1.Node_FollowServer, c *access.Caller, f *registry.Follower, st *followState, syncs <-chan uint64, recvErr <-chan error) error {
+	timer := time.NewTicker(recheck)
+	defer timer.Stop()
+	for {
+		var pending []uint64
+		select {
+		case <-f.Wake():
+		case id := <-syncs:
+			pending = append(pending, id)
+		case <-timer.C:
+		case err := <-recvErr:
+			if errors.Is(err, io.EOF) || ctx.Err() != nil {
+				return status.Error(codes.Aborted, "the stream was ended by the agent or replaced by a newer one")
+			}
+			return err
+		case <-ctx.Done():
+			return status.Error(codes.Aborted, "a newer Follow stream of this agent replaced this one")
+		case <-a.stop:
+			return status.Error(codes.Unavailable, "the CA is shutting down")
+		}
+		for more := true; more && len(pending) > 0 && len(pending) < maxSyncs; {
+			select {
+			case id := <-syncs:
+				pending = append(pending, id)
+			default:
+				more = false
+			}
+		}
+		if len(pending) > 0 {
+			if err := f.AwaitBarrier(ctx); err != nil {
+				return a.toStatus(err)
+			}
+		}
+		// The right to follow is judged before anything is sent: a ban reaches this line together with the change.
+		if _, err := a.c.Guard.CheckAgent(ctx, c); err != nil {
+			return err
+		}
+		d := f.Next(len(pending) > 0)
+		if d == nil {
+			continue
+		}
+		if err := a.send(s, d, f, pending); err != nil {
+			return err
+		}
+		st.entries.Store(int64(f.Held()))
+		st.sent.Store(int64(d.To))
+	}
+}
+
+// send sends one Delta, a snapshot in parts.
+func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Follower, syncs []uint64) error {
+	items := a.items(d)
+	if !d.Snapshot && len(items) > maxDeltaItems {
+		f.Restart()
+		if d = f.Next(true); d == nil {
+			return status.Error(codes.Internal, "internal error")
+		}
+		items = a.items(d)
+	}
+	part := a.newPart(d)
+	size := 0
+	for _, it := range items {
+		n := proto.Size(it.message)
+		if d.Snapshot && size > 0 && size+n > maxPartBytes {
+			if err := s.Send(part); err != nil {
+				return err
+			}
+			part, size = a.newPart(d), 0
+		}
+		it.add(part)
+		size += n
+	}
+	part.Complete = true
+	part.SyncIds = syncs
+	part.PolicyDefaults = d.Defaults
+	for _, id := range d.RemovedEntries {
+		part.RemovedEntryIds = append(part.RemovedEntryIds, string(id))
+	}
+	part.RemovedPolicies = d.RemovedPolicies
+	for _, td := range d.RemovedBundles {
+		part.RemovedBundles = append(part.RemovedBundles, td.Name())
+	}
+	return s.Send(part)
+}
+
+func (a *API) newPart(d *registry.Delta) *nodev1.FollowResponse {
+	return &nodev1.FollowResponse{Format: FollowFormat, Epoch: a.c.Epoch, From: int64(d.From), To: int64(d.To), Snapshot: d.Snapshot}
+}
+
+// item is one thing to send with the way it goes into a message.
+type item struct {
+	message proto.Message
+	add     func(*nodev1.FollowResponse)
+}
+
+func (a *API) items(d *registry.Delta) []item {
+	var out []item
+	if d.OwnBundle {
+		b := ownBundle(a.c.Authority.Bundle())
+		out = append(out, item{b, func(m *nodev1.FollowResponse) { m.Bundles = append(m.Bundles, b) }})
+	}
+	for _, fb := range d.Bundles {
+		b, err := foreignBundle(fb)
+		if err != nil {
+			a.c.Log.Error("a stored foreign bundle cannot be read", "trust_domain", fb.TrustDomain.Name(), "err", err)
+			continue
+		}
+		out = append(out, item{b, func(m *nodev1.FollowResponse) { m.Bundles = append(m.Bundles, b) }})
+	}
+	for _, p := range d.Policies {
+		out = append(out, policyItem(p))
+	}
+	for _, e := range d.Entries {
+		m := protoEntry(e)
+		out = append(out, item{m, func(r *nodev1.FollowResponse) { r.Entries = append(r.Entries, m) }})
+	}
+	return out
+}
+
+func policyItem(p *policyv1.Policy) item {
+	return item{p, func(m *nodev1.FollowResponse) { m.Policies = append(m.Policies, p) }}
+}
+
+func protoEntry(e *registry.Entry) *nodev1.Entry {
+	m := &nodev1.Entry{Id: string(e.ID), Revision: int64(e.Revision), CreatedAt: e.CreatedAt.Unix(), SpiffeId: e.SPIFFEID.String(),
+		Hint: e.Hint, Admin: e.Admin, Downstream: e.Downstream, JwtIncludeJti: e.JWTIncludeJTI, DisableX509Prefetch: e.NoX509Prefetch}
+	for _, s := range e.Selectors {
+		m.Selectors = append(m.Selectors, s.String())
+	}
+	for _, td := range e.FederatesWith {
+		m.FederatesWith = append(m.FederatesWith, td.Name())
+	}
+	if !e.ExpiresAt.IsZero() {
+		m.ExpiresAt = e.ExpiresAt.Unix()
+	}
+	return m
+}
+
+func marshalKey(key crypto.PublicKey) ([]byte, error) { return x509.MarshalPKIXPublicKey(key) }
+
+var protoStates = map[authority.State]nodev1.AuthorityState{
+	authority.StatePrepared: nodev1.AuthorityState_AUTHORITY_STATE_PREPARED,
+	authority.StateActive:   nodev1.AuthorityState_AUTHORITY_STATE_ACTIVE,
+	authority.StateOld:      nodev1.AuthorityState_AUTHORITY_STATE_OLD,
+	authority.StateTainted:  nodev1.AuthorityState_AUTHORITY_STATE_TAINTED,
+}
+
+func ownBundle(b authority.Bundle) *nodev1.Bundle {
+	m := &nodev1.Bundle{TrustDomain: b.TrustDomain.Name(), Revision: int64(b.Sequence), SequenceNumber: b.Sequence, RefreshHint: int64(b.RefreshHint / time.Second)}
+	for _, x := range b.X509 {
+		m.X509Authorities = append(m.X509Authorities, &nodev1.X509Authority{Certificate: x.Certificate.Raw, AuthorityId: x.ID, State: protoStates[x.State]})
+	}
+	for _, j := range b.JWT {
+		der, err := marshalKey(j.PublicKey)
+		if err != nil {
+			continue // the authority package made this key itself
+		}
+		m.JwtAuthorities = append(m.JwtAuthorities, &nodev1.JWTAuthority{KeyId: j.KeyID, PublicKey: der, ExpiresAt: j.ExpiresAt.Unix(), State: protoStates[j.State]})
+	}
+	return m
+}
+
+func foreignBundle(b *registry.Bundle) (*nodev1.Bundle, error) {
+	parsed, _, err := spiffe.ParseBundle(b.TrustDomain, b.Content)
+	if err != nil {
+		return nil, err
+	}
+	m := &nodev1.Bundle{TrustDomain: b.TrustDomain.Name(), Revision: int64(b.Revision)}
+	if n, ok := parsed.SequenceNumber(); ok {
+		m.SequenceNumber = n
+	}
+	if h, ok := parsed.RefreshHint(); ok {
+		m.RefreshHint = int64(h / time.Second)
+	}
+	for _, x := range parsed.X509Authorities() {
+		m.X509Authorities = append(m.X509Authorities, &nodev1.X509Authority{Certificate: x.Raw})
+	}
+	for kid, key := range maps.All(parsed.JWTAuthorities()) {
+		der, err := marshalKey(key)
+		if err != nil {
+			return nil, err
+		}
+		m.JwtAuthorities = append(m.JwtAuthorities, &nodev1.JWTAuthority{KeyId: kid, PublicKey: der})
+	}
+	return m, nil
+}

@@ -1,0 +1,174 @@
+package nodeapi
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	"github.com/signet-id/signet/ca/access"
+	"github.com/signet-id/signet/ca/auditlog"
+	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/registry"
+)
+
+// MaxBatch is the most SVIDs one RPC signs. [SPIRE-PROTOCOL §6, §11]
+const MaxBatch = 500
+
+// IssueX509SVIDs signs an X509-SVID per item by public key. The agent made the keys itself and is authenticated by its
+// SVID: it acts as registration authority, and the audit log says so. [DESIGN §6]
+func (a *API) IssueX509SVIDs(ctx context.Context, req *nodev1.IssueX509SVIDsRequest) (*nodev1.IssueX509SVIDsResponse, error) {
+	c := access.From(ctx)
+	switch n := len(req.Items); {
+	case n == 0:
+		return nil, status.Error(codes.InvalidArgument, "items: at least one is needed")
+	case n > MaxBatch:
+		return nil, status.Errorf(codes.ResourceExhausted, "items: %d in one call, at most %d are allowed", n, MaxBatch)
+	}
+	ids := make([]registry.EntryID, len(req.Items))
+	for i, it := range req.Items {
+		ids[i] = registry.EntryID(it.EntryId)
+	}
+	entries := a.c.Registry.AuthorizedEntries(c.ID, ids)
+	if slices.Contains(entries, nil) {
+		// Never refuse from an index that lags: what was created before this call is found.
+		if _, err := a.c.Registry.Barrier(ctx); err != nil {
+			return nil, a.toStatus(err)
+		}
+		entries = a.c.Registry.AuthorizedEntries(c.ID, ids)
+	}
+	out := &nodev1.IssueX509SVIDsResponse{Results: make([]*nodev1.IssueX509SVIDsResponse_Result, len(req.Items))}
+	prepared := make([]authority.PreparedX509, 0, len(req.Items))
+	index := make([]int, 0, len(req.Items))
+	now := a.c.Now()
+	var records []auditlog.Record
+	refuse := func(i int, err error) {
+		st := status.Convert(a.toStatus(err))
+		out.Results[i] = &nodev1.IssueX509SVIDsResponse_Result{Code: int32(st.Code()), Message: st.Message()}
+		records = append(records, auditlog.Record{Time: now, Event: "x509svid.refused", Actor: c.ID.String(), ActorKind: "agent",
+			Subject: clip(req.Items[i].EntryId), Outcome: auditlog.Refused, Details: map[string]any{"reason": st.Message()}})
+	}
+	for i, it := range req.Items {
+		if entries[i] == nil {
+			refuse(i, registry.ErrNotFound)
+			continue
+		}
+		key, err := authority.ParsePublicKey(it.PublicKey)
+		if err != nil {
+			refuse(i, err)
+			continue
+		}
+		e := entries[i]
+		p, err := a.c.Authority.CheckX509(authority.X509Request{ID: e.SPIFFEID, PublicKey: key, TTL: e.X509TTL, DNSNames: e.DNSNames})
+		if err != nil {
+			refuse(i, err)
+			continue
+		}
+		prepared = append(prepared, p)
+		index = append(index, i)
+	}
+	refused := len(records)
+	svids, errs := a.c.Authority.SignX509Batch(ctx, prepared)
+	for j, svid := range svids {
+		i := index[j]
+		if errs[j] != nil {
+			refuse(i, errs[j])
+			refused++
+			continue
+		}
+		e := entries[i]
+		out.Results[i] = &nodev1.IssueX509SVIDsResponse_Result{CertChain: svid.Chain, NotBefore: svid.NotBefore.Unix(),
+			NotAfter: svid.NotAfter.Unix(), EntryRevision: int64(e.Revision)}
+		records = append(records, auditlog.Record{Time: now, Event: "x509svid.issued", Actor: c.ID.String(), ActorKind: "agent",
+			Subject: e.SPIFFEID.String(), Outcome: auditlog.Done, Details: map[string]any{
+				"entry_id": string(e.ID), "serial": svid.SerialNumber, "not_after": svid.NotAfter.Unix(), "authority": svid.AuthorityID, "by": "public_key"}})
+	}
+	if err := a.audit(ctx, auditlog.Essential, records...); err != nil {
+		return nil, a.toStatus(err) // nothing leaves unlogged
+	}
+	a.c.Issued("x509", "", len(records)-refused)
+	a.c.Issued("x509", "refused", refused)
+	return out, nil
+}
+
+// NewJWTSVID signs a JWT-SVID for an entry of the calling agent. [SPIRE-PROTOCOL §7]
+func (a *API) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
+	c := access.From(ctx)
+	fail := func(err error) (*svidv1.NewJWTSVIDResponse, error) {
+		a.c.Issued("jwt", "refused", 1)
+		return nil, a.refuse(ctx, "jwtsvid.refused", clip(req.EntryId), err, nil)
+	}
+	switch {
+	case req.EntryId == "":
+		return fail(status.Error(codes.InvalidArgument, "malformed param: missing entry ID"))
+	case len(req.Audience) == 0:
+		return fail(status.Error(codes.InvalidArgument, "malformed param: at least one audience is required"))
+	}
+	e, err := a.c.Registry.AuthorizedEntry(c.ID, registry.EntryID(req.EntryId))
+	if errors.Is(err, registry.ErrNotFound) {
+		if _, err = a.c.Registry.Barrier(ctx); err == nil {
+			e, err = a.c.Registry.AuthorizedEntry(c.ID, registry.EntryID(req.EntryId))
+		}
+	}
+	if err != nil {
+		return fail(err)
+	}
+	svid, err := a.c.Authority.SignJWT(ctx, authority.JWTRequest{ID: e.SPIFFEID, Audience: req.Audience, TTL: e.JWTTTL, IncludeJTI: e.JWTIncludeJTI})
+	if err != nil {
+		return fail(err)
+	}
+	rec := JWTRecord(a.c.Now(), c, e.SPIFFEID.String(), req.Audience, svid)
+	rec.Details["entry_id"] = string(e.ID)
+	if err := a.audit(ctx, auditlog.Essential, rec); err != nil {
+		return fail(err)
+	}
+	a.c.Issued("jwt", "", 1)
+	return &svidv1.NewJWTSVIDResponse{Svid: &types.JWTSVID{Token: svid.Token, Id: protoID(e.SPIFFEID), ExpiresAt: svid.Expiry.Unix(), IssuedAt: svid.IssuedAt.Unix()}}, nil
+}
+
+// JWTRecord is the audit record of an issued JWT-SVID. The token itself is not in it.
+func JWTRecord(now time.Time, c *access.Caller, subject string, audience []string, svid *authority.JWTSVID) auditlog.Record {
+	d := map[string]any{"audience": audience, "not_after": svid.Expiry.Unix(), "authority": svid.KeyID}
+	if svid.JTI != "" {
+		d["jti"] = svid.JTI
+	}
+	return auditlog.Record{Time: now, Event: "jwtsvid.issued", Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: auditlog.Done, Details: d}
+}
+
+// GetBundle returns the trust domain's own bundle. Anyone may ask. [SPIRE-PROTOCOL §8]
+func (a *API) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest) (*types.Bundle, error) {
+	b := a.c.Authority.Bundle()
+	out := &types.Bundle{TrustDomain: b.TrustDomain.Name(), RefreshHint: int64(b.RefreshHint / time.Second), SequenceNumber: b.Sequence}
+	for _, x := range b.X509 {
+		out.X509Authorities = append(out.X509Authorities, &types.X509Certificate{Asn1: x.Certificate.Raw, Tainted: x.State == authority.StateTainted})
+	}
+	for _, j := range b.JWT {
+		der, err := marshalKey(j.PublicKey)
+		if err != nil {
+			return nil, a.toStatus(err)
+		}
+		out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{PublicKey: der, KeyId: j.KeyID, ExpiresAt: j.ExpiresAt.Unix(), Tainted: j.State == authority.StateTainted})
+	}
+	if m := req.GetOutputMask(); m != nil {
+		if !m.X509Authorities {
+			out.X509Authorities = nil
+		}
+		if !m.JwtAuthorities {
+			out.JwtAuthorities = nil
+		}
+		if !m.RefreshHint {
+			out.RefreshHint = 0
+		}
+		if !m.SequenceNumber {
+			out.SequenceNumber = 0
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,480 @@
+// Package registry holds what the CA knows of its trust domain: registration entries, attested nodes, join tokens,
+// call policies and federated bundles. The full set is in memory, fed by the store's watch alone (also for writes made
+// here), so that reads never touch the disk and every replica behaves the same. It decides which of it concerns
+// which agent, and never signs anything.
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// Errors a caller may test for. A *ValidationError and an *ExistsError come beside them.
+var (
+	ErrNotFound = errors.New("not found")
+	// ErrNotReady means that the registry has not caught up with the store: answer Unavailable, never a no.
+	ErrNotReady = errors.New("the registry has not caught up with the store; try again")
+	// ErrConflict means that somebody else changed the same object meanwhile.
+	ErrConflict = errors.New("changed meanwhile; look again and retry")
+)
+
+// Key prefixes in the store.
+const (
+	entryPrefix  = "entry/"
+	nodePrefix   = "node/"
+	tokenPrefix  = "token/"
+	policyPrefix = "policy/"
+	bundlePrefix = "bundle/"
+	defaultsKey  = "defaults"
+)
+
+// Config says what a Registry works on.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Store       store.Store
+	// CheckTTL refuses TTLs that the authorities could not honour; nil allows all.
+	CheckTTL func(x509, jwt time.Duration) error
+	// Observe is called with every batch of the store before it is indexed, in order, so that what else lives in the
+	// store can be followed through the same watch. It must not block. Nil: nobody else.
+	Observe func(store.Batch)
+	// Relisted is called after the watch fell behind the store's history and everything was read afresh: what Observe
+	// feeds missed batches. Nil: nobody else.
+	Relisted func(context.Context) error
+	Now      func() time.Time // nil: time.Now
+	Log      *slog.Logger     // nil: discarded
+}
+
+// A Registry is safe for concurrent use once Open has returned and while Run runs.
+type Registry struct {
+	c Config
+
+	// mu guards ix and subs. No store or network call is made under it.
+	mu      sync.RWMutex
+	ix      *index
+	applied chan struct{} // closed and replaced whenever ix.revision moves
+	watch   store.Watcher
+	follow  followers
+
+	// wmu guards pending: registrations that are being written, by what makes them similar.
+	wmu     sync.Mutex
+	pending map[string]chan struct{}
+}
+
+// A Policy is one CallPolicy with the document it was compiled from. It is never changed in place.
+type Policy struct {
+	Compiled  *policyv1.Policy
+	Document  Document
+	CreatedAt time.Time
+	Revision  store.Revision
+}
+
+// Defaults is the PolicyDefaults document.
+type Defaults struct {
+	Mode      policyv1.DefaultsMode
+	Document  Document
+	CreatedAt time.Time
+	Revision  store.Revision
+}
+
+// A Bundle holds a foreign trust domain's authorities as an operator set them, in SPIFFE bundle format.
+type Bundle struct {
+	TrustDomain spiffeid.TrustDomain
+	Content     []byte
+	Revision    store.Revision
+}
+
+// Open reads the whole store into memory and begins to watch it. Run keeps it up to date.
+func Open(ctx context.Context, c Config) (*Registry, error) {
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}}
+	r.follow.init()
+	if err := r.load(ctx); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// load replaces the index by what the store holds and starts a watch that continues it.
+func (r *Registry) load(ctx context.Context) error {
+	ix := newIndex()
+	rev, err := r.c.Store.List(ctx, "", 0, func(it store.Item) error {
+		return ix.apply(r.c.TrustDomain, store.Event{Item: it}, nil)
+	})
+	if err != nil {
+		return fmt.Errorf("reading the store: %w", err)
+	}
+	ix.revision = rev
+	w, err := r.c.Store.Watch(ctx, rev)
+	if err != nil {
+		return fmt.Errorf("watching the store: %w", err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.watch != nil {
+		r.watch.Close()
+	}
+	r.ix, r.watch = ix, w
+	r.moved()
+	r.follow.markAll()
+	return nil
+}
+
+// moved wakes whoever waits for a revision. mu is held.
+func (r *Registry) moved() {
+	close(r.applied)
+	r.applied = make(chan struct{})
+}
+
+// Run follows the store until ctx ends. A record it cannot read ends it with an error: a CA that does not understand
+// its store must not go on as if the record were absent.
+func (r *Registry) Run(ctx context.Context) error {
+	defer func() {
+		r.mu.Lock()
+		r.watch.Close()
+		r.mu.Unlock()
+	}()
+	for {
+		b, err := r.watch.Next(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, store.ErrCompacted):
+			r.c.Log.Warn("fell behind the store's history; reading it afresh")
+			if err := r.load(ctx); err != nil {
+				return err
+			}
+			if r.c.Relisted != nil {
+				if err := r.c.Relisted(ctx); err != nil {
+					return err
+				}
+			}
+			continue
+		case err != nil:
+			return fmt.Errorf("watching the store: %w", err)
+		}
+		if r.c.Observe != nil {
+			r.c.Observe(b)
+		}
+		if err := r.applyBatch(b); err != nil {
+			return err
+		}
+	}
+}
+
+func (r *Registry) applyBatch(b store.Batch) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var ch changes
+	for _, ev := range b.Events {
+		if err := r.ix.apply(r.c.TrustDomain, ev, &ch); err != nil {
+			return err
+		}
+	}
+	r.ix.revision = b.Revision
+	r.follow.mark(r.ix, &ch)
+	r.moved()
+	return nil
+}
+
+// Revision returns the revision up to which the store is in memory.
+func (r *Registry) Revision() store.Revision {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.ix.revision
+}
+
+// WaitFor returns when the index holds everything up to rev.
+func (r *Registry) WaitFor(ctx context.Context, rev store.Revision) error {
+	for {
+		r.mu.RLock()
+		at, moved := r.ix.revision, r.applied
+		r.mu.RUnlock()
+		if at >= rev {
+			return nil
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", ErrNotReady, ctx.Err())
+		}
+	}
+}
+
+// Barrier returns when the index holds everything that was committed before the call, by any replica.
+func (r *Registry) Barrier(ctx context.Context) (store.Revision, error) {
+	rev, err := r.c.Store.Barrier(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return rev, r.WaitFor(ctx, rev)
+}
+
+// commit writes and waits until the index shows it, so that whoever got the answer finds what it wrote.
+func (r *Registry) commit(ctx context.Context, checks []store.Check, writes []store.Write) (store.Revision, error) {
+	rev, err := r.c.Store.Commit(ctx, checks, writes)
+	if err != nil {
+		if _, ok := errors.AsType[*store.ConflictError](err); ok {
+			return 0, fmt.Errorf("%w: %w", ErrConflict, err)
+		}
+		return 0, err
+	}
+	return rev, r.WaitFor(ctx, rev)
+}
+
+// index is the store in memory. It is written by one goroutine under Registry.mu.
+type index struct {
+	revision store.Revision
+	entries  map[EntryID]*Entry
+	order    entryOrder
+	byParent map[spiffeid.ID]map[EntryID]*Entry
+	byID     map[spiffeid.ID]map[EntryID]*Entry
+	similar  map[string]EntryID
+	groups   map[spiffeid.ID]*nodeGroup // groups of nodes named by Identities
+	nodes    map[spiffeid.ID]*Node
+	tokens   map[string]*Token
+	policies map[string]*Policy
+	exact    map[string]map[string]*Policy // service ID -> policies that name it
+	wild     map[string]*Policy            // policies with a pattern among their services
+	defaults *Defaults
+	bundles  map[spiffeid.TrustDomain]*Bundle
+}
+
+type nodeGroup struct {
+	on      []spiffe.Selector
+	entries int
+}
+
+func newIndex() *index {
+	return &index{
+		entries: map[EntryID]*Entry{}, byParent: map[spiffeid.ID]map[EntryID]*Entry{}, byID: map[spiffeid.ID]map[EntryID]*Entry{},
+		similar: map[string]EntryID{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{},
+		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
+		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{},
+	}
+}
+
+// changes collects what a batch changed, for the followers.
+type changes struct {
+	entries  []entryChange
+	policies []policyChange
+	bundles  []spiffeid.TrustDomain
+	nodes    []spiffeid.ID
+	defaults bool
+	roots    bool // aliases or groups changed: which node has which roots must be worked out again
+}
+
+type entryChange struct{ old, new *Entry }
+type policyChange struct{ old, new *Policy }
+
+// apply brings one event into the index. ch may be nil.
+func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) error {
+	if ch == nil {
+		ch = &changes{}
+	}
+	if name, ok := strings.CutPrefix(ev.Key, entryPrefix); ok {
+		return ix.applyEntry(EntryID(name), ev, ch)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, nodePrefix); ok {
+		return ix.applyNode(td, name, ev, ch)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, tokenPrefix); ok {
+		if ev.Deleted {
+			delete(ix.tokens, name)
+			return nil
+		}
+		t, err := decodeToken(name, ev.Item)
+		if err != nil {
+			return err
+		}
+		ix.tokens[name] = t
+		return nil
+	}
+	if name, ok := strings.CutPrefix(ev.Key, policyPrefix); ok {
+		return ix.applyPolicy(name, ev, ch)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, bundlePrefix); ok {
+		return ix.applyBundle(name, ev, ch)
+	}
+	if ev.Key == defaultsKey {
+		ch.defaults = true
+		ix.defaults = nil
+		if ev.Deleted {
+			return nil
+		}
+		var rec policyRecord
+		if err := decodeRecord(ev.Item, &rec, func() int { return rec.V }); err != nil {
+			return err
+		}
+		ix.defaults = &Defaults{policyv1.DefaultsMode(rec.Mode), rec.Document.domain(), fromUnix(rec.CreatedAt), ev.Modified}
+	}
+	return nil // other prefixes belong to others
+}
+
+func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
+	var new *Entry
+	if !ev.Deleted {
+		var err error
+		if new, err = decodeEntry(id, ev.Item); err != nil {
+			return err
+		}
+	}
+	old := ix.entries[id]
+	if old != nil {
+		drop(ix.byParent, old.ParentID, id)
+		drop(ix.byID, old.SPIFFEID, id)
+		if ix.similar[old.similar()] == id {
+			delete(ix.similar, old.similar())
+		}
+		ch.roots = ch.roots || old.alias()
+		if g := ix.groups[old.ParentID]; g != nil {
+			if g.entries--; g.entries == 0 {
+				delete(ix.groups, old.ParentID)
+			}
+		}
+	}
+	if new == nil {
+		delete(ix.entries, id)
+		ix.order.remove(id)
+	} else {
+		if old == nil {
+			ix.order.add(id)
+		}
+		ix.entries[id] = new
+		put(ix.byParent, new.ParentID, id, new)
+		put(ix.byID, new.SPIFFEID, id, new)
+		ix.similar[new.similar()] = id
+		ch.roots = ch.roots || new.alias()
+		if new.OnNodes {
+			g := ix.groups[new.ParentID]
+			if g == nil {
+				g = &nodeGroup{on: new.On}
+				ix.groups[new.ParentID] = g
+				ch.roots = true
+			}
+			g.entries++
+		}
+	}
+	ch.entries = append(ch.entries, entryChange{old, new})
+	return nil
+}
+
+func put[K, I comparable, V any](m map[K]map[I]V, k K, id I, v V) {
+	inner := m[k]
+	if inner == nil {
+		inner = map[I]V{}
+		m[k] = inner
+	}
+	inner[id] = v
+}
+
+func drop[K, I comparable, V any](m map[K]map[I]V, k K, id I) {
+	inner := m[k]
+	delete(inner, id)
+	if len(inner) == 0 {
+		delete(m, k)
+	}
+}
+
+func (ix *index) applyNode(td spiffeid.TrustDomain, name string, ev store.Event, ch *changes) error {
+	id, err := spiffeid.FromPath(td, agentPathPrefix+name)
+	if err != nil {
+		return fmt.Errorf("record %s: %w", ev.Key, err)
+	}
+	ch.nodes = append(ch.nodes, id)
+	if ev.Deleted {
+		delete(ix.nodes, id)
+		return nil
+	}
+	n, err := decodeNode(id, ev.Item)
+	if err != nil {
+		return err
+	}
+	ix.nodes[id] = n
+	return nil
+}
+
+type policyRecord struct {
+	V         int      `json:"v"`
+	Document  document `json:"document"`
+	Compiled  []byte   `json:"compiled,omitempty"` // signet.policy.v1.Policy; absent in PolicyDefaults
+	Mode      int32    `json:"mode,omitempty"`     // PolicyDefaults
+	CreatedAt int64    `json:"created_at"`
+}
+
+func (d document) domain() Document { return Document{d.Name, []byte(d.Content), d.File, d.Line} }
+
+func (ix *index) applyPolicy(name string, ev store.Event, ch *changes) error {
+	old := ix.policies[name]
+	if old != nil {
+		delete(ix.wild, name)
+		for _, s := range old.Compiled.Services {
+			drop(ix.exact, s, name)
+		}
+		delete(ix.policies, name)
+	}
+	var new *Policy
+	if !ev.Deleted {
+		var rec policyRecord
+		if err := decodeRecord(ev.Item, &rec, func() int { return rec.V }); err != nil {
+			return err
+		}
+		new = &Policy{&policyv1.Policy{}, rec.Document.domain(), fromUnix(rec.CreatedAt), ev.Modified}
+		if err := proto.Unmarshal(rec.Compiled, new.Compiled); err != nil {
+			return fmt.Errorf("record %s: %w (is the store damaged?)", ev.Key, err)
+		}
+		new.Compiled.Revision = int64(ev.Modified)
+		ix.policies[name] = new
+		for _, s := range new.Compiled.Services {
+			if strings.Contains(s, "*") {
+				ix.wild[name] = new
+			} else {
+				put(ix.exact, s, name, new)
+			}
+		}
+	}
+	ch.policies = append(ch.policies, policyChange{old, new})
+	return nil
+}
+
+type bundleRecord struct {
+	V       int             `json:"v"`
+	Content json.RawMessage `json:"bundle"`
+}
+
+func (ix *index) applyBundle(name string, ev store.Event, ch *changes) error {
+	td, err := spiffe.ParseTrustDomain(name)
+	if err != nil {
+		return fmt.Errorf("record %s: %w", ev.Key, err)
+	}
+	ch.bundles = append(ch.bundles, td)
+	if ev.Deleted {
+		delete(ix.bundles, td)
+		return nil
+	}
+	var rec bundleRecord
+	if err := decodeRecord(ev.Item, &rec, func() int { return rec.V }); err != nil {
+		return err
+	}
+	ix.bundles[td] = &Bundle{td, rec.Content, ev.Modified}
+	return nil
+}
+
+func marshal(v any) ([]byte, error) { return json.Marshal(v) }

@@ -1,0 +1,621 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.yaml.in/yaml/v3"
+	"google.golang.org/protobuf/proto"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// Kinds of documents that operators apply. [DESIGN §8]
+const (
+	KindIdentity       = "Identity"
+	KindCallPolicy     = "CallPolicy"
+	KindPolicyDefaults = "PolicyDefaults"
+)
+
+// MaxDocuments bounds one apply: it is one commit.
+const MaxDocuments = store.MaxWrites
+
+// identityDocument is the YAML form of an Identity. [DESIGN §8]
+type identityDocument struct {
+	Kind          string        `yaml:"kind"`
+	Name          string        `yaml:"name"`
+	SPIFFEID      string        `yaml:"spiffeID"`
+	Match         []string      `yaml:"match"`
+	On            []string      `yaml:"on"`
+	X509TTL       time.Duration `yaml:"x509TTL"`
+	JWTTTL        time.Duration `yaml:"jwtTTL"`
+	DNSNames      []string      `yaml:"dnsNames"`
+	FederatesWith []string      `yaml:"federatesWith"`
+	Hint          string        `yaml:"hint"`
+	Admin         bool          `yaml:"admin"`
+	JWTIncludeJTI bool          `yaml:"jwtIncludeJTI"`
+	ExpiresAt     string        `yaml:"expiresAt"`
+}
+
+// A resource is one parsed document: what it makes in the store.
+type resource struct {
+	kind, name string
+	doc        Document
+	entry      *Entry           // Identity
+	compiled   *policyv1.Policy // CallPolicy
+	mode       policyv1.DefaultsMode
+}
+
+func (x *resource) key() string {
+	switch x.kind {
+	case KindIdentity:
+		return entryPrefix + identityPrefix + x.name
+	case KindCallPolicy:
+		return policyPrefix + x.name
+	}
+	return defaultsKey
+}
+
+// ParseIdentity reads an Identity document into the registration entry that it stands for.
+func ParseIdentity(doc strictyaml.Document, td spiffeid.TrustDomain) (*Entry, error) {
+	var in identityDocument
+	if err := strictyaml.Decode(doc, &in); err != nil {
+		return nil, err
+	}
+	fail := func(field, format string, args ...any) error {
+		return fmt.Errorf("%s: %s: %s", where(doc, field), field, fmt.Sprintf(format, args...))
+	}
+	if err := CheckName(in.Name); err != nil {
+		return nil, fail("name", "%v", err)
+	}
+	if strings.Contains(in.SPIFFEID, "{{") {
+		return nil, fail("spiffeID", "%q is a template; templated Identities are not supported by this version", clip(in.SPIFFEID))
+	}
+	e := &Entry{ID: EntryID(identityPrefix + in.Name), OnNodes: true, X509TTL: in.X509TTL, JWTTTL: in.JWTTTL,
+		DNSNames: in.DNSNames, Hint: in.Hint, Admin: in.Admin, JWTIncludeJTI: in.JWTIncludeJTI}
+	full := in.SPIFFEID
+	if strings.HasPrefix(full, "/") {
+		full = td.IDString() + full
+	}
+	var err error
+	if e.SPIFFEID, err = spiffe.ParseWorkloadID(full); err != nil {
+		return nil, fail("spiffeID", "%v", err)
+	}
+	if e.Selectors, err = parseSelectors(in.Match); err != nil {
+		return nil, fail("match", "%v", err)
+	}
+	if e.On, err = parseSelectors(in.On); err != nil {
+		return nil, fail("on", "%v", err)
+	}
+	for _, n := range in.FederatesWith {
+		f, err := spiffe.ParseTrustDomain(n)
+		if err != nil {
+			return nil, fail("federatesWith", "%v", err)
+		}
+		e.FederatesWith = append(e.FederatesWith, f)
+	}
+	if in.ExpiresAt != "" {
+		if e.ExpiresAt, err = time.Parse(time.RFC3339, in.ExpiresAt); err != nil {
+			return nil, fail("expiresAt", "%q is not a time such as 2027-01-31T00:00:00Z", clip(in.ExpiresAt))
+		}
+	}
+	e.Identity = &Document{in.Name, doc.Content, doc.File, doc.Line}
+	e.normalise()
+	if err := e.validate(td); err != nil {
+		v, ok := errors.AsType[*ValidationError](err)
+		if !ok {
+			return nil, err
+		}
+		field := map[string]string{"spiffe_id": "spiffeID", "selectors": "match", "x509_svid_ttl": "x509TTL", "jwt_svid_ttl": "jwtTTL",
+			"dns_names": "dnsNames", "federates_with": "federatesWith"}[v.Field]
+		if field == "" {
+			field = v.Field
+		}
+		return nil, fmt.Errorf("%s: %w", where(doc, field), &ValidationError{field, v.Value, v.Problem})
+	}
+	return e, nil
+}
+
+// where returns file:line:column of a field of a document, or of the document.
+func where(doc strictyaml.Document, field string) string {
+	line, col := doc.Line, 1
+	if m := mapping(doc.Node); m != nil {
+		for i := 0; i+1 < len(m.Content); i += 2 {
+			if m.Content[i].Value == field {
+				line, col = m.Content[i].Line, m.Content[i].Column
+			}
+		}
+	}
+	return fmt.Sprintf("%s:%d:%d", doc.File, line, col)
+}
+
+func mapping(n *yaml.Node) *yaml.Node {
+	if n != nil && n.Kind == yaml.DocumentNode && len(n.Content) == 1 {
+		n = n.Content[0]
+	}
+	if n == nil || n.Kind != yaml.MappingNode {
+		return nil
+	}
+	return n
+}
+
+// KindOf returns the kind that a document names, or an error with its place.
+func KindOf(doc strictyaml.Document) (string, error) {
+	if m := mapping(doc.Node); m != nil {
+		for i := 0; i+1 < len(m.Content); i += 2 {
+			if m.Content[i].Value == "kind" {
+				return m.Content[i+1].Value, nil
+			}
+		}
+	}
+	return "", fmt.Errorf("%s:%d: kind is missing; it is one of %s, %s, %s", doc.File, doc.Line, KindIdentity, KindCallPolicy, KindPolicyDefaults)
+}
+
+const maxNameBytes = 200
+
+// CheckName refuses what is no name of a resource or node group: 1 to 200 characters of A-Z a-z 0-9 . - _
+func CheckName(n string) error {
+	if n == "" || len(n) > maxNameBytes {
+		return fmt.Errorf("must have 1 to %d characters", maxNameBytes)
+	}
+	for _, c := range []byte(n) {
+		if !isNameByte(c) {
+			return fmt.Errorf("%q may hold A-Z a-z 0-9 . - _ only", clip(n))
+		}
+	}
+	return nil
+}
+
+// parseResource reads any document.
+func (r *Registry) parseResource(doc strictyaml.Document) (*resource, error) {
+	kind, err := KindOf(doc)
+	if err != nil {
+		return nil, err
+	}
+	x := &resource{kind: kind, doc: Document{Content: doc.Content, File: doc.File, Line: doc.Line}}
+	switch kind {
+	case KindIdentity:
+		if x.entry, err = ParseIdentity(doc, r.c.TrustDomain); err != nil {
+			return nil, err
+		}
+		if r.c.CheckTTL != nil {
+			if err := r.c.CheckTTL(x.entry.X509TTL, x.entry.JWTTTL); err != nil {
+				return nil, fmt.Errorf("%s: %w", where(doc, "x509TTL"), err)
+			}
+		}
+		x.name = x.entry.Identity.Name
+	case KindCallPolicy:
+		if x.compiled, err = policy.ParsePolicy(doc, r.c.TrustDomain); err != nil {
+			return nil, err
+		}
+		x.name = x.compiled.Name
+		if err := CheckName(x.name); err != nil {
+			return nil, fmt.Errorf("%s: name: %w", where(doc, "name"), err)
+		}
+	case KindPolicyDefaults:
+		if x.mode, x.name, err = policy.ParseDefaults(doc); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, fmt.Errorf("%s: kind %q is not one of %s, %s, %s", where(doc, "kind"), clip(kind), KindIdentity, KindCallPolicy, KindPolicyDefaults)
+	}
+	x.doc.Name = x.name
+	return x, nil
+}
+
+// An Action is what apply does with one resource.
+type Action int
+
+// The actions.
+const (
+	Unchanged Action = iota
+	Create
+	Change
+	Delete
+)
+
+// A PlannedChange is one line of a plan.
+type PlannedChange struct {
+	Action      Action
+	Kind, Name  string
+	Differences []string
+}
+
+// A Plan says what applying documents does.
+type Plan struct {
+	Changes  []PlannedChange
+	Revision store.Revision
+	// Lockouts names services that lose their last allow by this plan.
+	Lockouts []string
+
+	checks []store.Check
+	writes []store.Write
+}
+
+// Options of Plan and Apply.
+type Options struct {
+	Prune bool
+	// PlannedAt, if not 0, refuses with ErrConflict what was changed after that revision.
+	PlannedAt store.Revision
+}
+
+// ErrTooMany means that a set is larger than one commit.
+var ErrTooMany = fmt.Errorf("more than %d documents or changes in one apply; send them in chunks", MaxDocuments)
+
+// Plan checks documents as a whole and works out what applying them would change. It changes nothing.
+func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
+	if len(docs) > MaxDocuments {
+		return nil, ErrTooMany
+	}
+	var errs []error
+	var all []*resource
+	seen := map[string]string{}
+	for _, doc := range docs {
+		x, err := r.parseResource(doc)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		id := x.key()
+		if first, twice := seen[id]; twice {
+			errs = append(errs, fmt.Errorf("%s: %s %q is in %s already", where(doc, "name"), x.kind, x.name, first))
+			continue
+		}
+		seen[id] = where(doc, "name")
+		all = append(all, x)
+	}
+	if len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	p := &Plan{Revision: r.ix.revision}
+	for _, x := range all {
+		if err := r.planOne(p, x, o); err != nil {
+			return nil, err
+		}
+	}
+	if o.Prune {
+		r.planPrune(p, all)
+	}
+	if len(p.writes) > store.MaxWrites {
+		return nil, ErrTooMany
+	}
+	p.Lockouts = r.lockouts(all, p)
+	return p, nil
+}
+
+// current returns the stored form of a resource. mu is held.
+func (ix *index) current(kind, name string) (doc *Document, rev store.Revision, created time.Time, entry *Entry) {
+	switch kind {
+	case KindIdentity:
+		if e := ix.entries[EntryID(identityPrefix+name)]; e != nil {
+			return e.Identity, e.Revision, e.CreatedAt, e
+		}
+	case KindCallPolicy:
+		if p := ix.policies[name]; p != nil {
+			return &p.Document, p.Revision, p.CreatedAt, nil
+		}
+	case KindPolicyDefaults:
+		if d := ix.defaults; d != nil && (name == "" || d.Document.Name == name) {
+			return &d.Document, d.Revision, d.CreatedAt, nil
+		}
+	}
+	return nil, 0, time.Time{}, nil
+}
+
+func (r *Registry) planOne(p *Plan, x *resource, o Options) error {
+	name := x.name
+	if x.kind == KindPolicyDefaults {
+		name = "" // there is at most one, whatever its name
+	}
+	doc, rev, created, old := r.ix.current(x.kind, name)
+	if o.PlannedAt != 0 && rev > o.PlannedAt {
+		return fmt.Errorf("%s %q: %w", x.kind, x.name, ErrConflict)
+	}
+	ch := PlannedChange{Kind: x.kind, Name: x.name}
+	if doc == nil {
+		ch.Action = Create
+		created = r.c.Now().Truncate(time.Second)
+		if x.entry != nil {
+			if id, ok := r.ix.similar[x.entry.similar()]; ok {
+				e := r.ix.entries[id]
+				if e.Identity != nil {
+					return fmt.Errorf("%s:%d: Identity %q is the same registration as Identity %q: one SPIFFE ID, one `on`, one `match`", x.doc.File, x.doc.Line, x.name, e.Identity.Name)
+				}
+			}
+		}
+	} else if string(doc.Content) == string(x.doc.Content) && doc.File == x.doc.File && doc.Line == x.doc.Line {
+		p.Changes = append(p.Changes, ch)
+		return nil
+	} else {
+		ch.Differences = r.differences(x, old, doc)
+		if len(ch.Differences) == 0 && doc.File == x.doc.File && doc.Line == x.doc.Line && x.kind != KindCallPolicy {
+			p.Changes = append(p.Changes, ch) // comments and layout
+			return nil
+		}
+		ch.Action = Change
+		if len(ch.Differences) == 0 {
+			ch.Differences = []string{"only its text or place changed"}
+		}
+	}
+	b, err := x.encode(created)
+	if err != nil {
+		return err
+	}
+	p.Changes = append(p.Changes, ch)
+	p.checks = append(p.checks, store.Check{Key: x.key(), Modified: rev})
+	p.writes = append(p.writes, store.Write{Key: x.key(), Value: b})
+	return nil
+}
+
+func (x *resource) encode(created time.Time) ([]byte, error) {
+	if x.entry != nil {
+		x.entry.CreatedAt = created
+		return x.entry.encode()
+	}
+	rec := policyRecord{V: recordVersion, Document: document{x.doc.Name, string(x.doc.Content), x.doc.File, x.doc.Line}, Mode: int32(x.mode), CreatedAt: unix(created)}
+	if x.compiled != nil {
+		b, err := proto.Marshal(x.compiled)
+		if err != nil {
+			return nil, err
+		}
+		rec.Compiled, rec.Mode = b, 0
+	}
+	return marshal(rec)
+}
+
+// differences lists what applying x changes, a line each.
+func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string {
+	var out []string
+	diff := func(field string, a, b any) {
+		if as, bs := fmt.Sprint(a), fmt.Sprint(b); as != bs {
+			out = append(out, fmt.Sprintf("%s: %s -> %s", field, as, bs))
+		}
+	}
+	switch {
+	case x.entry != nil && old != nil:
+		n := x.entry
+		diff("spiffeID", old.SPIFFEID, n.SPIFFEID)
+		diff("match", selectorStrings(old.Selectors), selectorStrings(n.Selectors))
+		diff("on", selectorStrings(old.On), selectorStrings(n.On))
+		diff("x509TTL", old.X509TTL, n.X509TTL)
+		diff("jwtTTL", old.JWTTTL, n.JWTTTL)
+		diff("dnsNames", old.DNSNames, n.DNSNames)
+		diff("federatesWith", old.FederatesWith, n.FederatesWith)
+		diff("hint", old.Hint, n.Hint)
+		diff("admin", old.Admin, n.Admin)
+		diff("jwtIncludeJTI", old.JWTIncludeJTI, n.JWTIncludeJTI)
+		diff("expiresAt", old.ExpiresAt, n.ExpiresAt)
+	case x.compiled != nil:
+		was := r.ix.policies[x.name].Compiled
+		diff("service", was.Services, x.compiled.Services)
+		diff("mode", was.Mode, x.compiled.Mode)
+		a, b := ruleLines(was), ruleLines(x.compiled)
+		for _, s := range a {
+			if !slices.Contains(b, s) {
+				out = append(out, "- "+s)
+			}
+		}
+		for _, s := range b {
+			if !slices.Contains(a, s) {
+				out = append(out, "+ "+s)
+			}
+		}
+	case x.kind == KindPolicyDefaults:
+		diff("name", doc.Name, x.name)
+		diff("mode", r.ix.defaults.Mode, x.mode)
+	}
+	return out
+}
+
+// ruleLines prints each rule of a policy without its place.
+func ruleLines(p *policyv1.Policy) []string {
+	var out []string
+	for _, rule := range p.Rules {
+		s := strings.ToLower(strings.TrimPrefix(rule.Effect.String(), "EFFECT_")) + " from " + strings.Join(rule.From, ", ")
+		for _, h := range rule.Http {
+			s += fmt.Sprintf(" http methods=%v paths=%v", h.Methods, h.Paths)
+		}
+		if len(rule.Grpc) > 0 {
+			s += " grpc " + strings.Join(rule.Grpc, ", ")
+		}
+		if rule.Jwt != nil {
+			s += fmt.Sprintf(" jwt audience=%v subject=%v", rule.Jwt.Audience, rule.Jwt.Subject)
+		}
+		if rule.Shadow {
+			s += " (shadow)"
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
+func (r *Registry) planPrune(p *Plan, all []*resource) {
+	named, kinds := map[string]bool{}, map[string]bool{}
+	for _, x := range all {
+		named[x.key()], kinds[x.kind] = true, true
+	}
+	remove := func(kind, name, key string, rev store.Revision) {
+		if kinds[kind] && !named[key] {
+			p.Changes = append(p.Changes, PlannedChange{Action: Delete, Kind: kind, Name: name})
+			p.checks = append(p.checks, store.Check{Key: key, Modified: rev})
+			p.writes = append(p.writes, store.Write{Key: key, Delete: true})
+		}
+	}
+	for id, e := range r.ix.entries {
+		if e.Identity != nil {
+			remove(KindIdentity, e.Identity.Name, entryPrefix+string(id), e.Revision)
+		}
+	}
+	for name, pol := range r.ix.policies {
+		remove(KindCallPolicy, name, policyPrefix+name, pol.Revision)
+	}
+	slices.SortStableFunc(p.Changes, func(a, b PlannedChange) int {
+		if (a.Action == Delete) != (b.Action == Delete) {
+			if a.Action == Delete {
+				return 1
+			}
+			return -1
+		}
+		if a.Action != Delete {
+			return 0
+		}
+		return strings.Compare(a.Kind+a.Name, b.Kind+b.Name)
+	})
+}
+
+// lockouts returns the services that some enforced rule allows now and none would after the plan. mu is held.
+func (r *Registry) lockouts(all []*resource, p *Plan) []string {
+	gone := map[string]bool{}
+	for _, w := range p.writes {
+		if name, ok := strings.CutPrefix(w.Key, policyPrefix); ok {
+			gone[name] = true
+		}
+	}
+	after := map[string]bool{}
+	for name, pol := range r.ix.policies {
+		if !gone[name] {
+			allows(pol.Compiled, after)
+		}
+	}
+	for _, x := range all {
+		if x.compiled != nil && gone[x.name] {
+			allows(x.compiled, after)
+		}
+	}
+	var out []string
+	for name := range gone {
+		old := r.ix.policies[name]
+		if old == nil {
+			continue
+		}
+		before := map[string]bool{}
+		allows(old.Compiled, before)
+		for s := range before {
+			if !after[s] && !slices.Contains(out, s) && r.live(s) {
+				out = append(out, s)
+			}
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+func allows(p *policyv1.Policy, into map[string]bool) {
+	for _, rule := range p.Rules {
+		if p.Mode == policyv1.Mode_MODE_ENFORCE && !rule.Shadow && rule.Effect == policyv1.Effect_EFFECT_ALLOW {
+			for _, s := range p.Services {
+				into[s] = true
+			}
+		}
+	}
+}
+
+// live tells whether some entry issues an ID that the service pattern names, so that somebody may be calling it.
+func (r *Registry) live(service string) bool {
+	for id := range r.ix.byID {
+		if policy.ServiceMatches(service, id) {
+			return true
+		}
+	}
+	return false
+}
+
+// Apply commits a plan: all of it, or nothing with ErrConflict if a resource was changed after planning.
+func (r *Registry) Apply(ctx context.Context, p *Plan) (store.Revision, error) {
+	if len(p.writes) == 0 {
+		return p.Revision, nil
+	}
+	return r.commit(ctx, p.checks, p.writes)
+}
+
+// A Resource is a stored document.
+type Resource struct {
+	Kind      string
+	Document  Document
+	EntryID   EntryID
+	CreatedAt time.Time
+	Revision  store.Revision
+}
+
+// Resources returns the documents of a kind in order of name, or the one of that name.
+func (r *Registry) Resources(kind, name string) ([]Resource, error) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	var names []string
+	switch kind {
+	case KindIdentity:
+		for _, e := range r.ix.entries {
+			if e.Identity != nil {
+				names = append(names, e.Identity.Name)
+			}
+		}
+	case KindCallPolicy:
+		for n := range r.ix.policies {
+			names = append(names, n)
+		}
+	case KindPolicyDefaults:
+		if d := r.ix.defaults; d != nil {
+			names = append(names, d.Document.Name)
+		}
+	default:
+		return nil, invalid("kind", kind, "is not one of %s, %s, %s", KindIdentity, KindCallPolicy, KindPolicyDefaults)
+	}
+	slices.Sort(names)
+	var out []Resource
+	for _, n := range names {
+		if name != "" && n != name {
+			continue
+		}
+		doc, rev, created, e := r.ix.current(kind, n)
+		res := Resource{Kind: kind, Document: *doc, CreatedAt: created, Revision: rev}
+		if e != nil {
+			res.EntryID = e.ID
+		}
+		out = append(out, res)
+	}
+	if name != "" && len(out) == 0 {
+		return nil, fmt.Errorf("%s %q: %w", kind, clip(name), ErrNotFound)
+	}
+	return out, nil
+}
+
+// PlanDelete plans the removal of one resource.
+func (r *Registry) PlanDelete(kind, name string) (*Plan, error) {
+	if _, err := r.Resources(kind, name); err != nil {
+		return nil, err
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	_, rev, _, _ := r.ix.current(kind, name)
+	key := (&resource{kind: kind, name: name}).key()
+	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{{Action: Delete, Kind: kind, Name: name}},
+		checks: []store.Check{{Key: key, Modified: rev}}, writes: []store.Write{{Key: key, Delete: true}}}
+	p.Lockouts = r.lockouts(nil, p)
+	return p, nil
+}
+
+// PolicySet returns all policies in compiled form, in order of name. It must not be changed.
+func (r *Registry) PolicySet(epoch string) *policyv1.PolicySet {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	set := &policyv1.PolicySet{Format: policy.Format, TrustDomain: r.c.TrustDomain.Name(), Epoch: epoch, Revision: int64(r.ix.revision), Defaults: policyv1.DefaultsMode_DEFAULTS_MODE_DENY}
+	if r.ix.defaults != nil {
+		set.Defaults = r.ix.defaults.Mode
+	}
+	for _, p := range r.ix.policies {
+		set.Policies = append(set.Policies, p.Compiled)
+	}
+	slices.SortFunc(set.Policies, func(a, b *policyv1.Policy) int { return strings.Compare(a.Name, b.Name) })
+	return set
+}

@@ -1,0 +1,105 @@
+package ca
+
+import (
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
+
+	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	"github.com/signet-id/signet/ca/access"
+	"github.com/signet-id/signet/ca/adminapi"
+	"github.com/signet-id/signet/ca/nodeapi"
+)
+
+// SPIRE puts what agents call and what admins call into the same services; each of these joins the two doors. An RPC
+// that neither has answers Unimplemented: what does that is embedded one level deeper than the doors, so that Go
+// prefers them.
+type (
+	noAgent  struct{ agentv1.UnimplementedAgentServer }
+	noBundle struct{ bundlev1.UnimplementedBundleServer }
+	noSVID   struct{ svidv1.UnimplementedSVIDServer }
+	noEntry  struct{ entryv1.UnimplementedEntryServer }
+
+	otherAgent  struct{ noAgent }
+	otherBundle struct{ noBundle }
+	otherSVID   struct{ noSVID }
+	otherEntry  struct{ noEntry }
+
+	nodeAPI  struct{ *nodeapi.API }
+	adminAPI struct{ *adminapi.API }
+
+	agentService struct {
+		otherAgent
+		nodeAPI
+		adminAPI
+	}
+	bundleService struct {
+		otherBundle
+		nodeAPI
+		adminAPI
+	}
+	svidService struct {
+		otherSVID
+		nodeAPI
+		adminAPI
+	}
+	entryService struct {
+		otherEntry
+		adminAPI
+	}
+)
+
+// methods says who may call what. [SPIRE-PROTOCOL §10] What is not here is refused.
+func methods() map[string]access.Kind {
+	const operators = access.Local | access.Admin
+	m := map[string]access.Kind{
+		agentv1.Agent_AttestAgent_FullMethodName:                         access.Anyone,
+		agentv1.Agent_RenewAgent_FullMethodName:                          access.Agent,
+		bundlev1.Bundle_GetBundle_FullMethodName:                         access.Anyone,
+		svidv1.SVID_NewJWTSVID_FullMethodName:                            access.Agent,
+		nodev1.Node_IssueX509SVIDs_FullMethodName:                        access.Agent,
+		nodev1.Node_Follow_FullMethodName:                                access.Agent,
+		healthv1.Health_Check_FullMethodName:                             access.Local,
+		healthv1.Health_List_FullMethodName:                              access.Local,
+		healthv1.Health_Watch_FullMethodName:                             access.Local,
+		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo":      operators,
+		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": operators,
+	}
+	for _, name := range []string{
+		agentv1.Agent_CountAgents_FullMethodName, agentv1.Agent_ListAgents_FullMethodName, agentv1.Agent_GetAgent_FullMethodName,
+		agentv1.Agent_DeleteAgent_FullMethodName, agentv1.Agent_BanAgent_FullMethodName, agentv1.Agent_CreateJoinToken_FullMethodName,
+		entryv1.Entry_CountEntries_FullMethodName, entryv1.Entry_ListEntries_FullMethodName, entryv1.Entry_GetEntry_FullMethodName,
+		entryv1.Entry_BatchCreateEntry_FullMethodName, entryv1.Entry_BatchUpdateEntry_FullMethodName, entryv1.Entry_BatchDeleteEntry_FullMethodName,
+		bundlev1.Bundle_CountBundles_FullMethodName, bundlev1.Bundle_ListFederatedBundles_FullMethodName, bundlev1.Bundle_GetFederatedBundle_FullMethodName,
+		bundlev1.Bundle_BatchSetFederatedBundle_FullMethodName, bundlev1.Bundle_BatchCreateFederatedBundle_FullMethodName, bundlev1.Bundle_BatchDeleteFederatedBundle_FullMethodName,
+		svidv1.SVID_MintX509SVID_FullMethodName, svidv1.SVID_MintJWTSVID_FullMethodName, svidv1.SVID_MintWITSVID_FullMethodName,
+	} {
+		m[name] = operators
+	}
+	for _, rpc := range adminv1.Admin_ServiceDesc.Methods {
+		m["/"+adminv1.Admin_ServiceDesc.ServiceName+"/"+rpc.MethodName] = operators
+	}
+	for _, rpc := range adminv1.Admin_ServiceDesc.Streams {
+		m["/"+adminv1.Admin_ServiceDesc.ServiceName+"/"+rpc.StreamName] = operators
+	}
+	return m
+}
+
+// register puts the same services on the port and on the admin socket.
+func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h *health.Server) {
+	n, a := nodeAPI{node}, adminAPI{admin}
+	agentv1.RegisterAgentServer(s, &agentService{nodeAPI: n, adminAPI: a})
+	bundlev1.RegisterBundleServer(s, &bundleService{nodeAPI: n, adminAPI: a})
+	svidv1.RegisterSVIDServer(s, &svidService{nodeAPI: n, adminAPI: a})
+	entryv1.RegisterEntryServer(s, &entryService{adminAPI: a})
+	nodev1.RegisterNodeServer(s, node)
+	adminv1.RegisterAdminServer(s, &adminapi.AdminServer{API: admin})
+	healthv1.RegisterHealthServer(s, h)
+	reflection.Register(s)
+}
