@@ -193,8 +193,8 @@ func Open(ctx context.Context, c Config) (*Set, error) {
 		return nil, err
 	}
 	s := &Set{config: c}
-	// Two rounds are enough: who loses the commit of the first ones finds them in the store.
-	for range 3 {
+	// Whoever loses the commit of the first ones finds the winner's in the next round.
+	for range 2 {
 		items, err := s.list(ctx)
 		if err != nil {
 			return nil, err

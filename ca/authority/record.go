@@ -16,6 +16,7 @@ import (
 
 	"github.com/signet-id/signet/ca/keys"
 	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/spiffe"
 )
 
 // Where the records are in the store. The index is written with every change of any record, so that changes by two
@@ -197,9 +198,13 @@ func checkHead(key, prefix, id string, generation uint64, state State) error {
 
 // checkAuthorityCertificate refuses an authority that is not this trust domain's, or that verifiers would refuse.
 func checkAuthorityCertificate(cert *x509.Certificate, td spiffeid.TrustDomain) error {
+	id, err := spiffe.IDFromCertificate(cert)
+	if err != nil {
+		return err
+	}
 	switch {
-	case len(cert.URIs) != 1 || cert.URIs[0].String() != td.IDString():
-		return fmt.Errorf("its ID is not %q", td.IDString())
+	case id != td.ID():
+		return fmt.Errorf("its ID is %q, not %q", id.String(), td.IDString())
 	case !cert.BasicConstraintsValid || !cert.IsCA:
 		return errors.New("it is not a signing certificate (cA is false)")
 	case cert.KeyUsage&x509.KeyUsageCertSign == 0 || cert.KeyUsage&^(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
