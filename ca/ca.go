@@ -83,7 +83,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	}()
 	ca.log = ca.logger()
 	ca.reconfigured.Store(&c)
-	if err := durable.MkdirPrivate(c.DataDir); err != nil {
+	if err := durable.MkdirAll(c.DataDir, 0o750); err != nil {
 		return ca, fmt.Errorf("data_dir: %w", err)
 	}
 	ca.metrics = newMetrics(ca)
@@ -127,7 +127,7 @@ func (s Seal) open() (*keys.SealKey, error) {
 		}
 		return k, nil
 	case s.Create:
-		if err := durable.MkdirPrivate(filepath.Dir(s.KeyFile)); err != nil && !errors.Is(err, os.ErrExist) {
+		if err := durable.MkdirAll(filepath.Dir(s.KeyFile), 0o700); err != nil {
 			return nil, fmt.Errorf("seal.key_file: %w", err)
 		}
 		k, err := keys.LoadOrCreateSealKey(s.KeyFile)
