@@ -26,14 +26,18 @@ func (l *Located[T]) locate(line, column int) (value any) {
 	return &l.Value
 }
 
-// Inner returns the value without its place, for those that walk over types by reflection.
-func (l Located[T]) Inner() any { return l.Value }
-
 type locator interface{ locate(line, column int) any }
+
+// A OneOrMany is a list that may also be written as its only element.
+type OneOrMany[T any] []T
+
+func (l *OneOrMany[T]) list() any { return (*[]T)(l) }
+
+type lister interface{ list() any }
 
 // Decode reads doc into the struct that into points to. Fields are named by their yaml tags, as in package yaml, with
 // the option inline for embedded structs; a field without a tag is not read. Strings, booleans, decimal numbers,
-// time.Duration ("90s"), slices, maps with string keys, pointers, structs, Located and types with UnmarshalText are
+// time.Duration ("90s"), slices, maps with string keys, pointers, structs, Located, OneOrMany and types with UnmarshalText are
 // understood. A key that no field has, a null and a value of another type are mistakes. The error is of type Errors and
 // holds all of them; what could be read has been read even then.
 func Decode(doc Document, into any) error {
@@ -57,6 +61,7 @@ var (
 	durationType        = reflect.TypeFor[time.Duration]()
 	textUnmarshalerType = reflect.TypeFor[encoding.TextUnmarshaler]()
 	locatorType         = reflect.TypeFor[locator]()
+	listerType          = reflect.TypeFor[lister]()
 )
 
 // value reads n into v; name is what messages call it.
@@ -70,6 +75,16 @@ func (d decoder) value(n *yaml.Node, v reflect.Value, name string) {
 	}
 	if v.CanAddr() && v.Addr().Type().Implements(locatorType) {
 		d.value(n, reflect.ValueOf(v.Addr().Interface().(locator).locate(n.Line, n.Column)).Elem(), name)
+		return
+	}
+	if v.CanAddr() && v.Addr().Type().Implements(listerType) {
+		list := reflect.ValueOf(v.Addr().Interface().(lister).list()).Elem()
+		if n.Kind != yaml.SequenceNode {
+			list.Set(reflect.MakeSlice(list.Type(), 1, 1))
+			d.value(n, list.Index(0), name)
+			return
+		}
+		d.value(n, list, name)
 		return
 	}
 	if v.Kind() == reflect.Pointer {

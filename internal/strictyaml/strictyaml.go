@@ -7,10 +7,12 @@ package strictyaml
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -341,6 +343,19 @@ func (e Errors) Unwrap() []error {
 		list[i] = err
 	}
 	return list
+}
+
+// Sorted returns err, if it is of type Errors, in the order of lines and cut to MaxErrors; any other error as it is.
+func Sorted(err error) error {
+	var list Errors
+	if !errors.As(err, &list) {
+		return err
+	}
+	list = slices.Clone(list)
+	slices.SortStableFunc(list, func(a, b *Error) int {
+		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column))
+	})
+	return list[:min(len(list), MaxErrors)]
 }
 
 // collector gathers the mistakes of one file or document up to MaxErrors.

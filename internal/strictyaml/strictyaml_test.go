@@ -32,6 +32,7 @@ type config struct {
 		Path string `yaml:"path"`
 	} `yaml:"sub"`
 	At   Located[[]Located[string]] `yaml:"at"`
+	Many OneOrMany[Located[string]] `yaml:"many"`
 	Free time.Time                  `yaml:"free"` // a TextUnmarshaler
 }
 
@@ -64,6 +65,31 @@ free: "2026-01-02T03:04:05Z"
 	want := Located[[]Located[string]]{[]Located[string]{{"one", 13, 6}, {"two", 14, 3}}, 13, 5}
 	if diff := cmp.Diff(want, c.At); diff != "" {
 		t.Errorf("located values (-want +got):\n%s", diff)
+	}
+}
+
+func TestOneOrMany(t *testing.T) {
+	for in, want := range map[string]OneOrMany[Located[string]]{
+		"many: x\n":      {{"x", 1, 7}},
+		"many: [x, y]\n": {{"x", 1, 8}, {"y", 1, 11}},
+		"many:\n- x\n":   {{"x", 2, 3}},
+		"many: []\n":     {},
+	} {
+		var c config
+		if err := Unmarshal([]byte(in), "f", &c); err != nil || !cmp.Equal(c.Many, want) {
+			t.Errorf("Unmarshal(%q) = %v, %v; want %v", in, c.Many, err, want)
+		}
+	}
+	err := Unmarshal([]byte("many: 1\n"), "f", new(config))
+	if want := `f:1:7: many is the number "1"; it must be a string; write it in quotes`; fmt.Sprint(err) != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}
+
+func TestSorted(t *testing.T) {
+	err := Sorted(Errors{{"b", 1, 1, "m"}, {"a", 2, 1, "m"}, {"a", 1, 3, "m"}})
+	if got, want := err.Error(), "a:1:3: m\na:2:1: m\nb:1:1: m"; got != want {
+		t.Errorf("Sorted: %q, want %q", got, want)
 	}
 }
 

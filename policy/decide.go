@@ -1,0 +1,185 @@
+package policy
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+)
+
+// A Protocol says how much an enforcement point knows of a call.
+type Protocol uint8
+
+const (
+	// ProtocolTLS is a connection of which only the peer's ID is known. It is allowed only by rules without http, grpc
+	// and jwt, and refused by any deny whose callers match.
+	ProtocolTLS Protocol = iota
+	// ProtocolHTTP is one HTTP request, gRPC calls included.
+	ProtocolHTTP
+)
+
+// A Request is a call to be decided: the raw facts, as they came over the wire. What they mean is Decide's to say.
+type Request struct {
+	// Service is the ID of the service that is called, Peer the verified ID of the TLS peer.
+	Service, Peer spiffeid.ID
+
+	Protocol Protocol
+	// Method is the HTTP method; POST for gRPC.
+	Method string
+	// Path is the request target exactly as received, with its query, never cleaned or decoded.
+	Path string
+	// ContentTypes are all lines of the header Content-Type.
+	ContentTypes []string
+	// HasMethodOverride says that X-HTTP-Method-Override, X-HTTP-Method or X-Method-Override is present; see
+	// IsMethodOverride.
+	HasMethodOverride bool
+
+	// Token is the caller's JWT-SVID, validated for an audience of Policies.Audiences. Nil if there is none or it is
+	// not valid.
+	Token *Token
+}
+
+// A Token is what a validated JWT-SVID says.
+type Token struct {
+	// ID is its subject.
+	ID spiffeid.ID
+	// Audience are all its audiences.
+	Audience []string
+}
+
+// IsMethodOverride reports whether a header of this name asks an application to take another method for the request's.
+func IsMethodOverride(header string) bool {
+	return strings.EqualFold(header, "X-HTTP-Method-Override") || strings.EqualFold(header, "X-HTTP-Method") ||
+		strings.EqualFold(header, "X-Method-Override")
+}
+
+// Decide decides a call. It allocates nothing, keeps nothing of r, and takes about as long for 100,000 rules as for ten.
+func (p *Policies) Decide(r *Request) Decision {
+	s := newScan(r)
+	return p.decide(&s)
+}
+
+// MightAllow reports whether some request of peer to service could be allowed: whether there is an allow for the peer,
+// whatever that asks for besides, and no deny that covers all its requests. It is no decision about a call.
+func (p *Policies) MightAllow(service, peer spiffeid.ID) Decision {
+	s := scan{r: &Request{Service: service, Peer: peer}, might: true}
+	return p.decide(&s)
+}
+
+func (p *Policies) decide(s *scan) Decision {
+	if p == nil {
+		return Decision{Outcome: Outcome{Reason: ReasonUnknownPolicy}}
+	}
+	d := Decision{Epoch: p.set.GetEpoch(), Revision: p.set.GetRevision()}
+	switch {
+	case p.stale:
+		d.Reason = ReasonStalePolicy
+		return d
+	case s.r.Service.Path() == "" || s.r.Service.TrustDomain().Name() != p.td:
+		d.Reason = ReasonForeignService
+		return d
+	case s.r.Peer.Path() == "":
+		d.Reason = ReasonInvalidPeer
+		return d
+	}
+	var buf [8]*group
+	named, shadowed := false, false
+	for _, g := range p.find(buf[:0], s.r.Service) {
+		named, shadowed = named || g.enforced, shadowed || g.shadowed
+		s.unknown = earlier(s.unknown, g.unknown)
+		s.group(g)
+	}
+	d.Outcome = s.outcome(0, named)
+	if shadowed {
+		d.Shadow = s.outcome(1, true)
+	}
+	if !named && s.unknown == nil && p.defaults == policyv1.DefaultsMode_DEFAULTS_MODE_SHADOW {
+		if !shadowed {
+			d.Shadow = d.Outcome
+		}
+		d.Outcome = Outcome{Allowed: true, Reason: ReasonDefaultShadow}
+	}
+	return d
+}
+
+// find appends what the policies of a service say, first for exactly this service, then for patterns that cover it.
+func (p *Policies) find(groups []*group, service spiffeid.ID) []*group {
+	if g := p.exact[service.String()]; g != nil {
+		groups = append(groups, g)
+	}
+	if p.patterns != nil {
+		groups = findGroups(groups, p.patterns, service.Path(), true)
+	}
+	return groups
+}
+
+func findGroups(groups []*group, t *trie[group], path string, first bool) []*group {
+	if path == "" {
+		return appendGroup(groups, t.here)
+	}
+	segment, rest := cut(path)
+	if !first || segment != reserved {
+		groups = appendGroup(groups, t.rest)
+		if t.star != nil {
+			groups = findGroups(groups, t.star, rest, false)
+		}
+	}
+	if child := t.children[segment]; child != nil {
+		groups = findGroups(groups, child, rest, false)
+	}
+	return groups
+}
+
+func appendGroup(groups []*group, g *group) []*group {
+	if g == nil {
+		return groups
+	}
+	return append(groups, g)
+}
+
+// Audiences returns, sorted, the audiences of the JWT-SVIDs that some rule for calls from peer to service asks for. An
+// enforcement point looks for a token only if there are any, and validates it for them.
+func (p *Policies) Audiences(service, peer spiffeid.ID) []string {
+	if p == nil || p.stale || service.TrustDomain().Name() != p.td {
+		return nil
+	}
+	var audiences []string
+	for _, g := range p.find(nil, service) {
+		if t := g.allow[peer.TrustDomain().Name()]; t != nil && g.jwt {
+			audiences = appendAudiences(audiences, t, peer.Path(), true)
+		}
+	}
+	slices.Sort(audiences)
+	return slices.Compact(audiences)
+}
+
+func appendAudiences(audiences []string, t *trie[callers], path string, first bool) []string {
+	if path == "" {
+		return t.here.appendAudiences(audiences)
+	}
+	segment, rest := cut(path)
+	if !first || segment != reserved {
+		audiences = t.rest.appendAudiences(audiences)
+		if t.star != nil {
+			audiences = appendAudiences(audiences, t.star, rest, false)
+		}
+	}
+	if child := t.children[segment]; child != nil {
+		audiences = appendAudiences(audiences, child, rest, false)
+	}
+	return audiences
+}
+
+func (c *callers) appendAudiences(audiences []string) []string {
+	if c == nil {
+		return audiences
+	}
+	for _, rules := range c.rules {
+		for _, r := range rules {
+			audiences = append(audiences, r.spec.GetJwt().GetAudience()...)
+		}
+	}
+	return audiences
+}

@@ -1,0 +1,163 @@
+package policy
+
+import (
+	"log/slog"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// A Reason is why a call was allowed or denied. Its text is stable: it goes into logs and metrics.
+type Reason uint8
+
+const (
+	// ReasonNone is the zero Reason: nothing was decided.
+	ReasonNone Reason = iota
+	// ReasonAllowed: a rule allows the call.
+	ReasonAllowed
+	// ReasonDefaultShadow: no enforced policy names the service and PolicyDefaults is shadow.
+	ReasonDefaultShadow
+	// ReasonDenied: a rule denies the call.
+	ReasonDenied
+	// ReasonNoAllow: policies name the service, and no allow covers the call.
+	ReasonNoAllow
+	// ReasonNoPolicy: no enforced policy names the service.
+	ReasonNoPolicy
+	// ReasonToken: an allow would cover the call if it came with the JWT-SVID that the rule asks for.
+	ReasonToken
+	// ReasonPath: the path is one that programs could understand in different ways.
+	ReasonPath
+	// ReasonMethodOverride: a header overrides the method where a deny lists methods.
+	ReasonMethodOverride
+	// ReasonUnsupported: a policy or a deny needs a newer reader, or is malformed.
+	ReasonUnsupported
+	// ReasonUnknownPolicy: no policies have arrived yet.
+	ReasonUnknownPolicy
+	// ReasonStalePolicy: the policies are too old to be relied on.
+	ReasonStalePolicy
+	// ReasonForeignService: the service is not one of the trust domain of the policies.
+	ReasonForeignService
+	// ReasonInvalidPeer: the peer has no SPIFFE ID with a path.
+	ReasonInvalidPeer
+	// ReasonInvalidSVID: the peer's X509-SVID is missing, malformed or expired. Enforcement points give it.
+	ReasonInvalidSVID
+)
+
+func (r Reason) String() string {
+	switch r {
+	case ReasonNone:
+		return "none"
+	case ReasonAllowed:
+		return "allowed"
+	case ReasonDefaultShadow:
+		return "default_shadow"
+	case ReasonDenied:
+		return "denied"
+	case ReasonNoAllow:
+		return "no_allow"
+	case ReasonNoPolicy:
+		return "no_policy"
+	case ReasonToken:
+		return "token"
+	case ReasonPath:
+		return "path"
+	case ReasonMethodOverride:
+		return "method_override"
+	case ReasonUnsupported:
+		return "unsupported"
+	case ReasonUnknownPolicy:
+		return "unknown_policy"
+	case ReasonStalePolicy:
+		return "stale_policy"
+	case ReasonForeignService:
+		return "foreign_service"
+	case ReasonInvalidPeer:
+		return "invalid_peer"
+	case ReasonInvalidSVID:
+		return "invalid_svid"
+	}
+	return "unknown"
+}
+
+// MarshalText returns the text of String.
+func (r Reason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// Public returns what a refused caller may be told. It says what the caller can change about the request and nothing
+// about the rules.
+func (r Reason) Public() string {
+	switch r {
+	case ReasonPath:
+		return "path_refused"
+	case ReasonMethodOverride:
+		return "method_override_refused"
+	case ReasonInvalidPeer, ReasonInvalidSVID:
+		return "svid_refused"
+	case ReasonUnknownPolicy, ReasonStalePolicy:
+		return "policy_unavailable"
+	}
+	return "denied"
+}
+
+// A Rule names a rule of a policy, or the policy as a whole.
+type Rule struct {
+	// Policy is the name of the CallPolicy. Empty: no rule.
+	Policy string `json:"policy,omitempty"`
+	// Index counts the rules of the compiled policy from 0, allows before denies; -1 is the policy as a whole.
+	Index int `json:"index"`
+	// File and Line are where the operator wrote it.
+	File string `json:"file,omitempty"`
+	Line uint32 `json:"line,omitempty"`
+}
+
+// An Outcome is what was, or would be, decided.
+type Outcome struct {
+	Allowed bool   `json:"allowed"`
+	Reason  Reason `json:"reason"`
+	// Rule is the one that decided; its Policy is empty if none did.
+	Rule Rule `json:"rule,omitzero"`
+}
+
+func outcomeOf(allowed bool, reason Reason, r *rule) Outcome {
+	o := Outcome{Allowed: allowed, Reason: reason, Rule: Rule{Policy: r.policy.GetName(), Index: r.index, File: r.policy.GetFile(), Line: r.policy.GetLine()}}
+	if r.spec.GetLine() != 0 {
+		o.Rule.Line = r.spec.GetLine()
+	}
+	return o
+}
+
+// A Decision is the answer to one call. The zero Decision denies.
+type Decision struct {
+	Outcome
+	// Shadow is what would be decided if everything that only reports were enforced: shadow policies, shadow rules, and
+	// the denial that a PolicyDefaults in shadow mode holds back. Its Reason is ReasonNone if there is nothing of the
+	// kind for the service.
+	Shadow Outcome `json:"shadow,omitzero"`
+	// Epoch and Revision name the policies that decided.
+	Epoch    string `json:"epoch,omitempty"`
+	Revision int64  `json:"revision,omitempty"`
+}
+
+// ShadowDiffers reports whether enforcing what only reports would change the answer.
+func (d Decision) ShadowDiffers() bool {
+	return d.Shadow.Reason != ReasonNone && d.Shadow.Allowed != d.Allowed
+}
+
+// LogValue puts the decision into a log record as a group.
+func (d Decision) LogValue() slog.Value {
+	attrs := []slog.Attr{slog.Bool("allowed", d.Allowed), slog.String("reason", d.Reason.String()), slog.Int64("revision", d.Revision)}
+	if d.Rule.Policy != "" {
+		attrs = append(attrs, slog.String("policy", d.Rule.Policy), slog.Int("rule", d.Rule.Index), slog.String("file", d.Rule.File), slog.Int64("line", int64(d.Rule.Line)))
+	}
+	if d.Shadow.Reason != ReasonNone {
+		attrs = append(attrs, slog.Group("shadow", slog.Bool("allowed", d.Shadow.Allowed), slog.String("reason", d.Shadow.Reason.String()),
+			slog.String("policy", d.Shadow.Rule.Policy), slog.Int64("line", int64(d.Shadow.Rule.Line))))
+	}
+	return slog.GroupValue(attrs...)
+}
+
+// A Judgement is one decision with its circumstances, as an enforcement point reports it to its OnDecision function.
+type Judgement struct {
+	// ID is the decision id: 128 random bits in base32.
+	ID            string
+	Service, Peer spiffeid.ID
+	Decision      Decision
+}

@@ -1,0 +1,226 @@
+package policy
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// Tests is a table of calls and what is expected of them, from a document such as
+//
+//	kind: PolicyTest
+//	trustDomain: example.org
+//	policies: [documents.yaml]        # files with the documents, relative to this one; absent: those in this file
+//	cases:
+//	  - name: the web may read
+//	    from: /web
+//	    to: /documents-service
+//	    http: GET /v1/documents/7     # or grpc: documents.v1.Documents/Get, or tls: true
+//	    want: allow
+//	    rule: documents:12            # optional: the policy that decides, and the line of its rule
+//	  - from: /web
+//	    to: /documents-service
+//	    http: POST /v1/documents
+//	    contentType: application/json # optional
+//	    methodOverride: true          # optional: the request has a header such as X-HTTP-Method-Override
+//	    jwt: {audience: [documents], subject: /web}   # optional; the subject is the caller if it is absent
+//	    want: deny
+type Tests struct {
+	Name        string
+	TrustDomain spiffeid.TrustDomain
+	// Policies are the files with the documents to test, as written.
+	Policies []string
+	Cases    []TestCase
+}
+
+// A TestCase is one call and what is expected of it.
+type TestCase struct {
+	Name    string
+	File    string
+	Line    int
+	Request Request
+	Allow   bool
+	// Policy and RuleLine name the rule that is to decide. Empty and 0 mean any.
+	Policy   string
+	RuleLine uint32
+}
+
+type testsDoc struct {
+	Kind        text                          `yaml:"kind" desc:"PolicyTest"`
+	Name        text                          `yaml:"name" desc:"Optional name of the table."`
+	TrustDomain text                          `yaml:"trustDomain" desc:"Trust domain of the services."`
+	Policies    texts                         `yaml:"policies" desc:"Files with the documents to test, relative to this one."`
+	Cases       []strictyaml.Located[caseDoc] `yaml:"cases" desc:"Calls and what is expected of them."`
+}
+
+type caseDoc struct {
+	Name           string                        `yaml:"name" desc:"What the case shows."`
+	From           text                          `yaml:"from" desc:"SPIFFE ID of the caller."`
+	To             text                          `yaml:"to" desc:"SPIFFE ID of the service."`
+	HTTP           text                          `yaml:"http" desc:"Method and request target, such as GET /v1/documents."`
+	GRPC           text                          `yaml:"grpc" desc:"gRPC method, such as pkg.Service/Method."`
+	TLS            strictyaml.Located[bool]      `yaml:"tls" desc:"true: a connection of which only the caller is known."`
+	ContentType    text                          `yaml:"contentType" desc:"Content type of the HTTP request."`
+	MethodOverride bool                          `yaml:"methodOverride" desc:"The request has a header that overrides its method."`
+	JWT            strictyaml.Located[caseToken] `yaml:"jwt" desc:"The caller's JWT-SVID."`
+	Want           text                          `yaml:"want" desc:"allow or deny"`
+	Rule           text                          `yaml:"rule" desc:"The policy that is to decide, or policy:line."`
+}
+
+type caseToken struct {
+	Audience texts `yaml:"audience" desc:"Audiences of the token."`
+	Subject  text  `yaml:"subject" desc:"Its subject; absent: the caller."`
+}
+
+// ParseTests reads a PolicyTest document. The error is of type strictyaml.Errors.
+func ParseTests(doc strictyaml.Document) (*Tests, error) {
+	var d testsDoc
+	p := &parser{file: doc.File}
+	p.decode(doc, &d)
+	p.kind(d.Kind, KindPolicyTest)
+	t := &Tests{Name: d.Name.Value}
+	if d.TrustDomain.Line == 0 {
+		p.missing("trustDomain", "one such as example.org")
+	} else if td, err := spiffe.ParseTrustDomain(d.TrustDomain.Value); err != nil {
+		p.fail(d.TrustDomain, "%v", err)
+	} else {
+		t.TrustDomain, p.td = td, td
+	}
+	for _, file := range p.filled("policies", d.Policies) {
+		t.Policies = append(t.Policies, file.Value)
+	}
+	if len(d.Cases) == 0 {
+		p.missing("cases", "at least one")
+	}
+	for i, c := range d.Cases {
+		t.Cases = append(t.Cases, p.testCase(i, c))
+	}
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+func (p *parser) testCase(i int, doc strictyaml.Located[caseDoc]) TestCase {
+	d := doc.Value
+	c := TestCase{Name: d.Name, File: p.file, Line: doc.Line, Allow: d.Want.Value == "allow"}
+	if c.Name == "" {
+		c.Name = "case " + strconv.Itoa(i+1)
+	}
+	if d.Want.Line == 0 {
+		p.at(doc.Line, doc.Column, "want is missing; write allow or deny")
+	} else if d.Want.Value != "allow" && d.Want.Value != "deny" {
+		p.fail(d.Want, "want is %q; it must be allow or deny", d.Want.Value)
+	}
+	r := &c.Request
+	r.Peer, r.Service = p.workload(doc, "from", d.From), p.workload(doc, "to", d.To)
+	given := 0
+	if d.TLS.Line != 0 {
+		given++
+		if !d.TLS.Value {
+			p.at(d.TLS.Line, d.TLS.Column, "tls is false; write true, or http or grpc")
+		}
+	}
+	if d.HTTP.Line != 0 {
+		given++
+		r.Protocol = ProtocolHTTP
+		var found bool
+		if r.Method, r.Path, found = strings.Cut(d.HTTP.Value, " "); !found || r.Method == "" || r.Path == "" {
+			p.fail(d.HTTP, "http is %q; write a method and a request target, such as GET /v1/documents", shorten(d.HTTP.Value))
+		}
+		if d.ContentType.Line != 0 {
+			r.ContentTypes = []string{d.ContentType.Value}
+		}
+	}
+	if d.GRPC.Line != 0 {
+		given++
+		if pattern, err := parseGRPCMethod(d.GRPC.Value); err != nil || pattern.segments[1] == star {
+			p.fail(d.GRPC, "grpc is %q; write one method as pkg.Service/Method", shorten(d.GRPC.Value))
+		}
+		r.Protocol, r.Method, r.Path, r.ContentTypes = ProtocolHTTP, "POST", "/"+d.GRPC.Value, []string{"application/grpc"}
+	}
+	if given != 1 {
+		p.at(doc.Line, doc.Column, "a case has exactly one of http, grpc and tls: true")
+	}
+	if d.ContentType.Line != 0 && d.HTTP.Line == 0 {
+		p.fail(d.ContentType, "contentType goes with http only")
+	}
+	r.HasMethodOverride = d.MethodOverride
+	if d.JWT.Line != 0 {
+		r.Token = &Token{ID: r.Peer}
+		if d.JWT.Value.Subject.Line != 0 {
+			r.Token.ID = p.workload(doc, "subject", d.JWT.Value.Subject)
+		}
+		if d.JWT.Value.Audience.Line == 0 {
+			p.at(d.JWT.Line, d.JWT.Column, "jwt needs audience: what the token is for")
+		}
+		for _, a := range p.filled("audience", d.JWT.Value.Audience) {
+			r.Token.Audience = append(r.Token.Audience, a.Value)
+		}
+	}
+	if d.Rule.Line != 0 {
+		policy, line, found := strings.Cut(d.Rule.Value, ":")
+		n, err := strconv.ParseUint(line, 10, 32)
+		if policy == "" || found && (err != nil || n == 0) {
+			p.fail(d.Rule, "rule is %q; write the name of a policy, or name:line", shorten(d.Rule.Value))
+		}
+		c.Policy, c.RuleLine = policy, uint32(n)
+	}
+	return c
+}
+
+// workload reads the full or relative ID of a workload.
+func (p *parser) workload(doc strictyaml.Located[caseDoc], field string, t text) spiffeid.ID {
+	if t.Line == 0 {
+		p.at(doc.Line, doc.Column, "%s is missing; write a SPIFFE ID, such as /web", field)
+		return spiffeid.ID{}
+	}
+	s := t.Value
+	if strings.HasPrefix(s, "/") {
+		s = scheme + p.td.Name() + s
+	}
+	id, err := spiffe.ParseWorkloadID(s)
+	if err != nil {
+		p.fail(t, "%s: %v", field, err)
+	}
+	return id
+}
+
+// A TestResult is how one case went.
+type TestResult struct {
+	Case   TestCase
+	Passed bool
+	// Message says what differs, with the place of the case; empty if it passed.
+	Message     string
+	Explanation Explanation
+}
+
+// RunTests decides every case with p, in their order.
+func RunTests(p *Policies, t *Tests) []TestResult {
+	results := make([]TestResult, len(t.Cases))
+	for i, c := range t.Cases {
+		r := &results[i]
+		r.Case, r.Explanation = c, p.Explain(&c.Request)
+		d := r.Explanation.Decision
+		switch rule := d.Rule; {
+		case d.Allowed != c.Allow:
+			r.Message = fmt.Sprintf("is %s, want %s: %s", verdict(d.Allowed), verdict(c.Allow), r.Explanation.because(d.Outcome))
+		case c.Policy != "" && (rule.Policy != c.Policy || c.RuleLine != 0 && rule.Line != c.RuleLine):
+			want := c.Policy
+			if c.RuleLine != 0 {
+				want += ":" + strconv.Itoa(int(c.RuleLine))
+			}
+			r.Message = fmt.Sprintf("is %s, but not by rule %s: %s", verdict(d.Allowed), want, r.Explanation.because(d.Outcome))
+		default:
+			r.Passed = true
+			continue
+		}
+		r.Message = fmt.Sprintf("%s:%d: %q %s", printable(c.File), c.Line, c.Name, r.Message)
+	}
+	return results
+}
