@@ -35,7 +35,7 @@ const (
 	// answerTimeout is how long the CA may stay silent while it owes an answer on Follow.
 	answerTimeout = 30 * time.Second
 	// keepaliveTime and keepaliveTimeout find a CA that vanished without closing the connection.
-	keepaliveTime    = 30 * time.Second
+	keepaliveTime    = 45 * time.Second
 	keepaliveTimeout = 10 * time.Second
 	// retryMin and retryMax bound the wait between two attempts to reach the CA.
 	retryMin = time.Second
@@ -71,6 +71,10 @@ type Config struct {
 
 	// Follower receives the state of the trust domain.
 	Follower Follower
+
+	// InSync is called when the CA has confirmed that the agent holds its newest state, once per connection. It must not
+	// block. May be nil.
+	InSync func()
 
 	// Version is the agent's, for the CA's list of agents.
 	Version string

@@ -102,6 +102,9 @@ func (c *Client) receive(stream nodev1.Node_FollowClient, s *session, first *syn
 			s.inSync.Store(true)
 			silence.Stop()
 			c.config.Log.Info("in sync with the CA", "server_address", c.config.Address, "revision", whole.GetTo())
+			if c.config.InSync != nil {
+				c.config.InSync()
+			}
 		}
 	}
 }

@@ -1,0 +1,244 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-id/signet/agent/nodeattest"
+	"github.com/signet-id/signet/agent/svidcache"
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// Config is the agent's configuration file. The zero value of a field is its default. Times are written 1h, 30m, 90s.
+type Config struct {
+	// TrustDomain is the name of the trust domain, such as example.org.
+	TrustDomain string `yaml:"trust_domain"`
+	// ServerAddress is where the CA listens: host:port, or host alone for port 8081.
+	ServerAddress string `yaml:"server_address"`
+	// DataDir holds the agent's own key, SVID and bundle. One agent uses it at a time; nobody else may read it.
+	DataDir string `yaml:"data_dir"`
+	// SocketPath is where workloads find the Workload API. Default /run/signet/agent.sock.
+	SocketPath string `yaml:"socket_path"`
+
+	// JoinToken proves once what this node is. Excludes JoinTokenFile. After the first attestation neither is needed any
+	// more.
+	JoinToken nodeattest.Secret `yaml:"join_token"`
+	// JoinTokenFile holds the join token; only root and the agent's user may read it. It is read again whenever the agent
+	// must attest, so that a fresh token there lets a refused agent back in.
+	JoinTokenFile string `yaml:"join_token_file"`
+	// TrustBundlePath holds the trust domain's X.509 authorities, as PEM or as a SPIFFE bundle, by which the agent
+	// verifies the CA on its first connection. Not needed with a join token that carries an authority pin.
+	TrustBundlePath string `yaml:"trust_bundle_path"`
+
+	// RegistrationWait is how long a process without an identity is kept waiting, in case its registration entry is just
+	// being made. Default 1s; at most 30s.
+	RegistrationWait time.Duration `yaml:"registration_wait"`
+	// MaxPrefetch is how many X509-SVIDs are kept ready for registration entries that nobody asks for now. Default 1000.
+	MaxPrefetch int `yaml:"max_prefetch"`
+	// DisablePrefetch keeps none ready.
+	DisablePrefetch bool `yaml:"disable_prefetch"`
+	// MaxStreams bounds the open calls of workloads; MaxStreamsPerUID those of one user. Default 16384 and a quarter of it.
+	MaxStreams       int `yaml:"max_streams"`
+	MaxStreamsPerUID int `yaml:"max_streams_per_uid"`
+	// RequireHeaderEverywhere demands the Workload API's security header also from SDS, ext_authz and health checks.
+	RequireHeaderEverywhere bool `yaml:"require_header_everywhere"`
+	// AllowBundlesWithoutIdentity gives the trust domain's bundles to processes without a registration entry, too.
+	AllowBundlesWithoutIdentity bool `yaml:"allow_bundles_without_identity"`
+	// AllowUnknownJWTHeaders accepts foreign JWT-SVIDs with headers beyond the standard's.
+	AllowUnknownJWTHeaders bool `yaml:"allow_unknown_jwt_headers"`
+	// JWTLeeway is how far clocks may be apart when JWT-SVIDs are validated. Default 30s; at most 60s.
+	JWTLeeway time.Duration `yaml:"jwt_leeway"`
+	// WorkloadAttestation says how processes are looked at.
+	WorkloadAttestation WorkloadAttestation `yaml:"workload_attestation"`
+
+	// Metrics serves /metrics, /live and /ready.
+	Metrics Metrics `yaml:"metrics"`
+	// Logging says what is logged to standard error.
+	Logging Logging `yaml:"log"`
+
+	// Now tells the time. Nil: time.Now.
+	Now func() time.Time `yaml:"-"`
+	// Log replaces the logger that Logging describes.
+	Log *slog.Logger `yaml:"-"`
+	// Version is what the agent tells the CA about itself.
+	Version string `yaml:"-"`
+}
+
+// WorkloadAttestation says how processes are looked at.
+type WorkloadAttestation struct {
+	// MaxHashBytes is the size of the largest executable whose SHA-256 becomes a selector. Default 512 MiB; negative:
+	// none is hashed.
+	MaxHashBytes int64 `yaml:"max_hash_bytes"`
+}
+
+// Metrics says where metrics are served.
+type Metrics struct {
+	// Listen is host:port, such as 127.0.0.1:9989. Without a host it is the loopback interface. Empty: nowhere.
+	Listen string `yaml:"listen"`
+}
+
+// Logging says what is logged.
+type Logging struct {
+	// Level is debug, info (default), warn or error.
+	Level string `yaml:"level"`
+	// Format is text (default) or json.
+	Format string `yaml:"format"`
+}
+
+const (
+	defaultSocket  = "/run/signet/agent.sock"
+	defaultPort    = "8081"
+	maxSocketBytes = 107
+	maxWait        = 30 * time.Second
+	maxLeeway      = time.Minute
+)
+
+// ReadConfig reads a configuration file. Errors name file, line and column.
+func ReadConfig(data []byte, file string) (Config, error) {
+	var c Config
+	if err := strictyaml.Unmarshal(data, file, &c); err != nil {
+		return Config{}, err
+	}
+	return c, c.Check()
+}
+
+// Check fills in defaults and refuses what cannot work, before anything is started. All mistakes are told at once.
+func (c *Config) Check() error {
+	var errs []error
+	bad := func(field, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("%s: %s", field, fmt.Sprintf(format, args...)))
+	}
+	if c.TrustDomain == "" {
+		bad("trust_domain", "missing; give the name of the CA's trust domain, such as example.org")
+	} else if td, err := spiffe.ParseTrustDomain(c.TrustDomain); err != nil {
+		bad("trust_domain", "%v", err)
+	} else if err := spiffe.CheckOwnTrustDomain(td); err != nil {
+		bad("trust_domain", "%v", err)
+	}
+	if c.ServerAddress == "" {
+		bad("server_address", "missing; give the CA's host:port, such as ca.example.org:8081")
+	} else if host, port, err := splitAddress(c.ServerAddress); err != nil || host == "" || port == "" {
+		bad("server_address", "%q is not host:port, such as ca.example.org:8081", c.ServerAddress)
+	} else {
+		c.ServerAddress = net.JoinHostPort(host, port)
+	}
+	if c.DataDir == "" {
+		bad("data_dir", "missing; name a directory for the agent's key and SVID, such as /var/lib/signet/agent")
+	} else if !filepath.IsAbs(c.DataDir) {
+		bad("data_dir", "%q must be absolute", c.DataDir)
+	}
+	if c.SocketPath == "" {
+		c.SocketPath = defaultSocket
+	}
+	if !filepath.IsAbs(c.SocketPath) {
+		bad("socket_path", "%q must be absolute", c.SocketPath)
+	} else if len(c.SocketPath) > maxSocketBytes {
+		bad("socket_path", "%q has %d bytes, and a Unix socket's path at most %d; choose a shorter one", c.SocketPath, len(c.SocketPath), maxSocketBytes)
+	}
+	c.checkBootstrap(bad)
+	c.checkLimits(bad)
+	if c.Metrics.Listen != "" {
+		host, port, err := net.SplitHostPort(c.Metrics.Listen)
+		if err != nil || port == "" {
+			bad("metrics.listen", "%q is not host:port, such as 127.0.0.1:9989", c.Metrics.Listen)
+		} else if host == "" {
+			c.Metrics.Listen = net.JoinHostPort("127.0.0.1", port)
+		}
+	}
+	if _, err := c.Logging.level(); err != nil {
+		errs = append(errs, err)
+	}
+	switch c.Logging.Format {
+	case "", "text", "json":
+	default:
+		bad("log.format", "%q is not text or json", c.Logging.Format)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return errors.Join(errs...)
+}
+
+// checkBootstrap sees to it that something verifies the CA on the first connection: there is no insecure way.
+func (c *Config) checkBootstrap(bad func(field, format string, args ...any)) {
+	if c.JoinToken != "" && c.JoinTokenFile != "" {
+		bad("join_token_file", "excludes join_token; keep one of them")
+	}
+	for _, f := range []struct{ field, path string }{{"join_token_file", c.JoinTokenFile}, {"trust_bundle_path", c.TrustBundlePath}} {
+		if f.path != "" && !filepath.IsAbs(f.path) {
+			bad(f.field, "%q must be absolute", f.path)
+		}
+	}
+	if c.JoinToken == "" {
+		return
+	}
+	token, err := nodeattest.ParseJoinToken(c.JoinToken)
+	switch {
+	case err != nil:
+		bad("join_token", "%v", err)
+	case !token.Pinned() && c.TrustBundlePath == "":
+		bad("join_token", "carries no authority pin, so that nothing verifies the CA on the first connection; "+
+			"use a token of signet token create, or set trust_bundle_path")
+	}
+}
+
+func (c *Config) checkLimits(bad func(field, format string, args ...any)) {
+	if c.RegistrationWait < 0 || c.RegistrationWait > maxWait {
+		bad("registration_wait", "%s is not between 0 and %s", c.RegistrationWait, maxWait)
+	}
+	if c.RegistrationWait == 0 {
+		c.RegistrationWait = svidcache.DefaultRegistrationWait
+	}
+	if c.MaxPrefetch < 0 {
+		bad("max_prefetch", "%d is negative; to keep none ready set disable_prefetch", c.MaxPrefetch)
+	}
+	if c.MaxPrefetch == 0 {
+		c.MaxPrefetch = svidcache.DefaultMaxPrefetch
+	}
+	if c.MaxStreams < 0 {
+		bad("max_streams", "%d is negative", c.MaxStreams)
+	}
+	if c.MaxStreamsPerUID < 0 {
+		bad("max_streams_per_uid", "%d is negative", c.MaxStreamsPerUID)
+	}
+	if c.JWTLeeway < 0 || c.JWTLeeway > maxLeeway {
+		bad("jwt_leeway", "%s is not between 0 and %s", c.JWTLeeway, maxLeeway)
+	}
+}
+
+func (l Logging) level() (slog.Level, error) {
+	var level slog.Level
+	if l.Level == "" {
+		return slog.LevelInfo, nil
+	}
+	if err := level.UnmarshalText([]byte(l.Level)); err != nil {
+		return 0, fmt.Errorf("log.level: %q is not debug, info, warn or error", l.Level)
+	}
+	return level, nil
+}
+
+// splitAddress adds the default port to a host that has none.
+func splitAddress(address string) (host, port string, err error) {
+	host, port, err = net.SplitHostPort(address)
+	if err == nil {
+		return host, port, nil
+	}
+	if host, port, err2 := net.SplitHostPort(net.JoinHostPort(address, defaultPort)); err2 == nil && net.ParseIP(host) == nil {
+		return host, port, nil
+	} else if ip := net.ParseIP(address); ip != nil {
+		return address, defaultPort, nil
+	}
+	return "", "", err
+}
+
+func (c *Config) trustDomain() spiffeid.TrustDomain {
+	td, _ := spiffe.ParseTrustDomain(c.TrustDomain) // Check has seen it
+	return td
+}

@@ -1,0 +1,393 @@
+package agent
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/signet-id/signet/agent/caclient"
+	"github.com/signet-id/signet/agent/nodeattest"
+	"github.com/signet-id/signet/internal/durable"
+)
+
+const (
+	retryMin = time.Second
+	retryMax = 30 * time.Second
+	// lookEvery is the longest time for which the wall clock is not looked at.
+	lookEvery = 30 * time.Second
+)
+
+// A node is this agent's own identity: how it is won, kept on disk, renewed and won back.
+type node struct {
+	config Config
+	td     spiffeid.TrustDomain
+	log    *slog.Logger
+	dir    *nodeDir
+	client *caclient.Client
+
+	record atomic.Pointer[nodeRecord] // nil before the first attestation
+	status atomic.Pointer[nodeStatus]
+	wake   chan struct{} // one slot: the means to attest have changed
+
+	mu        sync.Mutex // one change of the record at a time, with its file
+	attesting sync.Mutex // one attestation at a time
+	bootstrap atomic.Pointer[bootstrap]
+}
+
+// A bootstrap is what the configuration says about attesting; Reload replaces it.
+type bootstrap struct {
+	token                 nodeattest.Secret
+	tokenFile, bundleFile string
+}
+
+// A nodeStatus is the node's state in words.
+type nodeStatus struct {
+	state  State
+	detail string
+}
+
+func openNode(c Config, log *slog.Logger) (*node, error) {
+	dir, err := openNodeDir(c.DataDir, c.trustDomain())
+	if err != nil {
+		return nil, err
+	}
+	n := &node{config: c, td: c.trustDomain(), log: log, dir: dir, wake: make(chan struct{}, 1)}
+	n.setBootstrap(c)
+	n.setStatus(Starting, "")
+	record, err := dir.load()
+	if err != nil {
+		log.Error("the agent's record cannot be used; it attests afresh", "err", err)
+	}
+	n.record.Store(record)
+	if record == nil && c.JoinToken == "" && c.JoinTokenFile == "" {
+		return nil, errors.Join(fmt.Errorf("join_token: missing, and data_dir %q holds no SVID from an earlier attestation; "+
+			"make a token with signet token create", c.DataDir), dir.close())
+	}
+	return n, nil
+}
+
+func (n *node) setBootstrap(c Config) {
+	n.bootstrap.Store(&bootstrap{token: c.JoinToken, tokenFile: c.JoinTokenFile, bundleFile: c.TrustBundlePath})
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+// identity returns the agent's present SVID, or nil.
+func (n *node) identity() *x509svid.SVID {
+	if r := n.record.Load(); r != nil {
+		return r.svid
+	}
+	return nil
+}
+
+// GetX509BundleForTrustDomain returns the bundle by which the agent verifies its CA. It is x509bundle.Source's.
+func (n *node) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	r := n.record.Load()
+	if r == nil {
+		return nil, errors.New("the agent has no bundle yet")
+	}
+	return r.bundle.GetX509BundleForTrustDomain(td)
+}
+
+// replace puts another record in the place of the present one, on disk first.
+func (n *node) replace(change func(old *nodeRecord) *nodeRecord) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	r := change(n.record.Load())
+	if r == nil {
+		return nil
+	}
+	if err := n.dir.save(r); err != nil {
+		return err
+	}
+	n.record.Store(r)
+	return nil
+}
+
+// takeBundle keeps the trust domain's new authorities. If one is gone, the CA must show again that it is still trusted.
+func (n *node) takeBundle(authorities []*x509.Certificate) {
+	removed := false
+	err := n.replace(func(old *nodeRecord) *nodeRecord {
+		if old == nil {
+			return nil
+		}
+		next := *old
+		next.bundle = x509bundle.FromX509Authorities(n.td, authorities)
+		if next.bundle.Equal(old.bundle) {
+			return nil
+		}
+		for _, c := range old.bundle.X509Authorities() {
+			removed = removed || !slices.ContainsFunc(authorities, c.Equal)
+		}
+		return &next
+	})
+	if err != nil {
+		n.log.Error("the bundle was not saved; after a restart the agent may not know its CA", "err", err)
+	}
+	if removed {
+		n.client.Reconnect()
+	}
+}
+
+// run keeps the agent connected to its CA until ctx ends. Nothing that the CA says ends it.
+func (n *node) run(ctx context.Context) error {
+	wait := retryMin
+	for ctx.Err() == nil {
+		if n.identity() == nil {
+			n.setStatus(Attesting, "")
+			if _, err := n.attest(ctx); err != nil && ctx.Err() == nil {
+				delay := spread(wait)
+				n.setStatus(Attesting, err.Error())
+				n.log.Warn("this node is not attested yet", "retry_in", delay.Round(time.Millisecond), "err", err)
+				n.sleep(ctx, delay)
+				wait = min(2*wait, retryMax)
+			}
+			continue
+		}
+		n.setStatus(Connecting, "")
+		err := n.client.Run(ctx)
+		if err == nil {
+			return nil
+		}
+		wait = n.denied(ctx, err, wait)
+	}
+	return nil
+}
+
+// denied looks for a way back after the CA has refused the agent, and waits if it finds none.
+func (n *node) denied(ctx context.Context, err error, wait time.Duration) time.Duration {
+	var d *caclient.DeniedError
+	if errors.As(err, &d) && d.Reason == caclient.Banned {
+		n.setStatus(Banned, err.Error())
+		n.log.Error("this agent is banned: it issues nothing new and serves what it holds until it ends; an operator can end the ban with signet agent unban",
+			"retry_in", retryMax, "err", err)
+		n.sleep(ctx, spread(retryMax))
+		return retryMax
+	}
+	n.setStatus(Refused, err.Error())
+	did, attestErr := n.attest(ctx)
+	if did {
+		return retryMin
+	}
+	if ctx.Err() == nil {
+		delay := spread(wait)
+		n.log.Error("the CA refuses this agent, and it cannot attest again by itself; put a fresh join token of signet token create into join_token_file, "+
+			"or into join_token and reload", "retry_in", delay.Round(time.Millisecond), "err", err, "attest_err", attestErr)
+		n.sleep(ctx, delay)
+	}
+	return min(2*wait, retryMax)
+}
+
+// errNoFreshToken says that there is nothing to attest with.
+var errNoFreshToken = errors.New("there is no join token that was not used already")
+
+// attest attests this node with the configured join token, if it is not the one by which the agent came in before.
+func (n *node) attest(ctx context.Context) (bool, error) {
+	n.attesting.Lock()
+	defer n.attesting.Unlock()
+	b := n.bootstrap.Load()
+	token, err := b.joinToken()
+	if err != nil {
+		return false, err
+	}
+	old := n.record.Load()
+	if token.IsZero() || old != nil && old.token == token.Fingerprint() {
+		return false, errNoFreshToken
+	}
+	request := caclient.Attestation{Address: n.config.ServerAddress, TrustDomain: n.td, Evidence: token, Now: n.config.Now}
+	switch {
+	case token.Pinned():
+		request.Pin = token.PinMatches
+	case b.bundleFile != "":
+		data, err := durable.ReadFile(b.bundleFile, maxBundleFileBytes)
+		if err != nil {
+			return false, fmt.Errorf("trust_bundle_path: %w", err)
+		}
+		if request.Bundle, err = parseBundleFile(n.td, data); err != nil {
+			return false, fmt.Errorf("trust_bundle_path %s: %w", b.bundleFile, err)
+		}
+	case old != nil:
+		request.Bundle = old.bundle
+	default:
+		return false, errors.New("the join token carries no authority pin, so that nothing verifies the CA; " +
+			"use a token of signet token create, or set trust_bundle_path")
+	}
+	key, err := n.dir.pendingKey()
+	if err != nil {
+		return false, err
+	}
+	if request.CSR, err = nodeattest.CSR(key); err != nil {
+		return false, err
+	}
+	attested, err := caclient.Attest(ctx, request)
+	if err != nil {
+		return false, err
+	}
+	svid, err := readAgentSVID(n.td, attested.Chain, key)
+	if err != nil {
+		return false, fmt.Errorf("what the CA issued is unusable: %w", err)
+	}
+	err = n.replace(func(*nodeRecord) *nodeRecord {
+		return &nodeRecord{
+			svid: svid, bundle: x509bundle.FromX509Authorities(n.td, attested.Authorities), token: token.Fingerprint(), reattestable: attested.Reattestable,
+		}
+	})
+	if err != nil {
+		return false, err
+	}
+	if err := n.dir.dropPendingKey(); err != nil {
+		n.log.Warn("the key of the attestation was not removed", "err", err)
+	}
+	n.log.Info("this node is attested", "node_id", svid.ID.String(), "not_after", svid.Certificates[0].NotAfter)
+	n.client.Reconnect()
+	return true, nil
+}
+
+func (b *bootstrap) joinToken() (nodeattest.JoinToken, error) {
+	secret := b.token
+	if b.tokenFile != "" {
+		text, err := durable.ReadSecret(b.tokenFile, nodeattest.MaxJoinTokenBytes+2)
+		if errors.Is(err, durable.ErrExposed) {
+			return nodeattest.JoinToken{}, fmt.Errorf("join_token_file: %w (chmod 600 it)", err)
+		}
+		if err != nil {
+			return nodeattest.JoinToken{}, fmt.Errorf("join_token_file: %w", err)
+		}
+		secret = nodeattest.Secret(text)
+	}
+	if secret == "" {
+		return nodeattest.JoinToken{}, nil
+	}
+	return nodeattest.ParseJoinToken(secret)
+}
+
+// renew replaces the agent's SVID at half of its life, until ctx ends.
+func (n *node) renew(ctx context.Context) error {
+	wait := retryMin
+	var due time.Time
+	var of *x509svid.SVID
+	for ctx.Err() == nil {
+		svid := n.identity()
+		if svid == nil {
+			n.nap(ctx, retryMin)
+			continue
+		}
+		if of != svid {
+			of, due, wait = svid, halfLife(svid.Certificates[0]), retryMin
+		}
+		now := n.config.Now()
+		if left := due.Sub(now); left > 0 {
+			n.nap(ctx, min(left, lookEvery))
+			continue
+		}
+		err := n.renewOnce(ctx, svid)
+		if err == nil || ctx.Err() != nil {
+			continue
+		}
+		delay := spread(wait)
+		if !now.Before(svid.Certificates[0].NotAfter) {
+			// The CA may see it otherwise, if it is this clock that is wrong; so both ways are tried.
+			if did, attestErr := n.attest(ctx); did {
+				continue
+			} else if !errors.Is(attestErr, errNoFreshToken) {
+				err = errors.Join(err, attestErr)
+			}
+			n.log.Error("the agent's SVID has expired; if the clock is right, put a fresh join token of signet token create into join_token_file",
+				"not_after", svid.Certificates[0].NotAfter, "now", now, "retry_in", delay.Round(time.Millisecond), "err", err)
+		} else if !errors.Is(err, caclient.ErrUnreachable) { // that one the client tells of
+			n.log.Warn("the agent's SVID was not renewed", "not_after", svid.Certificates[0].NotAfter, "retry_in", delay.Round(time.Millisecond), "err", err)
+		}
+		n.nap(ctx, delay)
+		wait = min(2*wait, retryMax)
+	}
+	return nil
+}
+
+// renewOnce asks for a new SVID for a new key and keeps it on disk before anything uses it: with its first use the CA
+// forgets the old one.
+func (n *node) renewOnce(ctx context.Context, old *x509svid.SVID) error {
+	key, err := nodeattest.NewKey()
+	if err != nil {
+		return err
+	}
+	csr, err := nodeattest.CSR(key)
+	if err != nil {
+		return err
+	}
+	chain, err := n.client.RenewAgent(ctx, csr)
+	if err != nil {
+		return err
+	}
+	svid, err := readAgentSVID(n.td, chain, key)
+	if err != nil {
+		return fmt.Errorf("what the CA issued is unusable: %w", err)
+	}
+	if svid.ID != old.ID {
+		return fmt.Errorf("the CA renewed %q as %q", old.ID, svid.ID)
+	}
+	replaced := false
+	err = n.replace(func(r *nodeRecord) *nodeRecord {
+		if r.svid != old {
+			return nil // the node has attested meanwhile
+		}
+		replaced = true
+		next := *r
+		next.svid = svid
+		return &next
+	})
+	if err != nil || !replaced {
+		return err
+	}
+	n.log.Info("the agent's SVID is renewed", "node_id", svid.ID.String(), "not_after", svid.Certificates[0].NotAfter)
+	n.client.Reconnect()
+	return nil
+}
+
+func (n *node) inSync() { n.setStatus(InSync, "") }
+
+func (n *node) setStatus(s State, detail string) {
+	n.status.Store(&nodeStatus{state: s, detail: detail})
+}
+
+// sleep waits for d, for ctx's end, or until the means to attest have changed.
+func (n *node) sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-n.wake:
+	case <-ctx.Done():
+	}
+}
+
+// nap waits for d or ctx's end.
+func (n *node) nap(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// spread returns d with jitter: half to one and a half of it.
+func spread(d time.Duration) time.Duration { return d/2 + rand.N(d) }
+
+// halfLife returns a moment about half way through a certificate's life, a tenth of it to either side.
+func halfLife(c *x509.Certificate) time.Time {
+	life := c.NotAfter.Sub(c.NotBefore)
+	return c.NotBefore.Add(life*9/20 + rand.N(life/10+1))
+}

@@ -1,0 +1,79 @@
+package agent
+
+import (
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// A State is what the agent is doing about its CA. None is terminal.
+type State string
+
+// The states of an agent.
+const (
+	// Starting: nothing was tried yet.
+	Starting State = "starting"
+	// Attesting: the agent proves to the CA what this node is.
+	Attesting State = "attesting"
+	// Connecting: there is no connection to the CA; what is held is served.
+	Connecting State = "connecting"
+	// InSync: the agent holds the CA's newest state.
+	InSync State = "in sync"
+	// Refused: the CA does not take the agent's SVID (any more); what is held is served.
+	Refused State = "refused"
+	// Banned: an operator has banned the agent; nothing new is issued.
+	Banned State = "banned"
+)
+
+// Status is the state of an agent at one moment, for health checks and operators.
+type Status struct {
+	State State
+	// Detail says why, where something is wrong.
+	Detail string
+	// ID is the agent's own, NotAfter the end of its SVID; zero before the first attestation.
+	ID       spiffeid.ID
+	NotAfter time.Time
+	// Connected says that the CA is there and has confirmed that the agent holds its newest state.
+	Connected bool
+	// Epoch and Revision name the state of the CA that is held; Revision 0: none yet.
+	Epoch    string
+	Revision int64
+	// Entries are the registration entries of this node; X509SVIDs and JWTSVIDs are those held; Streams are the open
+	// subscriptions of workloads.
+	Entries, X509SVIDs, JWTSVIDs, Streams int
+	// Serving says that the Workload API answers.
+	Serving bool
+}
+
+// Status returns the present state.
+func (a *Agent) Status() Status {
+	node, stats := a.node.status.Load(), a.cache.Stats()
+	s := Status{
+		State: node.state, Detail: node.detail, Connected: a.client.Connected(),
+		Entries: stats.Entries, X509SVIDs: stats.X509SVIDs, JWTSVIDs: stats.JWTSVIDs, Streams: stats.Watchers, Serving: a.serving.Load(),
+	}
+	if s.State == InSync && !s.Connected {
+		s.State = Connecting
+	}
+	s.Epoch, s.Revision = a.cache.Held()
+	if svid := a.node.identity(); svid != nil {
+		s.ID, s.NotAfter = svid.ID, svid.Certificates[0].NotAfter
+	}
+	return s
+}
+
+// notReady says which part keeps the agent from doing its work, or is empty. An agent without its CA is ready as long as
+// it has the CA's state: it serves from memory.
+func (s *Status) notReady() string {
+	switch {
+	case !s.Serving:
+		return "workload api: not serving"
+	case s.Revision == 0 && s.Detail != "":
+		return "ca: " + string(s.State) + ": " + s.Detail
+	case s.Revision == 0:
+		return "ca: " + string(s.State) + ", nothing was synchronised yet"
+	case s.State == Banned:
+		return "ca: this agent is banned"
+	}
+	return ""
+}
