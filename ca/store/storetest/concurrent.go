@@ -165,7 +165,6 @@ func (su Suite) watchHasNoGaps(t *testing.T) {
 	seen := make([][]store.Revision, followers)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	var last atomic.Int64
 	for i := range followers {
 		wg.Go(func() {
 			model := map[string]store.Item{}
@@ -184,7 +183,7 @@ func (su Suite) watchHasNoGaps(t *testing.T) {
 				return
 			}
 			defer w.Close()
-			for last.Load() == 0 || int64(at) < last.Load() {
+			for !ended(model) {
 				b, err := w.Next(ctx)
 				if err != nil {
 					t.Errorf("follower %d: Next = %v", i, err)
@@ -213,12 +212,12 @@ func (su Suite) watchHasNoGaps(t *testing.T) {
 		})
 	}
 	wait()
-	last.Store(int64(commit(t, s, set("end", "end")))) // wakes whoever waits
+	last := commit(t, s, set("end", "end")) // by this every follower knows that it has seen all
 	wg.Wait()
 	for i := range followers {
 		same(t, s, models[i])
 	}
-	acked.Store(store.Revision(last.Load()), true)
+	acked.Store(last, true)
 	if got := len(seen[0]); got != n*rounds+1 {
 		t.Errorf("the first follower saw %d commits, want %d", got, n*rounds+1)
 	}
@@ -227,6 +226,11 @@ func (su Suite) watchHasNoGaps(t *testing.T) {
 			t.Errorf("the watch has revision %d, which nobody committed", rev)
 		}
 	}
+}
+
+func ended(model map[string]store.Item) bool {
+	_, ok := model["end"]
+	return ok
 }
 
 func sorted(model map[string]store.Item) []store.Item {
