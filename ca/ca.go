@@ -15,7 +15,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -108,6 +107,10 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	}
 	if ca.reg, err = registry.Open(ctx, registry.Config{TrustDomain: ca.td, Store: ca.store, Now: c.Now, Log: ca.log,
 		CheckTTL: ca.checkTTL, Observe: ca.observe, Relisted: ca.reloadAuthorities}); err != nil {
+		return ca, err
+	}
+	// What changed between the two listings reaches the authorities by this one; the watch continues it.
+	if err = ca.reloadAuthorities(ctx); err != nil {
 		return ca, err
 	}
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
@@ -337,19 +340,7 @@ func (ca *CA) MetricsAddr() net.Addr {
 
 // Bundle returns the trust domain's bundle in SPIFFE bundle format.
 func (ca *CA) Bundle() ([]byte, error) {
-	b := ca.set.Bundle()
-	sb := spiffebundle.New(ca.td)
-	for _, x := range b.X509 {
-		sb.AddX509Authority(x.Certificate)
-	}
-	for _, j := range b.JWT {
-		if err := sb.AddJWTAuthority(j.KeyID, j.PublicKey); err != nil {
-			return nil, err
-		}
-	}
-	sb.SetSequenceNumber(b.Sequence)
-	sb.SetRefreshHint(b.RefreshHint)
-	return spiffe.MarshalBundle(sb)
+	return spiffe.MarshalBundle(ca.set.Bundle().SPIFFE())
 }
 
 // shutdownGrace is how long calls may take to end after the CA was told to stop.
