@@ -2,6 +2,7 @@ package policy
 
 import (
 	"log/slog"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -160,4 +161,17 @@ type Judgement struct {
 	ID            string
 	Service, Peer spiffeid.ID
 	Decision      Decision
+}
+
+// A DeniedError is the refusal of a call, for the service's own eyes: its text names the rule. Tell the caller
+// Reason.Public and the decision id only.
+type DeniedError struct{ Judgement Judgement }
+
+func (e *DeniedError) Error() string {
+	j := e.Judgement
+	text := "call of " + j.Peer.String() + " to " + j.Service.String() + " denied: " + j.Decision.Reason.String()
+	if r := j.Decision.Rule; r.Policy != "" {
+		text += " by " + strings.TrimSuffix(place(r), ":")
+	}
+	return text + " (decision " + j.ID + ")"
 }

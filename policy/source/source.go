@@ -1,0 +1,286 @@
+// Package source keeps the call policies of a workload up to date: it watches the agent's socket, as go-spiffe's
+// X509Source does for SVIDs. A Source goes into the Policies field of the enforcement points.
+package source
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/signet-id/signet/api/signet/policy/v1/policyapi"
+	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/spiffe"
+)
+
+const (
+	// DefaultMaxOffline is how long policies hold without an agent.
+	DefaultMaxOffline = 24 * time.Hour
+
+	// maxResponse is the largest policy set that is read, in bytes.
+	maxResponse = 64 << 20
+
+	firstRetry = 500 * time.Millisecond
+	lastRetry  = 30 * time.Second
+)
+
+// Options changes how a Source works. The zero value is good.
+type Options struct {
+	// Addr is the agent's socket, such as unix:///run/signet/agent.sock. Empty means what SPIFFE_ENDPOINT_SOCKET says.
+	Addr string
+	// MaxOffline is how long the last policies hold after the contact to the agent was lost; after that every call is
+	// denied until it is back. Zero means 24 hours.
+	MaxOffline time.Duration
+	// Log gets the loss and the return of the contact. Nil means slog.Default.
+	Log *slog.Logger
+	// Now is the clock for MaxOffline. Nil means time.Now.
+	Now func() time.Time
+}
+
+// A Source has the policies of this workload. It is safe for concurrent use.
+type Source struct {
+	options Options
+	conn    *grpc.ClientConn
+	cancel  context.CancelFunc
+	done    chan struct{}
+
+	current atomic.Pointer[state]
+	changed chan struct{} // one slot
+
+	mu    sync.Mutex
+	ready chan struct{} // closed with the first set or a fatal error
+	err   error         // why there is no set: fatal if ready is closed, otherwise the last trouble
+}
+
+// state is what the agent said last.
+type state struct {
+	policies, stale *policy.Policies
+	services        []spiffeid.ID
+	lost            time.Time // when the contact was lost; zero while there is one
+}
+
+// New connects to the agent and waits for the first policies, until ctx ends. The error then says what went wrong last. A
+// set of a newer format than this program reads is an error at once, for which errors.Is(err, policy.ErrFormat) holds.
+func New(ctx context.Context, o Options) (*Source, error) {
+	if o.MaxOffline == 0 {
+		o.MaxOffline = DefaultMaxOffline
+	}
+	if o.MaxOffline < 0 {
+		return nil, fmt.Errorf("option MaxOffline is %v; it must not be negative", o.MaxOffline)
+	}
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	network, address, err := spiffe.ResolveEndpoint(o.Addr, os.Getenv)
+	if err != nil {
+		return nil, fmt.Errorf("option Addr: %w", err)
+	}
+	conn, err := grpc.NewClient("passthrough:///agent",
+		grpc.WithTransportCredentials(insecure.NewCredentials()), // the endpoint is local and has no TLS [Workload Endpoint §3]
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, network, address)
+		}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResponse)),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("connecting to the agent at %s: %w", address, err)
+	}
+	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	s := &Source{options: o, conn: conn, cancel: cancel, done: make(chan struct{}), changed: make(chan struct{}, 1), ready: make(chan struct{})}
+	go s.run(background)
+	select {
+	case <-s.ready:
+		s.mu.Lock()
+		err = s.err
+		s.mu.Unlock()
+	case <-ctx.Done():
+		s.mu.Lock()
+		err = fmt.Errorf("waiting for policies of the agent at %s: %w", address, errors.Join(context.Cause(ctx), s.err))
+		s.mu.Unlock()
+	}
+	if err != nil {
+		_ = s.Close() // nothing is held that could be lost
+		return nil, err
+	}
+	return s, nil
+}
+
+// Policies returns the policies of the moment. They deny every call once the contact to the agent has been lost for
+// longer than MaxOffline.
+func (s *Source) Policies() *policy.Policies {
+	st := s.current.Load()
+	if st == nil {
+		return nil
+	}
+	if !st.lost.IsZero() && s.now().Sub(st.lost) > s.options.MaxOffline {
+		return st.stale
+	}
+	return st.policies
+}
+
+// ServiceID returns the workload's default SPIFFE ID, as the agent knows it.
+func (s *Source) ServiceID() spiffeid.ID {
+	if ids := s.ServiceIDs(); len(ids) > 0 {
+		return ids[0]
+	}
+	return spiffeid.ID{}
+}
+
+// ServiceIDs returns all SPIFFE IDs of the workload, the default one first.
+func (s *Source) ServiceIDs() []spiffeid.ID {
+	if st := s.current.Load(); st != nil {
+		return slices.Clone(st.services)
+	}
+	return nil
+}
+
+// Updated returns a channel with one slot that is filled after each change of the policies. It is for one reader.
+func (s *Source) Updated() <-chan struct{} { return s.changed }
+
+// Close ends the watch and waits for it. The policies stay as they are. It may be called more than once.
+func (s *Source) Close() error {
+	s.cancel()
+	<-s.done
+	return nil
+}
+
+// now is the wall clock: the monotonic one stands still while a machine sleeps.
+func (s *Source) now() time.Time { return s.options.Now().Round(0) }
+
+func (s *Source) run(ctx context.Context) {
+	defer close(s.done)
+	defer s.conn.Close()
+	wait := firstRetry
+	for {
+		received, err := s.watch(ctx)
+		if st := s.current.Load(); st != nil && st.lost.IsZero() {
+			lost := *st
+			lost.lost = s.now()
+			s.current.Store(&lost)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		s.trouble(err)
+		if received {
+			wait = firstRetry
+		}
+		// Half to the whole of the wait: workloads of a restarted agent do not all come back at once.
+		pause := time.NewTimer(wait/2 + rand.N(wait/2))
+		select {
+		case <-ctx.Done():
+			pause.Stop()
+			return
+		case <-pause.C:
+		}
+		wait = min(2*wait, lastRetry)
+	}
+}
+
+// watch reads one stream to its end.
+func (s *Source) watch(ctx context.Context) (received bool, err error) {
+	ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true"))
+	defer cancel()
+	stream, err := policyapi.NewPoliciesClient(s.conn).Watch(ctx, &policyapi.WatchRequest{Format: policy.Format})
+	if err != nil {
+		return false, err
+	}
+	for {
+		response, err := stream.Recv()
+		if err != nil {
+			return received, err
+		}
+		received = true
+		if err := s.take(response); err != nil {
+			// The old policies stay, and so does the stream: the next set may be one that can be read.
+			s.options.Log.Error("policies of the agent refused; the last ones stay in force", "err", err)
+			s.refuse(err)
+			s.contact()
+		}
+	}
+}
+
+// take makes a response the policies of the moment.
+func (s *Source) take(r *policyapi.WatchResponse) error {
+	policies, err := policy.Compile(r.GetPolicies())
+	if err != nil {
+		return err
+	}
+	st := &state{policies: policies, stale: policies.Stale()}
+	for _, service := range r.GetServiceIds() {
+		id, err := spiffe.ParseWorkloadID(service)
+		if err != nil {
+			return fmt.Errorf("service ID from the agent: %w", err)
+		}
+		st.services = append(st.services, id)
+	}
+	if old := s.current.Swap(st); old != nil && !old.lost.IsZero() {
+		s.options.Log.Info("policies are watched again")
+	}
+	s.mu.Lock()
+	s.err = nil
+	s.settle()
+	s.mu.Unlock()
+	select {
+	case s.changed <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// contact notes that the agent is there, although its policies are not taken.
+func (s *Source) contact() {
+	if st := s.current.Load(); st != nil && !st.lost.IsZero() {
+		found := *st
+		found.lost = time.Time{}
+		s.current.Store(&found)
+	}
+}
+
+// refuse ends New if the first set cannot be used.
+func (s *Source) refuse(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	select {
+	case <-s.ready:
+	default:
+		s.err = err
+		s.settle()
+	}
+}
+
+// trouble notes and logs why a stream ended.
+func (s *Source) trouble(err error) {
+	s.options.Log.Warn("no contact to the agent for policies; trying again", "err", err)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	select {
+	case <-s.ready:
+	default:
+		s.err = err
+	}
+}
+
+// settle lets New return. The caller holds mu.
+func (s *Source) settle() {
+	select {
+	case <-s.ready:
+	default:
+		close(s.ready)
+	}
+}
