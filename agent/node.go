@@ -38,7 +38,7 @@ type node struct {
 
 	record atomic.Pointer[nodeRecord] // nil before the first attestation
 	status atomic.Pointer[nodeStatus]
-	wake   chan struct{} // one slot: the means to attest have changed
+	wake   chan struct{} // one slot: the SVID or the means to attest have changed
 
 	mu        sync.Mutex // one change of the record at a time, with its file
 	attesting sync.Mutex // one attestation at a time
@@ -79,10 +79,7 @@ func openNode(c Config, log *slog.Logger) (*node, error) {
 
 func (n *node) setBootstrap(c Config) {
 	n.bootstrap.Store(&bootstrap{token: c.JoinToken, tokenFile: c.JoinTokenFile, bundleFile: c.TrustBundlePath})
-	select {
-	case n.wake <- struct{}{}:
-	default:
-	}
+	n.rouse()
 }
 
 // identity returns the agent's present SVID, or nil.
@@ -113,8 +110,20 @@ func (n *node) replace(change func(old *nodeRecord) *nodeRecord) error {
 	if err := n.dir.save(r); err != nil {
 		return err
 	}
+	renewed := n.identity() != r.svid
 	n.record.Store(r)
+	if renewed {
+		n.rouse()
+	}
 	return nil
+}
+
+// rouse ends the sleep of a node that waits for better days.
+func (n *node) rouse() {
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
 }
 
 // takeBundle keeps the trust domain's new authorities. If one is gone, the CA must show again that it is still trusted.
@@ -286,7 +295,7 @@ func (n *node) renew(ctx context.Context) error {
 			continue
 		}
 		if of != svid {
-			of, due, wait = svid, halfLife(svid.Certificates[0]), retryMin
+			of, due, wait = svid, halfLife(svid.Certificates[0], n.config.Now()), retryMin
 		}
 		now := n.config.Now()
 		if left := due.Sub(now); left > 0 {
@@ -362,7 +371,7 @@ func (n *node) setStatus(s State, detail string) {
 	n.status.Store(&nodeStatus{state: s, detail: detail})
 }
 
-// sleep waits for d, for ctx's end, or until the means to attest have changed.
+// sleep waits for d, for ctx's end, or until the SVID or the means to attest have changed.
 func (n *node) sleep(ctx context.Context, d time.Duration) {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -386,8 +395,13 @@ func (n *node) nap(ctx context.Context, d time.Duration) {
 // spread returns d with jitter: half to one and a half of it.
 func spread(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 
-// halfLife returns a moment about half way through a certificate's life, a tenth of it to either side.
-func halfLife(c *x509.Certificate) time.Time {
-	life := c.NotAfter.Sub(c.NotBefore)
-	return c.NotBefore.Add(life*9/20 + rand.N(life/10+1))
+// halfLife returns a moment about half way through what is left of a certificate's life, a tenth of it to either side.
+// It does not begin at NotBefore, which CAs put back: a short life would be half over from the start.
+func halfLife(c *x509.Certificate, now time.Time) time.Time {
+	from := now
+	if from.Before(c.NotBefore) || !from.Before(c.NotAfter) {
+		from = c.NotBefore
+	}
+	life := c.NotAfter.Sub(from)
+	return from.Add(life*9/20 + rand.N(life/10+1))
 }

@@ -135,6 +135,11 @@ func (c *Client) RenewAgent(ctx context.Context, csr []byte) ([][]byte, error) {
 		return nil, err
 	}
 	defer release()
+	if s.svid != c.config.Identity() {
+		// The SVID that came last must be used before another is asked for: the CA keeps one that waits for its first
+		// use, and a second one would take its place after the agent has saved the first.
+		return nil, fmt.Errorf("%w with the agent's present SVID yet", ErrUnreachable)
+	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	response, err := agentv1.NewAgentClient(s.conn).RenewAgent(ctx, &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})

@@ -132,8 +132,8 @@ func (c *Client) Run(ctx context.Context) error {
 	for {
 		started := time.Now()
 		s, err := c.open()
-		if old != nil {
-			retiring.Go(func() { old.retire(ctx) })
+		if gone := old; gone != nil {
+			retiring.Go(func() { gone.retire(ctx) })
 			old = nil
 		}
 		if err == nil {

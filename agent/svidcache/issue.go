@@ -81,7 +81,7 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 		case answers[i].Err != nil:
 			errs[i] = answers[i].Err
 		default:
-			svids[i], errs[i] = readSVID(j.entry, j.key, answers[i])
+			svids[i], errs[i] = readSVID(j.entry, j.key, answers[i], c.config.Now())
 		}
 	}
 

@@ -84,7 +84,7 @@ func newKey() (*key, error) {
 }
 
 // readSVID checks what the CA issued for e and k. A caller gets it only if any verifier would take it for e's ID.
-func readSVID(e *entry, k *key, a X509Answer) (*svid, error) {
+func readSVID(e *entry, k *key, a X509Answer, now time.Time) (*svid, error) {
 	s := &svid{entryRevision: a.EntryRevision, key: k.private}
 	if a.EntryRevision == 0 {
 		s.entryRevision = e.revision
@@ -117,9 +117,17 @@ func readSVID(e *entry, k *key, a X509Answer) (*svid, error) {
 		return nil, fmt.Errorf("it is for %q, and the entry is for %q", s.id, e.spiffeID)
 	}
 	s.signer = string(last.AuthorityKeyId)
-	// Half life, a tenth of it to either side, so that SVIDs that were issued together are not renewed together.
-	life := s.notAfter.Sub(s.notBefore)
-	s.renewAt = s.notBefore.Add(life*9/20 + mathrand.N(life/10+1))
+	// Half of the life that is left, a tenth of it to either side, so that SVIDs that were issued together are not renewed
+	// together. It does not begin at NotBefore, which CAs put back: a short life would be half over from the start.
+	from := now
+	if from.Before(s.notBefore) || !from.Before(s.notAfter) {
+		from = s.notBefore
+	}
+	life := s.notAfter.Sub(from)
+	if life <= 0 {
+		return nil, fmt.Errorf("it ends at %s, before it begins at %s", s.notAfter, s.notBefore)
+	}
+	s.renewAt = from.Add(life*9/20 + mathrand.N(life/10+1))
 	return s, nil
 }
 
