@@ -10,10 +10,14 @@ import (
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/policy"
 )
 
-// applyChunk is how many changes are one commit at the CA.
+// applyChunk is how many documents and deletions are one commit at the CA.
 const applyChunk = 100
+
+// applyBytes is how many bytes of documents go into one message, which a gRPC server takes up to 4 MiB.
+const applyBytes = 3 << 20
 
 // A plan is what apply would do or has done.
 type plan struct {
@@ -85,96 +89,203 @@ What was planned is what is applied: if somebody else changes one of the resourc
 		if err != nil {
 			return err
 		}
+		people := *output == formatTable || *output == formatWide
 		return a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) error {
-			client := adminv1.NewAdminClient(c)
-			answer, err := client.Plan(ctx, &adminv1.ApplyRequest{Documents: wireDocuments(docs), Prune: prune, Yes: yes})
+			batches, err := planAll(ctx, c, docs, prune)
 			if err != nil {
-				return applyError("planning", c, yes, err)
+				return err
 			}
-			planned := planOf(answer)
+			planned := merged(batches)
 			a.warn(planned.Warnings)
 			pending := planned.pending()
-			people := *output == formatTable || *output == formatWide
 			if people {
 				a.printPlan(planned)
 			}
-			if len(pending) == 0 {
-				if people {
-					_, err := fmt.Fprintf(a.stdout, "nothing to change at revision %d\n", planned.Revision)
+			if len(pending) > 0 {
+				if planned.Revision, err = a.commit(ctx, c, batches, len(pending), yes); err != nil {
 					return err
 				}
+			}
+			switch {
+			case !people:
 				return a.show(*output, planned, nil)
+			case len(pending) == 0:
+				_, err = fmt.Fprintf(a.stdout, "nothing to change at revision %d\n", planned.Revision)
+			default:
+				_, err = fmt.Fprintf(a.stdout, "applied %s at revision %d\n", count(len(pending), "change"), planned.Revision)
 			}
-			if planned.Revision, err = a.commit(ctx, c, docs, planned, prune, yes); err != nil {
-				return err
-			}
-			if !people {
-				return a.show(*output, planned, nil)
-			}
-			_, err = fmt.Fprintf(a.stdout, "applied %s at revision %d\n", count(len(pending), "change"), planned.Revision)
 			return err
 		})
 	}
 	return a.reachesCA(cmd)
 }
 
-// commit applies what was planned and returns the revision of the last commit.
-func (a *app) commit(ctx context.Context, c *caConn, docs []strictyaml.Document, planned plan, prune, yes bool) (int64, error) {
-	client := adminv1.NewAdminClient(c)
-	pending := planned.pending()
-	if len(pending) <= applyChunk {
-		answer, err := client.Apply(ctx, &adminv1.ApplyRequest{Documents: wireDocuments(docs), Prune: prune, Yes: yes, PlannedAt: planned.Revision})
-		if err != nil {
-			return 0, applyError("applying", c, yes, err)
-		}
-		return answer.GetRevision(), nil
-	}
-	written := map[string]strictyaml.Document{}
-	for _, d := range docs {
-		written[documentKey(d)] = d
-	}
-	var writes []strictyaml.Document
-	var deletes []change
-	for _, ch := range pending {
-		if ch.Action == "delete" {
-			deletes = append(deletes, ch)
-			continue
-		}
-		d, ok := written[ch.Kind+"/"+ch.Name]
-		if !ok {
-			return 0, fmt.Errorf("the CA plans to %s %s %q, which no document names", ch.Action, ch.Kind, ch.Name)
-		}
-		writes = append(writes, d)
-	}
-	done, revision := 0, planned.Revision
-	resume := func(err error) error {
-		return fmt.Errorf("%w (%d of %d changes are applied; the same command again goes on from there)", err, done, len(pending))
-	}
-	for len(writes) > 0 {
-		chunk := writes[:min(len(writes), applyChunk)]
-		writes = writes[len(chunk):]
-		answer, err := client.Apply(ctx, &adminv1.ApplyRequest{Documents: wireDocuments(chunk), Yes: yes, PlannedAt: planned.Revision})
-		if err != nil {
-			return revision, resume(applyError("applying", c, yes, err))
-		}
-		done, revision = done+len(chunk), answer.GetRevision()
-		a.note("%d of %d changes applied, revision %d", done, len(pending), revision)
-	}
-	for _, d := range deletes {
-		answer, err := client.DeleteResource(ctx, &adminv1.DeleteResourceRequest{Kind: d.Kind, Name: d.Name, Yes: yes})
-		if err != nil {
-			return revision, resume(applyError(fmt.Sprintf("deleting %s %q", d.Kind, d.Name), c, yes, err))
-		}
-		done, revision = done+1, answer.GetRevision()
-	}
-	return revision, nil
+// A batch is what becomes one commit: documents, or the deletion of one resource that no document names.
+type batch struct {
+	docs  []strictyaml.Document
+	prune bool
+	plan  plan
 }
 
-// documentKey is kind/name, as the CA names resources.
-func documentKey(d strictyaml.Document) string {
-	kind, _, _, _ := d.Field("kind")
-	name, _, _, _ := d.Field("name")
-	return kind + "/" + name
+// planAll plans all documents before anything is written. Those that fit into one commit are one batch, in which the CA
+// itself finds what to prune; larger sets are batches of applyChunk documents, and what to prune is worked out here.
+func planAll(ctx context.Context, c *caConn, docs []strictyaml.Document, prune bool) ([]batch, error) {
+	if err := checkTwice(docs); err != nil {
+		return nil, err
+	}
+	var gone []change
+	if prune {
+		var err error
+		if gone, err = unnamed(ctx, c, docs); err != nil {
+			return nil, err
+		}
+	}
+	var batches []batch
+	if len(docs)+len(gone) <= applyChunk && len(chunks(docs)) == 1 {
+		batches = []batch{{docs: docs, prune: prune}}
+	} else {
+		for _, chunk := range chunks(docs) {
+			batches = append(batches, batch{docs: chunk})
+		}
+	}
+	var mistakes []string
+	var refused error
+	for i, b := range batches {
+		answer, err := adminv1.NewAdminClient(c).Plan(ctx, &adminv1.ApplyRequest{Documents: wireDocuments(b.docs), Prune: b.prune})
+		if err = applyError("checking the documents", c, err); isCode(err, codes.InvalidArgument) {
+			mistakes, refused = append(mistakes, strings.TrimPrefix(err.Error(), "checking the documents: ")), err
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		batches[i].plan = planOf(answer)
+	}
+	if len(mistakes) > 1 {
+		return nil, &remoteError{doing: "checking the documents", code: codes.InvalidArgument, message: strings.Join(mistakes, "\n")}
+	}
+	if refused != nil {
+		return nil, refused
+	}
+	if len(batches) > 1 || !batches[0].prune {
+		for _, ch := range gone {
+			batches = append(batches, batch{plan: plan{Changes: []change{ch}, Revision: batches[0].plan.Revision}})
+		}
+	}
+	return batches, nil
+}
+
+// chunks cuts docs so that each part is one commit and one message.
+func chunks(docs []strictyaml.Document) [][]strictyaml.Document {
+	var out [][]strictyaml.Document
+	size := 0
+	for i, d := range docs {
+		size += len(d.Content)
+		if i == 0 || len(out[len(out)-1]) == applyChunk || size > applyBytes {
+			out, size = append(out, nil), len(d.Content)
+		}
+		out[len(out)-1] = append(out[len(out)-1], d)
+	}
+	return out
+}
+
+// checkTwice refuses two documents of one kind and name, which the CA would not notice across batches.
+func checkTwice(docs []strictyaml.Document) error {
+	first := map[string]strictyaml.Document{}
+	for _, d := range docs {
+		kind, name := documentName(d)
+		if f, twice := first[kind+"/"+name]; twice && kind != "" {
+			return fmt.Errorf("%s:%d: %s %q is in %s:%d already", d.File, d.Line, kind, name, f.File, f.Line)
+		}
+		first[kind+"/"+name] = d
+	}
+	return nil
+}
+
+// documentName is the kind and the name by which the CA knows a document.
+func documentName(d strictyaml.Document) (kind, name string) {
+	kind, _, _, _ = d.Field("kind")
+	name, _, _, ok := d.Field("name")
+	if kind == policy.KindPolicyDefaults && !ok {
+		name = policy.DefaultsName
+	}
+	return kind, name
+}
+
+// unnamed lists the resources of the kinds in docs that docs does not name.
+func unnamed(ctx context.Context, c *caConn, docs []strictyaml.Document) ([]change, error) {
+	named, kinds := map[string]bool{}, map[string]bool{}
+	for _, d := range docs {
+		kind, name := documentName(d)
+		named[kind+"/"+name] = true
+		for _, k := range resourceKinds {
+			if k.kind == kind {
+				kinds[kind] = true
+			}
+		}
+	}
+	var gone []change
+	for _, kind := range sortedKeys(kinds) {
+		req := &adminv1.GetResourcesRequest{Kind: kind, PageSize: resourcePage}
+		for {
+			page, err := adminv1.NewAdminClient(c).GetResources(ctx, req)
+			if err != nil {
+				return nil, caError(fmt.Sprintf("reading resources of kind %s", kind), c, err)
+			}
+			for _, r := range page.GetResources() {
+				if !named[r.GetKind()+"/"+r.GetName()] {
+					gone = append(gone, change{Action: "delete", Kind: r.GetKind(), Name: r.GetName()})
+				}
+			}
+			if req.PageToken = page.GetNextPageToken(); req.PageToken == "" {
+				break
+			}
+		}
+	}
+	return gone, nil
+}
+
+func merged(batches []batch) plan {
+	out := plan{Changes: []change{}}
+	for _, b := range batches {
+		out.Changes = append(out.Changes, b.plan.Changes...)
+		out.Warnings = append(out.Warnings, b.plan.Warnings...)
+		out.Revision = max(out.Revision, b.plan.Revision)
+	}
+	return out
+}
+
+// commit applies what was planned and returns the revision of the last commit.
+func (a *app) commit(ctx context.Context, c *caConn, batches []batch, total int, yes bool) (int64, error) {
+	client := adminv1.NewAdminClient(c)
+	done, revision := 0, int64(0)
+	for _, b := range batches {
+		changes := b.plan.pending()
+		if len(changes) == 0 {
+			continue
+		}
+		var err error
+		if b.docs == nil {
+			var answer *adminv1.DeleteResourceResponse
+			answer, err = client.DeleteResource(ctx, &adminv1.DeleteResourceRequest{Kind: changes[0].Kind, Name: changes[0].Name, Yes: yes})
+			revision = max(revision, answer.GetRevision())
+		} else {
+			var answer *adminv1.ApplyResponse
+			answer, err = client.Apply(ctx, &adminv1.ApplyRequest{Documents: wireDocuments(b.docs), Prune: b.prune, Yes: yes, PlannedAt: b.plan.Revision})
+			revision = max(revision, answer.GetRevision())
+		}
+		if err != nil {
+			err = applyError("applying", c, err)
+			if done > 0 {
+				return 0, fmt.Errorf("%w (%d of %d changes are applied; the same command again goes on from there)", err, done, total)
+			}
+			return 0, err
+		}
+		if done += len(changes); done < total && b.docs != nil {
+			a.note("%d of %d changes applied, revision %d", done, total, revision)
+		}
+	}
+	return revision, nil
 }
 
 func (a *app) diffCommand() *cobra.Command {
@@ -196,11 +307,11 @@ func (a *app) diffCommand() *cobra.Command {
 			return err
 		}
 		return a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) error {
-			answer, err := adminv1.NewAdminClient(c).Plan(ctx, &adminv1.ApplyRequest{Documents: wireDocuments(docs), Prune: prune, Yes: true})
+			batches, err := planAll(ctx, c, docs, prune)
 			if err != nil {
-				return applyError("planning", c, true, err)
+				return err
 			}
-			planned := planOf(answer)
+			planned := merged(batches)
 			a.warn(planned.Warnings)
 			if *output == formatJSON || *output == formatYAML {
 				err = a.show(*output, planned, nil)
@@ -242,14 +353,14 @@ func (a *app) warn(warnings []string) {
 }
 
 // applyError explains why documents were refused. Mistakes in documents come as one line each, with their place.
-func applyError(doing string, c *caConn, yes bool, err error) error {
+func applyError(doing string, c *caConn, err error) error {
 	err = caError(doing, c, err)
 	switch {
 	case isCode(err, codes.Aborted):
 		return withHint(err, "somebody changed one of these resources since the plan was made: run the command again")
-	case isCode(err, codes.FailedPrecondition) && !yes:
-		return withHint(err, "if that is what you want, say --yes")
-	case isCode(err, codes.InvalidArgument) && strings.Contains(err.Error(), "\n"):
+	case isCode(err, codes.FailedPrecondition):
+		return withHint(err, "nothing was written; 'signet policy explain' shows who may call it now")
+	case isCode(err, codes.InvalidArgument):
 		return withHint(err, "nothing was written")
 	}
 	return err

@@ -145,7 +145,7 @@ is the SPIFFE bundle document, "pem" the X.509 authorities, "jwks" the JWT autho
 	}
 	output := outputFlag(cmd)
 	cmd.Flags().StringVar(&as, "format", "", "print the bundle itself as spiffe, pem or jwks")
-	cmd.MarkFlagsMutuallyExclusive("format", "output")
+	exclusive(cmd, "format", "output")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := checkBundleFormat(as); err != nil {
 			return err

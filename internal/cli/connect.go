@@ -33,7 +33,7 @@ const (
 	defaultTimeout   = 30 * time.Second
 	identityWait     = 10 * time.Second // how long the Workload API may take to give us an identity for --server
 	maxAnswer        = 16 << 20         // bytes of one message from the CA
-	endpointFlagHelp = "Workload API address, such as unix:///run/signet/agent/public.sock (default $" + envEndpoint + ")"
+	endpointFlagHelp = "Workload API address, such as unix:///run/signet/agent.sock (default $" + envEndpoint + ")"
 )
 
 // caFlags say how to reach the CA.
@@ -51,7 +51,7 @@ func (a *app) reachesCA(cmd *cobra.Command) *cobra.Command {
 	f.StringVar(&a.ca.server, "server", "", "HOST:PORT of the CA, over mTLS as the identity that the Workload API gives")
 	f.StringVar(&a.ca.endpoint, "endpoint", "", "with --server: "+endpointFlagHelp)
 	f.DurationVar(&a.ca.timeout, "timeout", defaultTimeout, "how long to wait for the CA")
-	cmd.MarkFlagsMutuallyExclusive("socket", "server")
+	exclusive(cmd, "socket", "server")
 	return cmd
 }
 
@@ -280,10 +280,10 @@ func endpointOptions(flag string) ([]workloadapi.ClientOption, error) {
 	}
 	if address == "" {
 		return nil, &usageError{err: fmt.Errorf("no Workload API address: neither --endpoint nor $%s is set", envEndpoint),
-			hint: "for example: export " + envEndpoint + "=unix:///run/signet/agent/public.sock"}
+			hint: "for example: export " + envEndpoint + "=unix:///run/signet/agent.sock"}
 	}
 	if _, _, err := spiffe.ParseEndpoint(address); err != nil {
-		return nil, &usageError{err: err, hint: "--endpoint, or $" + envEndpoint + ", is such as unix:///run/signet/agent/public.sock"}
+		return nil, &usageError{err: err, hint: "--endpoint, or $" + envEndpoint + ", is such as unix:///run/signet/agent.sock"}
 	}
 	return []workloadapi.ClientOption{workloadapi.WithAddr(address)}, nil
 }

@@ -37,7 +37,7 @@ func (f *entryFlags) flags(cmd *cobra.Command) {
 	fs.BoolVar(&f.admin, "admin", false, "the ID may use the CA's admin API")
 	fs.BoolVar(&f.downstream, "downstream", false, "the ID may ask for a CA certificate for a CA below this one")
 	fs.DurationVar(&f.expiresIn, "expires-in", 0, "remove the entry after this time, such as 72h (0: never)")
-	cmd.MarkFlagsMutuallyExclusive("parent-id", "node")
+	exclusive(cmd, "parent-id", "node")
 }
 
 // entry builds the entry from the flags.

@@ -242,7 +242,7 @@ func encodeYAML(v any) (string, error) {
 		return "", fmt.Errorf("encoding as JSON: %w", err)
 	}
 	var doc yaml.Node
-	if err := yaml.Unmarshal(text, &doc); err != nil {
+	if err := yaml.Unmarshal([]byte(escapeEncoded(string(text), true)), &doc); err != nil {
 		return "", fmt.Errorf("encoding as YAML: %w", err)
 	}
 	blockStyle(&doc)

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	"github.com/signet-id/signet/policy"
 )
 
 const resourcePage = 1000
@@ -192,13 +193,13 @@ func (a *app) deleteCommand() *cobra.Command {
 		}
 		names := args[1:]
 		if len(names) == 0 {
-			names = []string{""}
+			names = []string{policy.DefaultsName}
 		}
 		return a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) error {
 			for _, name := range names {
 				answer, err := adminv1.NewAdminClient(c).DeleteResource(ctx, &adminv1.DeleteResourceRequest{Kind: kind, Name: name, Yes: yes})
 				if err != nil {
-					return resourceHint(kind, applyError(fmt.Sprintf("deleting %s %q", kind, name), c, yes, err))
+					return resourceHint(kind, applyError(fmt.Sprintf("deleting %s %q", kind, name), c, err))
 				}
 				fmt.Fprintf(a.stdout, "deleted %s %s at revision %d\n", kind, escape(name), answer.GetRevision())
 			}

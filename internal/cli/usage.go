@@ -87,6 +87,26 @@ func verbs(cmd *cobra.Command) string {
 	return strings.Join(names, ", ")
 }
 
+// exclusive makes it wrong usage to set more than one of the named flags.
+func exclusive(cmd *cobra.Command, flags ...string) {
+	before := cmd.PreRunE
+	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
+		var set []string
+		for _, f := range flags {
+			if cmd.Flags().Changed(f) {
+				set = append(set, "--"+f)
+			}
+		}
+		if len(set) > 1 {
+			return &usageError{err: fmt.Errorf("%s exclude each other", strings.Join(set, " and ")), hint: fmt.Sprintf("run '%s --help'", cmd.CommandPath())}
+		}
+		if before != nil {
+			return before(cmd, args)
+		}
+		return nil
+	}
+}
+
 // finish gives every command of the tree what cobra's defaults lack: argument checks that are usage errors, and help
 // without "[command]" noise.
 func finish(cmd *cobra.Command) {
@@ -134,11 +154,11 @@ Flags:
 
 // valueNames are what help calls the values of flags; pflag would say "stringArray".
 var valueNames = map[string]string{
-	"attestation-type": "TYPE", "audience": "NAME", "bundle": "FILE", "config": "FILE", "connect": "HOST:PORT", "dir": "DIR", "dns": "NAME", "endpoint": "ADDRESS",
+	"attestation-type": "TYPE", "audience": "NAME", "bundle": "FILE", "config": "FILE", "connect": "HOST:PORT", "content-type": "TYPE", "dir": "DIR", "dns": "NAME", "endpoint": "ADDRESS",
 	"event": "NAME", "expires-in": "DURATION", "federates-with": "TRUST-DOMAIN", "file": "PATH", "format": "FORMAT", "from": "ID", "grpc": "METHOD",
 	"header": "NAME:VALUE", "hint": "TEXT", "http": "REQUEST", "id": "ID", "jwt": "FILE", "jwt-ttl": "DURATION", "limit": "N", "lines": "N", "listen": "ADDRESS",
 	"log-format": "FORMAT", "log-level": "LEVEL", "match": "HOW", "mode": "MODE", "node-group": "NAME", "parent-id": "ID", "selector": "TYPE:VALUE",
-	"server": "HOST:PORT", "server-name": "NAME", "since": "WHEN", "socket": "PATH", "spiffe-id": "ID", "timeout": "DURATION", "to": "ID",
+	"server": "HOST:PORT", "server-name": "NAME", "since": "WHEN", "socket": "PATH", "spiffe-id": "ID", "subject": "ID", "timeout": "DURATION", "to": "ID",
 	"trust-domain": "TRUST-DOMAIN", "ttl": "DURATION", "until": "WHEN", "write": "PATH", "x509-ttl": "DURATION",
 }
 

@@ -2,22 +2,15 @@ package cli
 
 import (
 	"fmt"
-	"runtime"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/signet-id/signet/internal/version"
 )
 
-// Version is the release, set by the linker (-X); "devel" otherwise.
-var Version = "devel"
-
 type versionInfo struct {
-	Version  string     `json:"version"`
-	Commit   string     `json:"commit,omitempty"`
-	Modified bool       `json:"modified,omitempty"`
-	Go       string     `json:"go"`
-	Platform string     `json:"platform"`
-	Specs    []specInfo `json:"specs,omitempty"`
+	version.Info
+	Specs []specInfo `json:"specs,omitempty"`
 }
 
 type specInfo struct {
@@ -26,9 +19,6 @@ type specInfo struct {
 	Revision string `json:"revision"`
 	Use      string `json:"use"`
 }
-
-// specRevision is the commit of github.com/spiffe/spiffe whose text this program follows. [STAB-02]
-const specRevision = "665a28f3253ecdce59f26f3ef29c0d6408b37c3d"
 
 func specs() []specInfo {
 	out := []specInfo{
@@ -40,7 +30,7 @@ func specs() []specInfo {
 		{Name: "SPIFFE_Trust_Domain_and_Bundle", Status: "stable", Use: "on"},
 	}
 	for i := range out {
-		out[i].Revision = specRevision
+		out[i].Revision = version.SpecRevision
 	}
 	return out
 }
@@ -58,7 +48,7 @@ its stability and the commit of github.com/spiffe/spiffe that was implemented.`,
 	output := outputFlag(cmd)
 	cmd.Flags().BoolVar(&withSpecs, "specs", false, "also print the specifications that are implemented")
 	cmd.RunE = func(*cobra.Command, []string) error {
-		v := currentVersion()
+		v := versionInfo{Info: version.Get()}
 		if withSpecs {
 			v.Specs = specs()
 		}
@@ -68,9 +58,6 @@ its stability and the commit of github.com/spiffe/spiffe that was implemented.`,
 		commit := v.Commit
 		if commit == "" {
 			commit = "unknown"
-		}
-		if v.Modified {
-			commit += " with local changes"
 		}
 		fmt.Fprintf(a.stdout, "signet %s (commit %s, %s, %s)\n", v.Version, commit, v.Go, v.Platform)
 		if !withSpecs {
@@ -84,19 +71,4 @@ its stability and the commit of github.com/spiffe/spiffe that was implemented.`,
 		}, v.Specs)
 	}
 	return cmd
-}
-
-func currentVersion() versionInfo {
-	v := versionInfo{Version: Version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, s := range info.Settings {
-			switch s.Key {
-			case "vcs.revision":
-				v.Commit = s.Value
-			case "vcs.modified":
-				v.Modified = s.Value == "true"
-			}
-		}
-	}
-	return v
 }

@@ -1,0 +1,59 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestRun(t *testing.T) {
+	bad := filepath.Join(t.TempDir(), "agent.yaml")
+	if err := os.WriteFile(bad, []byte("trust_domain: example.org\nsocket: x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name       string
+		args       []string
+		status     int
+		out, wrong string
+	}{
+		{name: "version", args: []string{"-version"}, out: "signet-agent "},
+		{name: "no configuration", status: 2, wrong: "signet-agent: error: --config is missing"},
+		{name: "surplus argument", args: []string{"-config", bad, "x"}, status: 2, wrong: `no argument is taken, such as "x"`},
+		{name: "unknown flag", args: []string{"-nope"}, status: 2, wrong: "not defined: -nope"},
+		{name: "no such file", args: []string{"-config", bad + "x"}, status: 1, wrong: "reading the configuration"},
+		{name: "bad configuration", args: []string{"-config", bad}, status: 1, wrong: bad + ":2:1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var stdout, stderr bytes.Buffer
+			if got := run(t.Context(), tt.args, &stdout, &stderr); got != tt.status {
+				t.Errorf("run(%q) = %d, want %d", tt.args, got, tt.status)
+			}
+			if !strings.Contains(stdout.String(), tt.out) || !strings.Contains(stderr.String(), tt.wrong) {
+				t.Errorf("run(%q): stdout %q, stderr %q; want %q, %q", tt.args, stdout.String(), stderr.String(), tt.out, tt.wrong)
+			}
+		})
+	}
+}
+
+// TestLinksLittle names what the agent, which runs as root on every node, must never link.
+func TestLinksLittle(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", ".").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for dep := range strings.Lines(string(out)) {
+		dep = strings.TrimSpace(dep)
+		for _, never := range []string{
+			"github.com/signet-id/signet/ca", "github.com/spf13/cobra", "go.etcd.io/", "k8s.io/", "cloud.google.com/", "github.com/aws/", "github.com/Azure/",
+			"go.step.sm/crypto/kms/awskms", "go.step.sm/crypto/kms/azurekms", "go.step.sm/crypto/kms/cloudkms",
+		} {
+			if dep == never || strings.HasPrefix(dep, strings.TrimSuffix(never, "/")+"/") {
+				t.Errorf("signet-agent links %s", dep)
+			}
+		}
+	}
+}

@@ -1,0 +1,137 @@
+// Package daemon runs the long-lived commands: it reads their configuration file, lets flags override what it says of
+// logging, and reloads it at SIGHUP. signet and the slim programs share it; it knows neither the CA nor the agent.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/signet-id/signet/internal/durable"
+)
+
+// MaxConfigBytes bounds a configuration file.
+const MaxConfigBytes = 1 << 20
+
+// Flags are what every daemon is told on its command line.
+type Flags struct {
+	// Config is the configuration file. Needed.
+	Config string
+	// LogLevel is debug, info, warn or error, instead of what the file says; empty: as the file says.
+	LogLevel string
+	// LogFormat is text or json, instead of what the file says; empty: as the file says.
+	LogFormat string
+}
+
+// Check refuses flags that cannot work.
+func (f Flags) Check() error {
+	if f.Config == "" {
+		return errors.New("--config is missing")
+	}
+	switch f.LogLevel {
+	case "", "debug", "info", "warn", "error":
+	default:
+		return fmt.Errorf("--log-level %q is not one of debug, info, warn, error", f.LogLevel)
+	}
+	switch f.LogFormat {
+	case "", "text", "json":
+	default:
+		return fmt.Errorf("--log-format %q is not one of text, json", f.LogFormat)
+	}
+	return nil
+}
+
+// Override puts what the flags say in place of what the file says.
+func (f Flags) Override(level, format *string) {
+	if f.LogLevel != "" {
+		*level = f.LogLevel
+	}
+	if f.LogFormat != "" {
+		*format = f.LogFormat
+	}
+}
+
+// ReadConfig reads and checks the configuration file with parse, which is the reader of the daemon's own package.
+func ReadConfig[C any](file string, parse func(data []byte, file string) (C, error)) (C, error) {
+	var none C
+	data, err := durable.ReadFile(file, MaxConfigBytes)
+	if err != nil {
+		return none, fmt.Errorf("reading the configuration: %w", err)
+	}
+	c, err := parse(data, file)
+	if err != nil {
+		return none, &ConfigError{File: file, Err: err}
+	}
+	return c, nil
+}
+
+// A ConfigError says that a configuration file is read, but cannot be used.
+type ConfigError struct {
+	File string
+	// Err has one line for each mistake.
+	Err error
+}
+
+// Error returns the mistakes.
+func (e *ConfigError) Error() string { return fmt.Sprintf("configuration %q: %v", e.File, e.Err) }
+
+// Unwrap returns the mistakes.
+func (e *ConfigError) Unwrap() error { return e.Err }
+
+// Hint returns the operator's next step.
+func (e *ConfigError) Hint() string {
+	return fmt.Sprintf("'signet config check %s' checks it without starting anything", e.File)
+}
+
+// A Server is a daemon that is ready to serve.
+type Server interface {
+	// Run serves until ctx ends or a part fails.
+	Run(ctx context.Context) error
+}
+
+// Serve runs s until ctx ends, and calls reload at each SIGHUP. What cannot be reloaded changes nothing and is logged to
+// w, in the given format. It returns when s has ended.
+func Serve(ctx context.Context, s Server, w io.Writer, format string, reload func() (needRestart []string, err error)) error {
+	var log *slog.Logger
+	if format == "json" {
+		log = slog.New(slog.NewJSONHandler(w, nil))
+	} else {
+		log = slog.New(slog.NewTextHandler(w, nil))
+	}
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	g, ctx := errgroup.WithContext(ctx)
+	running, ended := context.WithCancel(ctx)
+	g.Go(func() error {
+		defer ended()
+		return s.Run(ctx)
+	})
+	g.Go(func() error {
+		for {
+			select {
+			case <-running.Done():
+				return nil
+			case <-hangup:
+			}
+			needRestart, err := reload()
+			switch {
+			case err != nil:
+				log.Error("the configuration was not reloaded; the old one stays in force", "err", err)
+			case len(needRestart) > 0:
+				log.Warn("the configuration was reloaded, but some changes need a restart", "fields", strings.Join(needRestart, " "))
+			default:
+				log.Info("the configuration was reloaded")
+			}
+		}
+	})
+	return g.Wait()
+}
