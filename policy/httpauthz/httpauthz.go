@@ -71,12 +71,25 @@ func (a *Authorizer) TLSConfig(svid x509svid.Source, bundles x509bundle.Source) 
 	return c
 }
 
+// Server returns a server whose every request is decided before it reaches next, for ServeTLS(listener, "", ""). It is the
+// shortest way to get all parts right.
+func (a *Authorizer) Server(next http.Handler, svid x509svid.Source, bundles x509bundle.Source) *http.Server {
+	return &http.Server{
+		Handler:                      a.Middleware(next),
+		TLSConfig:                    a.TLSConfig(svid, bundles),
+		ReadHeaderTimeout:            10 * time.Second,
+		DisableGeneralOptionsHandler: true,
+	}
+}
+
 // Prefilter returns the authorizer for a tlsconfig.MTLSServerConfig of one's own. It admits every peer that some rule
 // might allow: alone it decides nothing. The middleware refuses peers that it has not seen.
 func (a *Authorizer) Prefilter() tlsconfig.Authorizer { return a.point.Prefilter() }
 
 // Middleware returns a handler that hands on to next what the policies allow. A refused request is answered with status
 // 403, the decision id in DecisionHeader and a JSON body {"decision_id", "reason"}, which says nothing about the rules.
+//
+// net/http answers "OPTIONS *" before any handler, unless http.Server.DisableGeneralOptionsHandler is set.
 func (a *Authorizer) Middleware(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		judgement, err := a.judge(r)
