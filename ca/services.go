@@ -21,10 +21,16 @@ import (
 // that neither has answers Unimplemented: what does that is embedded one level deeper than the doors, so that Go
 // prefers them.
 type (
-	noAgent  struct{ agentv1.UnimplementedAgentServer }
-	noBundle struct{ bundlev1.UnimplementedBundleServer }
-	noSVID   struct{ svidv1.UnimplementedSVIDServer }
-	noEntry  struct{ entryv1.UnimplementedEntryServer }
+	noAgent struct {
+		agentv1.UnimplementedAgentServer
+	}
+	noBundle struct {
+		bundlev1.UnimplementedBundleServer
+	}
+	noSVID  struct{ svidv1.UnimplementedSVIDServer }
+	noEntry struct {
+		entryv1.UnimplementedEntryServer
+	}
 
 	otherAgent  struct{ noAgent }
 	otherBundle struct{ noBundle }
@@ -64,6 +70,7 @@ func methods() map[string]access.Kind {
 		bundlev1.Bundle_GetBundle_FullMethodName:                         access.Anyone,
 		svidv1.SVID_NewJWTSVID_FullMethodName:                            access.Agent,
 		nodev1.Node_IssueX509SVIDs_FullMethodName:                        access.Agent,
+		nodev1.Node_IssueJWTSVIDs_FullMethodName:                         access.Agent,
 		nodev1.Node_Follow_FullMethodName:                                access.Agent,
 		healthv1.Health_Check_FullMethodName:                             access.Local,
 		healthv1.Health_List_FullMethodName:                              access.Local,

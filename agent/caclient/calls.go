@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
-	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -98,33 +96,6 @@ func smallerMayHelp(err error) bool {
 		return true
 	}
 	return false
-}
-
-// A JWTSVID is one as the CA issued it.
-type JWTSVID struct {
-	Token               string
-	IssuedAt, ExpiresAt time.Time
-}
-
-// NewJWTSVID asks for a JWT-SVID of a registration entry for exactly these audiences, in this order.
-func (c *Client) NewJWTSVID(ctx context.Context, entryID string, audience []string) (JWTSVID, error) {
-	s, release, err := c.use()
-	if err != nil {
-		return JWTSVID{}, err
-	}
-	defer release()
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	response, err := svidv1.NewSVIDClient(s.conn).NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: entryID, Audience: audience})
-	if err != nil {
-		return JWTSVID{}, fromStatus(err)
-	}
-	svid := response.GetSvid()
-	iat, exp := svid.GetIssuedAt(), svid.GetExpiresAt()
-	if svid.GetToken() == "" || iat <= 0 || exp < iat {
-		return JWTSVID{}, fmt.Errorf("the CA answered with an unusable JWT-SVID (issued at %d, expires at %d)", iat, exp)
-	}
-	return JWTSVID{Token: svid.GetToken(), IssuedAt: time.Unix(iat, 0), ExpiresAt: time.Unix(exp, 0)}, nil
 }
 
 // RenewAgent asks for a new X509-SVID of the agent itself. It becomes the current one with its first use, until then the

@@ -90,6 +90,7 @@ type Config struct {
 type Client struct {
 	config Config
 	batch  atomic.Int64 // items in the next IssueX509SVIDs call
+	jwt    *jwtQueue
 
 	mu      sync.Mutex
 	session *session // nil while there is no connection; guarded by mu
@@ -116,7 +117,7 @@ func New(c Config) (*Client, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	client := &Client{config: c}
+	client := &Client{config: c, jwt: newJWTQueue()}
 	client.batch.Store(MaxBatch)
 	return client, nil
 }

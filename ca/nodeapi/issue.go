@@ -3,7 +3,10 @@ package nodeapi
 import (
 	"context"
 	"errors"
+	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
@@ -26,23 +29,13 @@ const MaxBatch = 500
 // SVID: it acts as registration authority, and the audit log says so. [DESIGN §6]
 func (a *API) IssueX509SVIDs(ctx context.Context, req *nodev1.IssueX509SVIDsRequest) (*nodev1.IssueX509SVIDsResponse, error) {
 	c := access.From(ctx)
-	switch n := len(req.Items); {
-	case n == 0:
-		return nil, status.Error(codes.InvalidArgument, "items: at least one is needed")
-	case n > MaxBatch:
-		return nil, status.Errorf(codes.ResourceExhausted, "items: %d in one call, at most %d are allowed", n, MaxBatch)
-	}
 	ids := make([]registry.EntryID, len(req.Items))
 	for i, it := range req.Items {
-		ids[i] = registry.EntryID(it.EntryId)
+		ids[i] = registry.EntryID(it.GetEntryId())
 	}
-	entries := a.c.Registry.AuthorizedEntries(c.ID, ids)
-	if slices.Contains(entries, nil) {
-		// Never refuse from an index that lags: what was created before this call is found.
-		if _, err := a.c.Registry.Barrier(ctx); err != nil {
-			return nil, a.toStatus(err)
-		}
-		entries = a.c.Registry.AuthorizedEntries(c.ID, ids)
+	entries, err := a.authorizedEntries(ctx, c, ids)
+	if err != nil {
+		return nil, err
 	}
 	out := &nodev1.IssueX509SVIDsResponse{Results: make([]*nodev1.IssueX509SVIDsResponse_Result, len(req.Items))}
 	prepared := make([]authority.PreparedX509, 0, len(req.Items))
@@ -53,14 +46,14 @@ func (a *API) IssueX509SVIDs(ctx context.Context, req *nodev1.IssueX509SVIDsRequ
 		st := status.Convert(a.toStatus(err))
 		out.Results[i] = &nodev1.IssueX509SVIDsResponse_Result{Code: int32(st.Code()), Message: st.Message()}
 		records = append(records, auditlog.Record{Time: now, Event: "x509svid.refused", Actor: c.ID.String(), ActorKind: "agent",
-			Subject: clip(req.Items[i].EntryId), Outcome: auditlog.Refused, Details: map[string]any{"reason": st.Message()}})
+			Subject: clip(req.Items[i].GetEntryId()), Outcome: auditlog.Refused, Details: map[string]any{"reason": st.Message()}})
 	}
 	for i, it := range req.Items {
 		if entries[i] == nil {
 			refuse(i, registry.ErrNotFound)
 			continue
 		}
-		key, err := authority.ParsePublicKey(it.PublicKey)
+		key, err := authority.ParsePublicKey(it.GetPublicKey())
 		if err != nil {
 			refuse(i, err)
 			continue
@@ -131,6 +124,92 @@ func (a *API) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*s
 	}
 	a.c.Issued("jwt", "", 1)
 	return &svidv1.NewJWTSVIDResponse{Svid: &types.JWTSVID{Token: svid.Token, Id: protoID(e.SPIFFEID), ExpiresAt: svid.Expiry.Unix(), IssuedAt: svid.IssuedAt.Unix()}}, nil
+}
+
+// IssueJWTSVIDs signs a JWT-SVID per item. [DESIGN §6]
+func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsRequest) (*nodev1.IssueJWTSVIDsResponse, error) {
+	c := access.From(ctx)
+	ids := make([]registry.EntryID, len(req.Items))
+	for i, it := range req.Items {
+		ids[i] = registry.EntryID(it.GetEntryId())
+	}
+	entries, err := a.authorizedEntries(ctx, c, ids)
+	if err != nil {
+		return nil, err
+	}
+	out := &nodev1.IssueJWTSVIDsResponse{Results: make([]*nodev1.IssueJWTSVIDsResponse_Result, len(req.Items))}
+	records := make([]auditlog.Record, len(req.Items))
+	sign := func(i int) {
+		now := a.c.Now()
+		var svid *authority.JWTSVID
+		err := error(registry.ErrNotFound)
+		if e := entries[i]; e != nil {
+			svid, err = a.c.Authority.SignJWT(ctx, authority.JWTRequest{ID: e.SPIFFEID, Audience: req.Items[i].GetAudience(), TTL: e.JWTTTL, IncludeJTI: e.JWTIncludeJTI})
+		}
+		if err != nil {
+			st := status.Convert(a.toStatus(err))
+			out.Results[i] = &nodev1.IssueJWTSVIDsResponse_Result{Code: int32(st.Code()), Message: st.Message()}
+			records[i] = auditlog.Record{Time: now, Event: "jwtsvid.refused", Actor: c.ID.String(), ActorKind: "agent", Subject: clip(req.Items[i].GetEntryId()),
+				Outcome: auditlog.Refused, Details: map[string]any{"reason": st.Message()}}
+			return
+		}
+		out.Results[i] = &nodev1.IssueJWTSVIDsResponse_Result{Token: svid.Token, IssuedAt: svid.IssuedAt.Unix(), ExpiresAt: svid.Expiry.Unix()}
+		records[i] = JWTRecord(now, c, entries[i].SPIFFEID.String(), req.Items[i].GetAudience(), svid)
+		records[i].Details["entry_id"] = string(entries[i].ID)
+	}
+	spread(len(req.Items), sign)
+	if err := a.audit(ctx, auditlog.Essential, records...); err != nil {
+		return nil, a.toStatus(err) // nothing leaves unlogged
+	}
+	refused := 0
+	for _, r := range out.Results {
+		if r.Code != 0 {
+			refused++
+		}
+	}
+	a.c.Issued("jwt", "", len(out.Results)-refused)
+	a.c.Issued("jwt", "refused", refused)
+	return out, nil
+}
+
+// spread calls f for 0 to n-1, from as many goroutines as there are processors if it is worth it.
+func spread(n int, f func(int)) {
+	const worth = 32
+	workers := runtime.GOMAXPROCS(0)
+	if n < worth {
+		workers = 1
+	}
+	var next atomic.Int64
+	work := func() {
+		for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+			f(i)
+		}
+	}
+	var wg sync.WaitGroup
+	for range workers - 1 {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
+}
+
+// authorizedEntries returns, positionally, those of the calling agent's entries that are asked for, nil for others.
+func (a *API) authorizedEntries(ctx context.Context, c *access.Caller, ids []registry.EntryID) ([]*registry.Entry, error) {
+	switch n := len(ids); {
+	case n == 0:
+		return nil, status.Error(codes.InvalidArgument, "items: at least one is needed")
+	case n > MaxBatch:
+		return nil, status.Errorf(codes.ResourceExhausted, "items: %d in one call, at most %d are allowed", n, MaxBatch)
+	}
+	entries := a.c.Registry.AuthorizedEntries(c.ID, ids)
+	if slices.Contains(entries, nil) {
+		// Never refuse from an index that lags: what was created before this call is found.
+		if _, err := a.c.Registry.Barrier(ctx); err != nil {
+			return nil, a.toStatus(err)
+		}
+		entries = a.c.Registry.AuthorizedEntries(c.ID, ids)
+	}
+	return entries, nil
 }
 
 // JWTRecord is the audit record of an issued JWT-SVID. The token itself is not in it.

@@ -168,6 +168,94 @@ func (x *IssueX509SVIDsResponse) GetResults() []*IssueX509SVIDsResponse_Result {
 	return nil
 }
 
+type IssueJWTSVIDsRequest struct {
+	state         protoimpl.MessageState       `protogen:"open.v1"`
+	Items         []*IssueJWTSVIDsRequest_Item `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTSVIDsRequest) Reset() {
+	*x = IssueJWTSVIDsRequest{}
+	mi := &file_signet_node_v1_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTSVIDsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTSVIDsRequest) ProtoMessage() {}
+
+func (x *IssueJWTSVIDsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_node_v1_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTSVIDsRequest.ProtoReflect.Descriptor instead.
+func (*IssueJWTSVIDsRequest) Descriptor() ([]byte, []int) {
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *IssueJWTSVIDsRequest) GetItems() []*IssueJWTSVIDsRequest_Item {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+type IssueJWTSVIDsResponse struct {
+	state         protoimpl.MessageState          `protogen:"open.v1"`
+	Results       []*IssueJWTSVIDsResponse_Result `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTSVIDsResponse) Reset() {
+	*x = IssueJWTSVIDsResponse{}
+	mi := &file_signet_node_v1_node_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTSVIDsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTSVIDsResponse) ProtoMessage() {}
+
+func (x *IssueJWTSVIDsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_node_v1_node_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTSVIDsResponse.ProtoReflect.Descriptor instead.
+func (*IssueJWTSVIDsResponse) Descriptor() ([]byte, []int) {
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *IssueJWTSVIDsResponse) GetResults() []*IssueJWTSVIDsResponse_Result {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
 type FollowRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -182,7 +270,7 @@ type FollowRequest struct {
 
 func (x *FollowRequest) Reset() {
 	*x = FollowRequest{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[2]
+	mi := &file_signet_node_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -194,7 +282,7 @@ func (x *FollowRequest) String() string {
 func (*FollowRequest) ProtoMessage() {}
 
 func (x *FollowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[2]
+	mi := &file_signet_node_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -207,7 +295,7 @@ func (x *FollowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRequest.ProtoReflect.Descriptor instead.
 func (*FollowRequest) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *FollowRequest) GetMessage() isFollowRequest_Message {
@@ -293,7 +381,7 @@ type FollowResponse struct {
 
 func (x *FollowResponse) Reset() {
 	*x = FollowResponse{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[3]
+	mi := &file_signet_node_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -305,7 +393,7 @@ func (x *FollowResponse) String() string {
 func (*FollowResponse) ProtoMessage() {}
 
 func (x *FollowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[3]
+	mi := &file_signet_node_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -318,7 +406,7 @@ func (x *FollowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowResponse.ProtoReflect.Descriptor instead.
 func (*FollowResponse) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *FollowResponse) GetFormat() uint32 {
@@ -444,7 +532,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[4]
+	mi := &file_signet_node_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -456,7 +544,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[4]
+	mi := &file_signet_node_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -469,7 +557,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Entry) GetId() string {
@@ -571,7 +659,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[5]
+	mi := &file_signet_node_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -583,7 +671,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[5]
+	mi := &file_signet_node_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -596,7 +684,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -654,7 +742,7 @@ type X509Authority struct {
 
 func (x *X509Authority) Reset() {
 	*x = X509Authority{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[6]
+	mi := &file_signet_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -666,7 +754,7 @@ func (x *X509Authority) String() string {
 func (*X509Authority) ProtoMessage() {}
 
 func (x *X509Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[6]
+	mi := &file_signet_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -679,7 +767,7 @@ func (x *X509Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Authority.ProtoReflect.Descriptor instead.
 func (*X509Authority) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *X509Authority) GetCertificate() []byte {
@@ -717,7 +805,7 @@ type JWTAuthority struct {
 
 func (x *JWTAuthority) Reset() {
 	*x = JWTAuthority{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[7]
+	mi := &file_signet_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -729,7 +817,7 @@ func (x *JWTAuthority) String() string {
 func (*JWTAuthority) ProtoMessage() {}
 
 func (x *JWTAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[7]
+	mi := &file_signet_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -742,7 +830,7 @@ func (x *JWTAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTAuthority.ProtoReflect.Descriptor instead.
 func (*JWTAuthority) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *JWTAuthority) GetKeyId() string {
@@ -784,7 +872,7 @@ type IssueX509SVIDsRequest_Item struct {
 
 func (x *IssueX509SVIDsRequest_Item) Reset() {
 	*x = IssueX509SVIDsRequest_Item{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	mi := &file_signet_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +884,7 @@ func (x *IssueX509SVIDsRequest_Item) String() string {
 func (*IssueX509SVIDsRequest_Item) ProtoMessage() {}
 
 func (x *IssueX509SVIDsRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	mi := &file_signet_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -844,7 +932,7 @@ type IssueX509SVIDsResponse_Result struct {
 
 func (x *IssueX509SVIDsResponse_Result) Reset() {
 	*x = IssueX509SVIDsResponse_Result{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[9]
+	mi := &file_signet_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -856,7 +944,7 @@ func (x *IssueX509SVIDsResponse_Result) String() string {
 func (*IssueX509SVIDsResponse_Result) ProtoMessage() {}
 
 func (x *IssueX509SVIDsResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[9]
+	mi := &file_signet_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -914,6 +1002,138 @@ func (x *IssueX509SVIDsResponse_Result) GetEntryRevision() int64 {
 	return 0
 }
 
+type IssueJWTSVIDsRequest_Item struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	EntryId string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	// In the order in which the token shall name them; at least one.
+	Audience      []string `protobuf:"bytes,2,rep,name=audience,proto3" json:"audience,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTSVIDsRequest_Item) Reset() {
+	*x = IssueJWTSVIDsRequest_Item{}
+	mi := &file_signet_node_v1_node_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTSVIDsRequest_Item) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTSVIDsRequest_Item) ProtoMessage() {}
+
+func (x *IssueJWTSVIDsRequest_Item) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_node_v1_node_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTSVIDsRequest_Item.ProtoReflect.Descriptor instead.
+func (*IssueJWTSVIDsRequest_Item) Descriptor() ([]byte, []int) {
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2, 0}
+}
+
+func (x *IssueJWTSVIDsRequest_Item) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *IssueJWTSVIDsRequest_Item) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+type IssueJWTSVIDsResponse_Result struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// google.rpc code number; 0 is success.
+	Code    int32  `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
+	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	// JWS compact serialization.
+	Token string `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
+	// Unix seconds.
+	IssuedAt      int64 `protobuf:"varint,4,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`
+	ExpiresAt     int64 `protobuf:"varint,5,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTSVIDsResponse_Result) Reset() {
+	*x = IssueJWTSVIDsResponse_Result{}
+	mi := &file_signet_node_v1_node_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTSVIDsResponse_Result) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTSVIDsResponse_Result) ProtoMessage() {}
+
+func (x *IssueJWTSVIDsResponse_Result) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_node_v1_node_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTSVIDsResponse_Result.ProtoReflect.Descriptor instead.
+func (*IssueJWTSVIDsResponse_Result) Descriptor() ([]byte, []int) {
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{3, 0}
+}
+
+func (x *IssueJWTSVIDsResponse_Result) GetCode() int32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *IssueJWTSVIDsResponse_Result) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *IssueJWTSVIDsResponse_Result) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *IssueJWTSVIDsResponse_Result) GetIssuedAt() int64 {
+	if x != nil {
+		return x.IssuedAt
+	}
+	return 0
+}
+
+func (x *IssueJWTSVIDsResponse_Result) GetExpiresAt() int64 {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return 0
+}
+
 // The agent says what it already holds. An empty epoch or revision 0 asks for a snapshot.
 type FollowRequest_Hello struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -928,7 +1148,7 @@ type FollowRequest_Hello struct {
 
 func (x *FollowRequest_Hello) Reset() {
 	*x = FollowRequest_Hello{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[10]
+	mi := &file_signet_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -940,7 +1160,7 @@ func (x *FollowRequest_Hello) String() string {
 func (*FollowRequest_Hello) ProtoMessage() {}
 
 func (x *FollowRequest_Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[10]
+	mi := &file_signet_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -953,7 +1173,7 @@ func (x *FollowRequest_Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRequest_Hello.ProtoReflect.Descriptor instead.
 func (*FollowRequest_Hello) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2, 0}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4, 0}
 }
 
 func (x *FollowRequest_Hello) GetFormat() uint32 {
@@ -996,7 +1216,7 @@ type FollowRequest_Ack struct {
 
 func (x *FollowRequest_Ack) Reset() {
 	*x = FollowRequest_Ack{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[11]
+	mi := &file_signet_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1008,7 +1228,7 @@ func (x *FollowRequest_Ack) String() string {
 func (*FollowRequest_Ack) ProtoMessage() {}
 
 func (x *FollowRequest_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[11]
+	mi := &file_signet_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1021,7 +1241,7 @@ func (x *FollowRequest_Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRequest_Ack.ProtoReflect.Descriptor instead.
 func (*FollowRequest_Ack) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2, 1}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4, 1}
 }
 
 func (x *FollowRequest_Ack) GetRevision() int64 {
@@ -1049,7 +1269,7 @@ type FollowRequest_Sync struct {
 
 func (x *FollowRequest_Sync) Reset() {
 	*x = FollowRequest_Sync{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[12]
+	mi := &file_signet_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1281,7 @@ func (x *FollowRequest_Sync) String() string {
 func (*FollowRequest_Sync) ProtoMessage() {}
 
 func (x *FollowRequest_Sync) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[12]
+	mi := &file_signet_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1294,7 @@ func (x *FollowRequest_Sync) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRequest_Sync.ProtoReflect.Descriptor instead.
 func (*FollowRequest_Sync) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2, 2}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4, 2}
 }
 
 func (x *FollowRequest_Sync) GetId() uint64 {
@@ -1105,7 +1325,21 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\n" +
 	"not_before\x18\x04 \x01(\x03R\tnotBefore\x12\x1b\n" +
 	"\tnot_after\x18\x05 \x01(\x03R\bnotAfter\x12%\n" +
-	"\x0eentry_revision\x18\x06 \x01(\x03R\rentryRevision\"\xaf\x03\n" +
+	"\x0eentry_revision\x18\x06 \x01(\x03R\rentryRevision\"\x96\x01\n" +
+	"\x14IssueJWTSVIDsRequest\x12?\n" +
+	"\x05items\x18\x01 \x03(\v2).signet.node.v1.IssueJWTSVIDsRequest.ItemR\x05items\x1a=\n" +
+	"\x04Item\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1a\n" +
+	"\baudience\x18\x02 \x03(\tR\baudience\"\xea\x01\n" +
+	"\x15IssueJWTSVIDsResponse\x12F\n" +
+	"\aresults\x18\x01 \x03(\v2,.signet.node.v1.IssueJWTSVIDsResponse.ResultR\aresults\x1a\x88\x01\n" +
+	"\x06Result\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x18\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\x12\x14\n" +
+	"\x05token\x18\x03 \x01(\tR\x05token\x12\x1b\n" +
+	"\tissued_at\x18\x04 \x01(\x03R\bissuedAt\x12\x1d\n" +
+	"\n" +
+	"expires_at\x18\x05 \x01(\x03R\texpiresAt\"\xaf\x03\n" +
 	"\rFollowRequest\x12;\n" +
 	"\x05hello\x18\x01 \x01(\v2#.signet.node.v1.FollowRequest.HelloH\x00R\x05hello\x125\n" +
 	"\x03ack\x18\x02 \x01(\v2!.signet.node.v1.FollowRequest.AckH\x00R\x03ack\x128\n" +
@@ -1179,9 +1413,10 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x18AUTHORITY_STATE_PREPARED\x10\x01\x12\x1a\n" +
 	"\x16AUTHORITY_STATE_ACTIVE\x10\x02\x12\x17\n" +
 	"\x13AUTHORITY_STATE_OLD\x10\x03\x12\x1b\n" +
-	"\x17AUTHORITY_STATE_TAINTED\x10\x042\xb4\x01\n" +
+	"\x17AUTHORITY_STATE_TAINTED\x10\x042\x92\x02\n" +
 	"\x04Node\x12_\n" +
-	"\x0eIssueX509SVIDs\x12%.signet.node.v1.IssueX509SVIDsRequest\x1a&.signet.node.v1.IssueX509SVIDsResponse\x12K\n" +
+	"\x0eIssueX509SVIDs\x12%.signet.node.v1.IssueX509SVIDsRequest\x1a&.signet.node.v1.IssueX509SVIDsResponse\x12\\\n" +
+	"\rIssueJWTSVIDs\x12$.signet.node.v1.IssueJWTSVIDsRequest\x1a%.signet.node.v1.IssueJWTSVIDsResponse\x12K\n" +
 	"\x06Follow\x12\x1d.signet.node.v1.FollowRequest\x1a\x1e.signet.node.v1.FollowResponse(\x010\x01B7Z5github.com/signet-id/signet/api/signet/node/v1;nodev1b\x06proto3"
 
 var (
@@ -1197,48 +1432,56 @@ func file_signet_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_signet_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_signet_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_signet_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_signet_node_v1_node_proto_goTypes = []any{
 	(AuthorityState)(0),                   // 0: signet.node.v1.AuthorityState
 	(*IssueX509SVIDsRequest)(nil),         // 1: signet.node.v1.IssueX509SVIDsRequest
 	(*IssueX509SVIDsResponse)(nil),        // 2: signet.node.v1.IssueX509SVIDsResponse
-	(*FollowRequest)(nil),                 // 3: signet.node.v1.FollowRequest
-	(*FollowResponse)(nil),                // 4: signet.node.v1.FollowResponse
-	(*Entry)(nil),                         // 5: signet.node.v1.Entry
-	(*Bundle)(nil),                        // 6: signet.node.v1.Bundle
-	(*X509Authority)(nil),                 // 7: signet.node.v1.X509Authority
-	(*JWTAuthority)(nil),                  // 8: signet.node.v1.JWTAuthority
-	(*IssueX509SVIDsRequest_Item)(nil),    // 9: signet.node.v1.IssueX509SVIDsRequest.Item
-	(*IssueX509SVIDsResponse_Result)(nil), // 10: signet.node.v1.IssueX509SVIDsResponse.Result
-	(*FollowRequest_Hello)(nil),           // 11: signet.node.v1.FollowRequest.Hello
-	(*FollowRequest_Ack)(nil),             // 12: signet.node.v1.FollowRequest.Ack
-	(*FollowRequest_Sync)(nil),            // 13: signet.node.v1.FollowRequest.Sync
-	(*v1.Policy)(nil),                     // 14: signet.policy.v1.Policy
-	(v1.DefaultsMode)(0),                  // 15: signet.policy.v1.DefaultsMode
+	(*IssueJWTSVIDsRequest)(nil),          // 3: signet.node.v1.IssueJWTSVIDsRequest
+	(*IssueJWTSVIDsResponse)(nil),         // 4: signet.node.v1.IssueJWTSVIDsResponse
+	(*FollowRequest)(nil),                 // 5: signet.node.v1.FollowRequest
+	(*FollowResponse)(nil),                // 6: signet.node.v1.FollowResponse
+	(*Entry)(nil),                         // 7: signet.node.v1.Entry
+	(*Bundle)(nil),                        // 8: signet.node.v1.Bundle
+	(*X509Authority)(nil),                 // 9: signet.node.v1.X509Authority
+	(*JWTAuthority)(nil),                  // 10: signet.node.v1.JWTAuthority
+	(*IssueX509SVIDsRequest_Item)(nil),    // 11: signet.node.v1.IssueX509SVIDsRequest.Item
+	(*IssueX509SVIDsResponse_Result)(nil), // 12: signet.node.v1.IssueX509SVIDsResponse.Result
+	(*IssueJWTSVIDsRequest_Item)(nil),     // 13: signet.node.v1.IssueJWTSVIDsRequest.Item
+	(*IssueJWTSVIDsResponse_Result)(nil),  // 14: signet.node.v1.IssueJWTSVIDsResponse.Result
+	(*FollowRequest_Hello)(nil),           // 15: signet.node.v1.FollowRequest.Hello
+	(*FollowRequest_Ack)(nil),             // 16: signet.node.v1.FollowRequest.Ack
+	(*FollowRequest_Sync)(nil),            // 17: signet.node.v1.FollowRequest.Sync
+	(*v1.Policy)(nil),                     // 18: signet.policy.v1.Policy
+	(v1.DefaultsMode)(0),                  // 19: signet.policy.v1.DefaultsMode
 }
 var file_signet_node_v1_node_proto_depIdxs = []int32{
-	9,  // 0: signet.node.v1.IssueX509SVIDsRequest.items:type_name -> signet.node.v1.IssueX509SVIDsRequest.Item
-	10, // 1: signet.node.v1.IssueX509SVIDsResponse.results:type_name -> signet.node.v1.IssueX509SVIDsResponse.Result
-	11, // 2: signet.node.v1.FollowRequest.hello:type_name -> signet.node.v1.FollowRequest.Hello
-	12, // 3: signet.node.v1.FollowRequest.ack:type_name -> signet.node.v1.FollowRequest.Ack
-	13, // 4: signet.node.v1.FollowRequest.sync:type_name -> signet.node.v1.FollowRequest.Sync
-	5,  // 5: signet.node.v1.FollowResponse.entries:type_name -> signet.node.v1.Entry
-	14, // 6: signet.node.v1.FollowResponse.policies:type_name -> signet.policy.v1.Policy
-	15, // 7: signet.node.v1.FollowResponse.policy_defaults:type_name -> signet.policy.v1.DefaultsMode
-	6,  // 8: signet.node.v1.FollowResponse.bundles:type_name -> signet.node.v1.Bundle
-	7,  // 9: signet.node.v1.Bundle.x509_authorities:type_name -> signet.node.v1.X509Authority
-	8,  // 10: signet.node.v1.Bundle.jwt_authorities:type_name -> signet.node.v1.JWTAuthority
-	0,  // 11: signet.node.v1.X509Authority.state:type_name -> signet.node.v1.AuthorityState
-	0,  // 12: signet.node.v1.JWTAuthority.state:type_name -> signet.node.v1.AuthorityState
-	1,  // 13: signet.node.v1.Node.IssueX509SVIDs:input_type -> signet.node.v1.IssueX509SVIDsRequest
-	3,  // 14: signet.node.v1.Node.Follow:input_type -> signet.node.v1.FollowRequest
-	2,  // 15: signet.node.v1.Node.IssueX509SVIDs:output_type -> signet.node.v1.IssueX509SVIDsResponse
-	4,  // 16: signet.node.v1.Node.Follow:output_type -> signet.node.v1.FollowResponse
-	15, // [15:17] is the sub-list for method output_type
-	13, // [13:15] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	11, // 0: signet.node.v1.IssueX509SVIDsRequest.items:type_name -> signet.node.v1.IssueX509SVIDsRequest.Item
+	12, // 1: signet.node.v1.IssueX509SVIDsResponse.results:type_name -> signet.node.v1.IssueX509SVIDsResponse.Result
+	13, // 2: signet.node.v1.IssueJWTSVIDsRequest.items:type_name -> signet.node.v1.IssueJWTSVIDsRequest.Item
+	14, // 3: signet.node.v1.IssueJWTSVIDsResponse.results:type_name -> signet.node.v1.IssueJWTSVIDsResponse.Result
+	15, // 4: signet.node.v1.FollowRequest.hello:type_name -> signet.node.v1.FollowRequest.Hello
+	16, // 5: signet.node.v1.FollowRequest.ack:type_name -> signet.node.v1.FollowRequest.Ack
+	17, // 6: signet.node.v1.FollowRequest.sync:type_name -> signet.node.v1.FollowRequest.Sync
+	7,  // 7: signet.node.v1.FollowResponse.entries:type_name -> signet.node.v1.Entry
+	18, // 8: signet.node.v1.FollowResponse.policies:type_name -> signet.policy.v1.Policy
+	19, // 9: signet.node.v1.FollowResponse.policy_defaults:type_name -> signet.policy.v1.DefaultsMode
+	8,  // 10: signet.node.v1.FollowResponse.bundles:type_name -> signet.node.v1.Bundle
+	9,  // 11: signet.node.v1.Bundle.x509_authorities:type_name -> signet.node.v1.X509Authority
+	10, // 12: signet.node.v1.Bundle.jwt_authorities:type_name -> signet.node.v1.JWTAuthority
+	0,  // 13: signet.node.v1.X509Authority.state:type_name -> signet.node.v1.AuthorityState
+	0,  // 14: signet.node.v1.JWTAuthority.state:type_name -> signet.node.v1.AuthorityState
+	1,  // 15: signet.node.v1.Node.IssueX509SVIDs:input_type -> signet.node.v1.IssueX509SVIDsRequest
+	3,  // 16: signet.node.v1.Node.IssueJWTSVIDs:input_type -> signet.node.v1.IssueJWTSVIDsRequest
+	5,  // 17: signet.node.v1.Node.Follow:input_type -> signet.node.v1.FollowRequest
+	2,  // 18: signet.node.v1.Node.IssueX509SVIDs:output_type -> signet.node.v1.IssueX509SVIDsResponse
+	4,  // 19: signet.node.v1.Node.IssueJWTSVIDs:output_type -> signet.node.v1.IssueJWTSVIDsResponse
+	6,  // 20: signet.node.v1.Node.Follow:output_type -> signet.node.v1.FollowResponse
+	18, // [18:21] is the sub-list for method output_type
+	15, // [15:18] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_signet_node_v1_node_proto_init() }
@@ -1246,19 +1489,19 @@ func file_signet_node_v1_node_proto_init() {
 	if File_signet_node_v1_node_proto != nil {
 		return
 	}
-	file_signet_node_v1_node_proto_msgTypes[2].OneofWrappers = []any{
+	file_signet_node_v1_node_proto_msgTypes[4].OneofWrappers = []any{
 		(*FollowRequest_Hello_)(nil),
 		(*FollowRequest_Ack_)(nil),
 		(*FollowRequest_Sync_)(nil),
 	}
-	file_signet_node_v1_node_proto_msgTypes[3].OneofWrappers = []any{}
+	file_signet_node_v1_node_proto_msgTypes[5].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_node_v1_node_proto_rawDesc), len(file_signet_node_v1_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   13,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Node_IssueX509SVIDs_FullMethodName = "/signet.node.v1.Node/IssueX509SVIDs"
+	Node_IssueJWTSVIDs_FullMethodName  = "/signet.node.v1.Node/IssueJWTSVIDs"
 	Node_Follow_FullMethodName         = "/signet.node.v1.Node/Follow"
 )
 
@@ -33,6 +34,9 @@ type NodeClient interface {
 	// IssueX509SVIDs signs an X509-SVID for each item by public key. Results are positional, each with its own status.
 	// At most 500 items; more is ResourceExhausted.
 	IssueX509SVIDs(ctx context.Context, in *IssueX509SVIDsRequest, opts ...grpc.CallOption) (*IssueX509SVIDsResponse, error)
+	// IssueJWTSVIDs signs a JWT-SVID for each item. Results are positional, each with its own status. At most 500 items;
+	// more is ResourceExhausted.
+	IssueJWTSVIDs(ctx context.Context, in *IssueJWTSVIDsRequest, opts ...grpc.CallOption) (*IssueJWTSVIDsResponse, error)
 	// Follow keeps an agent up to date: the CA sends set differences, the agent acknowledges. The first request is
 	// hello. The stream ends with PermissionDenied and SPIRE's PermissionDeniedDetails when the agent is banned or
 	// evicted, its SVID has expired or was superseded, and with Unavailable when the CA shuts down.
@@ -51,6 +55,16 @@ func (c *nodeClient) IssueX509SVIDs(ctx context.Context, in *IssueX509SVIDsReque
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(IssueX509SVIDsResponse)
 	err := c.cc.Invoke(ctx, Node_IssueX509SVIDs_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) IssueJWTSVIDs(ctx context.Context, in *IssueJWTSVIDsRequest, opts ...grpc.CallOption) (*IssueJWTSVIDsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IssueJWTSVIDsResponse)
+	err := c.cc.Invoke(ctx, Node_IssueJWTSVIDs_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -77,6 +91,9 @@ type NodeServer interface {
 	// IssueX509SVIDs signs an X509-SVID for each item by public key. Results are positional, each with its own status.
 	// At most 500 items; more is ResourceExhausted.
 	IssueX509SVIDs(context.Context, *IssueX509SVIDsRequest) (*IssueX509SVIDsResponse, error)
+	// IssueJWTSVIDs signs a JWT-SVID for each item. Results are positional, each with its own status. At most 500 items;
+	// more is ResourceExhausted.
+	IssueJWTSVIDs(context.Context, *IssueJWTSVIDsRequest) (*IssueJWTSVIDsResponse, error)
 	// Follow keeps an agent up to date: the CA sends set differences, the agent acknowledges. The first request is
 	// hello. The stream ends with PermissionDenied and SPIRE's PermissionDeniedDetails when the agent is banned or
 	// evicted, its SVID has expired or was superseded, and with Unavailable when the CA shuts down.
@@ -93,6 +110,9 @@ type UnimplementedNodeServer struct{}
 
 func (UnimplementedNodeServer) IssueX509SVIDs(context.Context, *IssueX509SVIDsRequest) (*IssueX509SVIDsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method IssueX509SVIDs not implemented")
+}
+func (UnimplementedNodeServer) IssueJWTSVIDs(context.Context, *IssueJWTSVIDsRequest) (*IssueJWTSVIDsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssueJWTSVIDs not implemented")
 }
 func (UnimplementedNodeServer) Follow(grpc.BidiStreamingServer[FollowRequest, FollowResponse]) error {
 	return status.Error(codes.Unimplemented, "method Follow not implemented")
@@ -136,6 +156,24 @@ func _Node_IssueX509SVIDs_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_IssueJWTSVIDs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueJWTSVIDsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).IssueJWTSVIDs(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_IssueJWTSVIDs_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).IssueJWTSVIDs(ctx, req.(*IssueJWTSVIDsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Node_Follow_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(NodeServer).Follow(&grpc.GenericServerStream[FollowRequest, FollowResponse]{ServerStream: stream})
 }
@@ -153,6 +191,10 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "IssueX509SVIDs",
 			Handler:    _Node_IssueX509SVIDs_Handler,
+		},
+		{
+			MethodName: "IssueJWTSVIDs",
+			Handler:    _Node_IssueJWTSVIDs_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -1,0 +1,162 @@
+package caclient
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+)
+
+const (
+	// maxJWTFlight is how many calls for JWT-SVIDs are under way at once. What is asked for meanwhile shares the next
+	// one, so that a burst costs the CA few calls and a single request waits for nobody.
+	maxJWTFlight = 2
+	// maxJWTQueue bounds the requests that wait.
+	maxJWTQueue = 4096
+)
+
+// A JWTSVID is one as the CA issued it.
+type JWTSVID struct {
+	Token               string
+	IssuedAt, ExpiresAt time.Time
+}
+
+// jwtQueue gathers requests for JWT-SVIDs into batches. There is no goroutine of its own: of those who wait, whoever
+// gets a place in flight carries the batch for all.
+type jwtQueue struct {
+	flight chan struct{} // a place for each call under way
+
+	mu      sync.Mutex
+	waiting []*jwtRequest
+}
+
+type jwtRequest struct {
+	entryID  string
+	audience []string
+	done     chan jwtAnswer // holds one
+}
+
+type jwtAnswer struct {
+	svid JWTSVID
+	err  error
+}
+
+func newJWTQueue() *jwtQueue { return &jwtQueue{flight: make(chan struct{}, maxJWTFlight)} }
+
+func (q *jwtQueue) add(r *jwtRequest) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.waiting) == maxJWTQueue {
+		return false
+	}
+	q.waiting = append(q.waiting, r)
+	return true
+}
+
+func (q *jwtQueue) remove(r *jwtRequest) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if i := slices.Index(q.waiting, r); i >= 0 {
+		q.waiting = slices.Delete(q.waiting, i, i+1)
+	}
+}
+
+func (q *jwtQueue) take() []*jwtRequest {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := min(len(q.waiting), MaxBatch)
+	batch := slices.Clone(q.waiting[:n])
+	q.waiting = slices.Delete(q.waiting, 0, n)
+	return batch
+}
+
+// NewJWTSVID asks for a JWT-SVID of a registration entry for exactly these audiences, in this order.
+func (c *Client) NewJWTSVID(ctx context.Context, entryID string, audience []string) (JWTSVID, error) {
+	r := &jwtRequest{entryID: entryID, audience: audience, done: make(chan jwtAnswer, 1)}
+	if !c.jwt.add(r) {
+		return JWTSVID{}, status.Error(codes.Unavailable, "too many JWT-SVIDs are being asked for; try again")
+	}
+	for {
+		select {
+		case a := <-r.done:
+			return a.svid, a.err
+		case <-ctx.Done():
+			c.jwt.remove(r)
+			return JWTSVID{}, ctx.Err()
+		case c.jwt.flight <- struct{}{}:
+			// The batch is for others too: it does not end with this caller.
+			c.carry(context.WithoutCancel(ctx), c.jwt.take())
+			<-c.jwt.flight
+		}
+	}
+}
+
+// carry asks for a batch and hands out the answers. An empty batch was taken by somebody else.
+func (c *Client) carry(ctx context.Context, batch []*jwtRequest) {
+	if len(batch) == 0 {
+		return
+	}
+	answers, err := c.issueJWTs(ctx, batch)
+	for i, r := range batch {
+		if err != nil {
+			r.done <- jwtAnswer{err: err}
+			continue
+		}
+		r.done <- answers[i]
+	}
+}
+
+func (c *Client) issueJWTs(ctx context.Context, batch []*jwtRequest) ([]jwtAnswer, error) {
+	s, release, err := c.use()
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	answers := make([]jwtAnswer, len(batch))
+	request := &nodev1.IssueJWTSVIDsRequest{Items: make([]*nodev1.IssueJWTSVIDsRequest_Item, len(batch))}
+	for i, r := range batch {
+		request.Items[i] = &nodev1.IssueJWTSVIDsRequest_Item{EntryId: r.entryID, Audience: r.audience}
+	}
+	response, err := nodev1.NewNodeClient(s.conn).IssueJWTSVIDs(ctx, request)
+	if status.Code(err) == codes.Unimplemented { // a CA of the minor version before, or a SPIRE server
+		for i, r := range batch {
+			one, err := svidv1.NewSVIDClient(s.conn).NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: r.entryID, Audience: r.audience})
+			if err != nil {
+				answers[i].err = fromStatus(err)
+				continue
+			}
+			answers[i] = readJWT(one.GetSvid().GetToken(), one.GetSvid().GetIssuedAt(), one.GetSvid().GetExpiresAt())
+		}
+		return answers, nil
+	}
+	if err != nil {
+		return nil, fromStatus(err)
+	}
+	if got := len(response.GetResults()); got != len(batch) {
+		return nil, fmt.Errorf("the CA answered %d items with %d results", len(batch), got)
+	}
+	for i, r := range response.GetResults() {
+		if r.GetCode() != int32(codes.OK) {
+			answers[i].err = fromStatus(status.Error(codes.Code(uint32(r.GetCode())), r.GetMessage()))
+			continue
+		}
+		answers[i] = readJWT(r.GetToken(), r.GetIssuedAt(), r.GetExpiresAt())
+	}
+	return answers, nil
+}
+
+func readJWT(token string, iat, exp int64) jwtAnswer {
+	if token == "" || iat <= 0 || exp < iat {
+		return jwtAnswer{err: fmt.Errorf("the CA answered with an unusable JWT-SVID (issued at %d, expires at %d)", iat, exp)}
+	}
+	return jwtAnswer{svid: JWTSVID{Token: token, IssuedAt: time.Unix(iat, 0), ExpiresAt: time.Unix(exp, 0)}}
+}
