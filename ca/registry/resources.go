@@ -258,7 +258,7 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 	}
 	var errs []error
 	var all []*resource
-	seen := map[string]string{}
+	seen, similar := map[string]string{}, map[string]string{}
 	for _, doc := range docs {
 		x, err := r.parseResource(doc)
 		if err != nil {
@@ -271,6 +271,12 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 			continue
 		}
 		seen[id] = where(doc, "name")
+		if x.entry != nil {
+			if first, twice := similar[x.entry.similar()]; twice {
+				errs = append(errs, fmt.Errorf("%s: Identity %q is the same registration as Identity %q: one spiffeID, one `on`, one `match`", where(doc, "name"), x.name, first))
+			}
+			similar[x.entry.similar()] = x.name
+		}
 		all = append(all, x)
 	}
 	if len(errs) > 0 {
@@ -279,8 +285,9 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	p := &Plan{Revision: r.ix.revision}
+	goes := func(key string) bool { return o.Prune && seen[key] == "" }
 	for _, x := range all {
-		if err := r.planOne(p, x, o); err != nil {
+		if err := r.planOne(p, x, o, goes); err != nil {
 			return nil, err
 		}
 	}
@@ -313,7 +320,8 @@ func (ix *index) current(kind, name string) (doc *Document, rev store.Revision, 
 	return nil, 0, time.Time{}, nil
 }
 
-func (r *Registry) planOne(p *Plan, x *resource, o Options) error {
+// planOne adds what one document changes. goes tells which resources, by key, the same plan deletes. mu is held.
+func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string) bool) error {
 	name := x.name
 	if x.kind == KindPolicyDefaults {
 		name = "" // there is at most one, whatever its name
@@ -322,40 +330,46 @@ func (r *Registry) planOne(p *Plan, x *resource, o Options) error {
 	if o.PlannedAt != 0 && rev > o.PlannedAt {
 		return fmt.Errorf("%s %q: %w", x.kind, x.name, ErrConflict)
 	}
-	ch := PlannedChange{Kind: x.kind, Name: x.name}
+	if x.entry != nil {
+		id, ok := r.ix.similar[x.entry.similar()]
+		if ok && id != x.entry.ID && r.ix.entries[id].Identity != nil && !goes(entryPrefix+string(id)) {
+			return fmt.Errorf("%s:%d: Identity %q is the same registration as Identity %q: one spiffeID, one `on`, one `match`", x.doc.File, x.doc.Line, x.name, r.ix.entries[id].Identity.Name)
+		}
+	}
+	ch := PlannedChange{Kind: x.kind, Name: x.name, Action: Create}
 	if doc == nil {
-		ch.Action = Create
 		created = r.c.Now().Truncate(time.Second)
-		if x.entry != nil {
-			if id, ok := r.ix.similar[x.entry.similar()]; ok {
-				e := r.ix.entries[id]
-				if e.Identity != nil {
-					return fmt.Errorf("%s:%d: Identity %q is the same registration as Identity %q: one SPIFFE ID, one `on`, one `match`", x.doc.File, x.doc.Line, x.name, e.Identity.Name)
-				}
-			}
-		}
-	} else if string(doc.Content) == string(x.doc.Content) && doc.File == x.doc.File && doc.Line == x.doc.Line {
-		p.Changes = append(p.Changes, ch)
-		return nil
 	} else {
-		ch.Differences = r.differences(x, old, doc)
-		if len(ch.Differences) == 0 && doc.File == x.doc.File && doc.Line == x.doc.Line && x.kind != KindCallPolicy {
-			p.Changes = append(p.Changes, ch) // comments and layout
-			return nil
-		}
-		ch.Action = Change
-		if len(ch.Differences) == 0 {
-			ch.Differences = []string{"only its text or place changed"}
-		}
+		ch.Action, ch.Differences = r.compare(x, old, doc)
+	}
+	p.Changes = append(p.Changes, ch)
+	if ch.Action == Unchanged {
+		return nil
 	}
 	b, err := x.encode(created)
 	if err != nil {
 		return err
 	}
-	p.Changes = append(p.Changes, ch)
 	p.checks = append(p.checks, store.Check{Key: x.key(), Modified: rev})
 	p.writes = append(p.writes, store.Write{Key: x.key(), Value: b})
 	return nil
+}
+
+// compare tells whether a document differs from the stored one, and how. A CallPolicy whose rules moved to another
+// line is a change: explanations name lines.
+func (r *Registry) compare(x *resource, old *Entry, doc *Document) (Action, []string) {
+	samePlace := doc.File == x.doc.File && doc.Line == x.doc.Line
+	if samePlace && string(doc.Content) == string(x.doc.Content) {
+		return Unchanged, nil
+	}
+	diffs := r.differences(x, old, doc)
+	switch {
+	case len(diffs) > 0:
+		return Change, diffs
+	case samePlace && x.kind != KindCallPolicy:
+		return Unchanged, nil
+	}
+	return Change, []string{"only its text or place changed"}
 }
 
 func (x *resource) encode(created time.Time) ([]byte, error) {
