@@ -11,14 +11,11 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
-	"go.uber.org/goleak"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/signet-id/signet/test/signettest"
 )
-
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // self is the selector that matches this test process.
 func self() string { return fmt.Sprintf("unix:uid:%d", os.Getuid()) }
