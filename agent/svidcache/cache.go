@@ -184,7 +184,7 @@ func New(c Config) (*Cache, error) {
 	cache.state.Store(newState())
 	cache.ctx, cache.cancel = context.WithCancel(context.Background())
 	cache.jwts.init()
-	cache.handed.count = make(map[string]int)
+	cache.handed = handedOn{streams: make(map[*watcher]*handedStream), count: make(map[string]int)}
 	return cache, nil
 }
 

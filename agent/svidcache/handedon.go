@@ -20,30 +20,32 @@ type handedOn struct {
 
 // A handedStream is what one open stream has.
 type handedStream struct {
-	given *bundle // in the newest update taken by the endpoint
+	given *bundle // in the newest update offered to the endpoint
 	has   *bundle // in the newest update written to the stream
 }
 
-// shownTo notes that the endpoint has taken an update from w's channel.
-func (c *Cache) shownTo(w *watcher, n *shown) {
+// offered notes what w's channel holds ready, before the endpoint can take it and say that it was written.
+func (c *Cache) offered(w *watcher, n *shown) {
 	own := n.bundles[n.ownTD]
-	if own == nil {
-		return
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s := c.handed.streams[w]; s != nil && own != nil {
+		s.given = own
 	}
+}
+
+// taken notes that the endpoint has taken an update from w's channel. With the first one the stream takes part.
+func (c *Cache) taken(w *watcher, n *shown) {
+	own := n.bundles[n.ownTD]
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	h := &c.handed
-	s := h.streams[w]
-	if s == nil {
-		if h.streams == nil {
-			h.streams = make(map[*watcher]*handedStream)
-		}
-		s = &handedStream{has: own}
-		h.streams[w] = s
-		h.add(own)
-		c.handOn()
+	if h.streams[w] != nil || own == nil {
+		return
 	}
-	s.given = own
+	h.streams[w] = &handedStream{given: own, has: own}
+	h.add(own)
+	c.handOn()
 }
 
 // HandedOn notes that the update with bundleRevision was written to the stream of watch. It is

@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -49,7 +50,7 @@ func newAuthority(t testing.TB, id string) *authority {
 	now := time.Now()
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(10 * 365 * 24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		Subject: pkix.Name{CommonName: id}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 		URIs: []*url.URL{{Scheme: "spiffe", Host: td.Name()}}, SubjectKeyId: []byte("ski of " + id),
 	}, &x509.Certificate{}, key.Public(), key)
 	if err != nil {
@@ -69,6 +70,7 @@ type testCA struct {
 	mu       sync.Mutex
 	cache    *Cache
 	active   *authority
+	jwtKey   *authority
 	entries  map[string]*nodev1.Entry
 	ttl      time.Duration
 	skew     time.Duration              // of its clock
@@ -87,7 +89,7 @@ type testCA struct {
 
 func newTestCA(t testing.TB) *testCA {
 	return &testCA{
-		t: t, active: newAuthority(t, "a1"), entries: make(map[string]*nodev1.Entry), ttl: time.Hour, issued: make(map[string]int), kid: "k1",
+		t: t, active: newAuthority(t, "a1"), jwtKey: newAuthority(t, "jwt"), entries: make(map[string]*nodev1.Entry), ttl: time.Hour, issued: make(map[string]int), kid: "k1",
 	}
 }
 
@@ -197,7 +199,7 @@ func (ca *testCA) bundle(revision int64, jwtKeys []string, authorities ...*autho
 			Certificate: a.cert.Raw, AuthorityId: a.id, State: nodev1.AuthorityState_AUTHORITY_STATE_ACTIVE,
 		})
 	}
-	public, err := x509.MarshalPKIXPublicKey(ca.active.key.Public())
+	public, err := x509.MarshalPKIXPublicKey(ca.jwtKey.key.Public())
 	if err != nil {
 		ca.t.Fatal(err)
 	}

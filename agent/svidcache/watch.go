@@ -258,11 +258,12 @@ func (c *Cache) serve(ctx context.Context, w *watcher) {
 		var update workloadapi.Update
 		if pending != nil {
 			update = pending.update(c.config.TrustDomain)
+			c.offered(w, pending)
 		}
 		select {
 		case out <- update:
 			w.sent = pending
-			c.shownTo(w, pending)
+			c.taken(w, pending)
 		case <-w.wake:
 		case <-settle.C:
 		case <-ctx.Done():
