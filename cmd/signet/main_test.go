@@ -1,17 +1,25 @@
 package main
 
 import (
+	"context"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/signet-id/signet/ca"
+	"github.com/signet-id/signet/internal/dev"
 )
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"signet": main})
 }
 
-// TestScript runs testdata/script: one script per command and per message that an operator may meet.
+// TestScript runs testdata/script: one script per command and per message that an operator may meet. Those whose name
+// begins with live_ have a CA and an agent of their own, which SIGNET_CA_SOCKET, SPIFFE_ENDPOINT_SOCKET, CA_ADDR and
+// BUNDLE name.
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
@@ -21,8 +29,37 @@ func TestScript(t *testing.T) {
 			// The scripts decide themselves which CA and agent they talk to.
 			env.Setenv("SIGNET_CA_SOCKET", "")
 			env.Setenv("SPIFFE_ENDPOINT_SOCKET", "")
+			env.Setenv("TERM", "dumb")
+			if strings.HasPrefix(filepath.Base(env.WorkDir), "script-live_") {
+				if err := startSignet(env); err != nil {
+					return err
+				}
+			}
 			env.Setenv("PATH", env.Getenv("PATH")+string(os.PathListSeparator)+os.Getenv("PATH"))
 			return nil
 		},
 	})
+}
+
+func startSignet(env *testscript.Env) error {
+	dir, err := os.MkdirTemp("", "signet") // short: a Unix socket's path has at most 107 bytes
+	if err != nil {
+		return err
+	}
+	env.Defer(func() { os.RemoveAll(dir) })
+	i, err := dev.Start(context.Background(), dev.Config{Dir: dir, NodeGroups: []string{"backend"}, CA: func(c *ca.Config) { c.Audit.Reserve = 1 << 20 }})
+	if err != nil {
+		return err
+	}
+	env.Defer(func() {
+		if err := i.Close(); err != nil {
+			env.T().Log("closing signet: ", err)
+			env.T().FailNow()
+		}
+	})
+	env.Setenv("SIGNET_CA_SOCKET", i.CASocket())
+	env.Setenv("SPIFFE_ENDPOINT_SOCKET", i.WorkloadAPI())
+	env.Setenv("CA_ADDR", i.CAAddr())
+	env.Setenv("BUNDLE", i.BundlePath())
+	return nil
 }

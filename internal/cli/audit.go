@@ -159,7 +159,7 @@ func (a *app) printRecord(f format, text []byte) error {
 			line = append(line, escape(p[1]))
 		default:
 			if f == formatWide || !auditNoise[p[0]] {
-				line = append(line, paint(a.color, cyan, escape(p[0])+"=")+escape(quoteSpaces(p[1])))
+				line = append(line, paint(a.color, cyan, escape(strings.TrimPrefix(p[0], "details."))+"=")+escape(quoteSpaces(p[1])))
 			}
 		}
 	}
@@ -168,7 +168,7 @@ func (a *app) printRecord(f format, text []byte) error {
 }
 
 // auditNoise are the members that a table leaves to -o wide.
-var auditNoise = map[string]bool{"seq": true, "hash": true, "prev": true, "v": true, "version": true, "replica": true}
+var auditNoise = map[string]bool{"v": true, "seq": true, "actor_kind": true, "details.address": true}
 
 // flatten lists the members of a JSON object in their order, those of inner objects as outer.inner.
 func flatten(text []byte) ([][2]string, error) {

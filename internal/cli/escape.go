@@ -81,3 +81,13 @@ func paint(on bool, color, s string) string {
 	}
 	return "\x1b[" + color + "m" + s + "\x1b[0m"
 }
+
+// shellWord quotes s for a shell if it needs that.
+func shellWord(s string) string {
+	if s != "" && !strings.ContainsFunc(s, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune("/._-:+,@%", r)
+	}) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}

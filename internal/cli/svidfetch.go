@@ -57,12 +57,12 @@ federated.TRUST-DOMAIN.pem for each trust domain that is federated with. With --
 		ctx := cmd.Context()
 		if watch {
 			w := &svidWatcher{app: a, format: *output, dir: dir}
-			ctx, cancel := context.WithCancelCause(ctx)
-			defer cancel(nil)
+			ctx, cancel := context.WithCancel(ctx)
+			defer cancel()
 			w.stop = cancel
 			err := workloadapi.WatchX509Context(ctx, w, options...)
-			if cause := context.Cause(ctx); cause != nil && cause != context.Canceled {
-				return cause
+			if w.failed != nil {
+				return w.failed
 			}
 			return untilCanceled(ctx, workloadError("watching X509-SVIDs", err))
 		}
@@ -83,13 +83,14 @@ type svidWatcher struct {
 	app    *app
 	format format
 	dir    string
-	stop   context.CancelCauseFunc
+	stop   context.CancelFunc
+	failed error // why writing ended the watch; set before stop is called
 }
 
 // OnX509ContextUpdate implements workloadapi.X509ContextWatcher.
 func (w *svidWatcher) OnX509ContextUpdate(x *workloadapi.X509Context) {
-	if err := w.app.printX509(w.format, w.dir, x); err != nil {
-		w.stop(err)
+	if w.failed = w.app.printX509(w.format, w.dir, x); w.failed != nil {
+		w.stop()
 	}
 }
 
