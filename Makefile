@@ -1,0 +1,94 @@
+# What a fresh machine needs is Go, gcc, git and make; what else a target needs, it installs itself where it may.
+#
+#   make demo      the main job in front of your eyes
+#   make test      all tests
+#   make check     about two minutes, before every commit
+#   make           the programs, in bin/
+
+.POSIX:
+.DELETE_ON_ERROR:
+SHELL = /bin/sh
+
+version = github.com/signet-id/signet/internal/version
+VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+COMMIT  = $(shell git rev-parse HEAD 2>/dev/null)
+LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
+
+# Packages whose tests start many processes or measure; make check leaves them to make test.
+heavy   = /test/
+quick   = $$(go list ./... | grep -v '$(heavy)')
+
+.PHONY: all build demo test check fmt-check vet staticcheck race fuzz modules docs generate generated bench release clean tools
+
+all: build
+
+build:
+	@mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+demo: build
+	bin/signet demo
+
+# All there is: unit, conformance, fuzz seeds, scripts of the command line, README's commands, end to end.
+test: tools/installed
+	tools/test.sh
+
+check: fmt-check vet staticcheck modules generated race fuzz
+	@echo check: all passed
+
+fmt-check:
+	@out=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); [ -z "$$out" ] || { echo "run gofmt -w on:"; echo "$$out"; exit 1; }
+
+vet:
+	go vet ./...
+
+staticcheck: bin/tools/.made
+	bin/tools/staticcheck ./...
+
+race:
+	go test -race -timeout 10m $(quick)
+
+# Each fuzz target for FUZZTIME, which find bugs that its seeds do not; longer by hand: make fuzz FUZZTIME=5m
+FUZZTIME = 1s
+fuzz:
+	tools/fuzz.sh $(FUZZTIME)
+
+modules:
+	go mod tidy -diff
+	go mod verify
+	cd tools && go mod tidy -diff && go mod verify
+
+# Documents made from the code: conformance, command line, configuration, and the modules that binaries link.
+docs:
+	go run ./internal/cli/gendoc > bin/cli.md && mv bin/cli.md docs/reference/cli.md
+	go test -count=1 ./internal/importmap ./test/docs -run 'TestModules|TestReference' -update
+	go test -count=1 ./internal/conformance -run TestDocument -update
+
+# Go code of api/*.proto, with protoc and the plugins of tools/go.mod.
+generate: bin/tools/.made
+	tools/protoc.sh
+	PATH="$(CURDIR)/bin/tools:$$PATH" api/generate.sh
+
+generated: bin/tools/.made
+	tools/generated.sh
+
+bench: bin/tools/.made
+	tools/bench.sh
+
+# Static binaries for linux, the same bytes from the same commit: every one is built twice, in two places.
+release:
+	tools/release.sh '$(VERSION)' '$(COMMIT)'
+
+tools: bin/tools/.made
+
+bin/tools/.made: tools/go.mod tools/go.sum
+	@mkdir -p bin/tools
+	cd tools && GOBIN="$(CURDIR)/bin/tools" go install tool
+	@touch $@
+
+.PHONY: tools/installed
+tools/installed:
+	@tools/need.sh openssl
+
+clean:
+	rm -rf bin dist

@@ -1,0 +1,35 @@
+#!/bin/sh
+# release.sh VERSION COMMIT: builds the programs for linux/amd64 and linux/arm64 into dist/, twice: in this tree, and in
+# a copy of it elsewhere with a build cache of its own. The two must be the same bytes.
+set -eu
+cd "$(dirname "$0")/.."
+version=${1:?version} commit=${2:-}
+pkg=github.com/signet-id/signet/internal/version
+tmp=$(mktemp -d)
+trap 'chmod -R u+w "$tmp"; rm -rf "$tmp"' EXIT
+
+build() { # from to
+	for arch in amd64 arm64; do
+		for program in "$1"/cmd/*; do
+			name=$(basename "$program")
+			(cd "$1" && CGO_ENABLED=0 GOOS=linux GOARCH=$arch GOFLAGS= go build -trimpath -buildvcs=false \
+				-ldflags "-s -w -buildid= -X $pkg.version=$version -X $pkg.commit=$commit" \
+				-o "$2/${name}_linux_$arch" "./cmd/$name")
+		done
+	done
+}
+
+rm -rf dist
+mkdir -p dist "$tmp/tree" "$tmp/dist"
+build "$PWD" "$PWD/dist"
+git ls-files -co --exclude-standard -z | xargs -0 tar cf - | tar xf - -C "$tmp/tree"
+GOCACHE="$tmp/cache" build "$tmp/tree" "$tmp/dist"
+for f in dist/*; do
+	cmp "$f" "$tmp/$f" || { echo "release: $f differs between two builds"; exit 1; }
+	if command -v readelf >/dev/null 2>&1 && readelf -l "$f" | grep -q INTERP; then
+		echo "release: $f is not static"
+		exit 1
+	fi
+done
+(cd dist && sha256sum -- * >"$tmp/SHA256SUMS" && mv "$tmp/SHA256SUMS" .)
+cat dist/SHA256SUMS
