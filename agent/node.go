@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -208,12 +209,15 @@ func (n *node) attest(ctx context.Context) (bool, error) {
 	n.attesting.Lock()
 	defer n.attesting.Unlock()
 	b := n.bootstrap.Load()
+	old := n.record.Load()
 	token, err := b.joinToken()
+	if old != nil && (err != nil || token.IsZero() || old.token == token.Fingerprint()) {
+		return n.recover(ctx, old)
+	}
 	if err != nil {
 		return false, err
 	}
-	old := n.record.Load()
-	if token.IsZero() || old != nil && old.token == token.Fingerprint() {
+	if token.IsZero() {
 		return false, errNoFreshToken
 	}
 	request := caclient.Attestation{Address: n.config.ServerAddress, TrustDomain: n.td, Evidence: token, Now: n.config.Now}
@@ -241,6 +245,28 @@ func (n *node) attest(ctx context.Context) (bool, error) {
 	if request.CSR, err = nodeattest.CSR(key); err != nil {
 		return false, err
 	}
+	return n.attestWith(ctx, request, key, token.Fingerprint())
+}
+
+// recover wins the SVID back with the key of the present one, which the CA knows: after an expiry, a clock jump, or a
+// restore. What an operator evicted or banned is refused. Whether that works is the CA's to say, so it is always tried.
+func (n *node) recover(ctx context.Context, old *nodeRecord) (bool, error) {
+	key, err := n.dir.pendingKey()
+	if err != nil {
+		return false, err
+	}
+	csr, err := nodeattest.CSR(key)
+	if err != nil {
+		return false, err
+	}
+	evidence := nodeattest.NodeKey{ID: old.svid.ID, Key: old.svid.PrivateKey, CSR: csr}
+	request := caclient.Attestation{Address: n.config.ServerAddress, TrustDomain: n.td, Evidence: evidence, CSR: csr, Bundle: old.bundle, Now: n.config.Now}
+	return n.attestWith(ctx, request, key, old.token)
+}
+
+// attestWith asks for an SVID for key and keeps it, on disk before it is used. token is the fingerprint of the join
+// token that is of no more use then.
+func (n *node) attestWith(ctx context.Context, request caclient.Attestation, key *ecdsa.PrivateKey, token string) (bool, error) {
 	attested, err := caclient.Attest(ctx, request)
 	if err != nil {
 		return false, err
@@ -251,7 +277,7 @@ func (n *node) attest(ctx context.Context) (bool, error) {
 	}
 	err = n.replace(func(*nodeRecord) *nodeRecord {
 		return &nodeRecord{
-			svid: svid, bundle: x509bundle.FromX509Authorities(n.td, attested.Authorities), token: token.Fingerprint(), reattestable: attested.Reattestable,
+			svid: svid, bundle: x509bundle.FromX509Authorities(n.td, attested.Authorities), token: token, reattestable: attested.Reattestable,
 		}
 	})
 	if err != nil {
@@ -298,7 +324,10 @@ func (n *node) renew(ctx context.Context) error {
 			of, due, wait = svid, halfLife(svid.Certificates[0], n.config.Now()), retryMin
 		}
 		now := n.config.Now()
-		if left := due.Sub(now); left > 0 {
+		leaf := svid.Certificates[0]
+		// A clock that went back leaves an SVID that is not valid yet, and the CA refuses it.
+		valid := now.Before(leaf.NotAfter) && !now.Before(leaf.NotBefore)
+		if left := due.Sub(now); left > 0 && !now.Before(leaf.NotBefore) {
 			n.nap(ctx, min(left, lookEvery))
 			continue
 		}
@@ -307,15 +336,15 @@ func (n *node) renew(ctx context.Context) error {
 			continue
 		}
 		delay := spread(wait)
-		if !now.Before(svid.Certificates[0].NotAfter) {
+		if !valid {
 			// The CA may see it otherwise, if it is this clock that is wrong; so both ways are tried.
 			if did, attestErr := n.attest(ctx); did {
 				continue
 			} else if !errors.Is(attestErr, errNoFreshToken) {
 				err = errors.Join(err, attestErr)
 			}
-			n.log.Error("the agent's SVID has expired; if the clock is right, put a fresh join token of signet token create into join_token_file",
-				"not_after", svid.Certificates[0].NotAfter, "now", now, "retry_in", delay.Round(time.Millisecond), "err", err)
+			n.log.Error("the agent's SVID is not valid now; if the clock is right, put a fresh join token of signet token create into join_token_file",
+				"not_before", leaf.NotBefore, "not_after", svid.Certificates[0].NotAfter, "now", now, "retry_in", delay.Round(time.Millisecond), "err", err)
 		} else if !errors.Is(err, caclient.ErrUnreachable) { // that one the client tells of
 			n.log.Warn("the agent's SVID was not renewed", "not_after", svid.Certificates[0].NotAfter, "retry_in", delay.Round(time.Millisecond), "err", err)
 		}

@@ -113,7 +113,9 @@ func (h *harness) dial(chain [][]byte, k crypto.PrivateKey) *grpc.ClientConn {
 		c.Certificates = []tls.Certificate{{Certificate: chain, PrivateKey: k}}
 	}
 	conn, err := grpc.NewClient("passthrough:///"+h.ca.Addr().String(), grpc.WithTransportCredentials(credentials.NewTLS(c)),
-		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return (&net.Dialer{}).DialContext(ctx, "tcp", addr) }))
+		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+		}))
 	if err != nil {
 		h.t.Fatal(err)
 	}

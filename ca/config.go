@@ -72,11 +72,14 @@ type Seal struct {
 
 // TTL holds validities.
 type TTL struct {
-	X509    time.Duration `yaml:"x509"`     // default 1h
-	JWT     time.Duration `yaml:"jwt"`      // default 5m
-	Agent   time.Duration `yaml:"agent"`    // agents' own X509-SVIDs; default 1h
-	MaxX509 time.Duration `yaml:"max_x509"` // default 24h
-	MaxJWT  time.Duration `yaml:"max_jwt"`  // default 1h
+	X509  time.Duration `yaml:"x509"`  // default 1h
+	JWT   time.Duration `yaml:"jwt"`   // default 5m
+	Agent time.Duration `yaml:"agent"` // agents' own X509-SVIDs; default 1h
+	// AgentRecovery is how long after the end of its X509-SVID an agent may win it back with the key it was for. Default
+	// a week; an agent that was away for longer needs a fresh join token.
+	AgentRecovery time.Duration `yaml:"agent_recovery"`
+	MaxX509       time.Duration `yaml:"max_x509"` // default 24h
+	MaxJWT        time.Duration `yaml:"max_jwt"`  // default 1h
 }
 
 // Authorities holds lifetimes.
@@ -164,6 +167,12 @@ func (c *Config) Check() error {
 	}
 	if c.TTL.Agent == 0 {
 		c.TTL.Agent = time.Hour
+	}
+	if c.TTL.AgentRecovery == 0 {
+		c.TTL.AgentRecovery = 7 * 24 * time.Hour
+	}
+	if c.TTL.AgentRecovery < 0 {
+		bad("ttl.agent_recovery", "%v is negative; 1s is the shortest", c.TTL.AgentRecovery)
 	}
 	if c.TTL.Agent < minAgentTTL {
 		bad("ttl.agent", "%v is shorter than %v", c.TTL.Agent, minAgentTTL)

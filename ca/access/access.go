@@ -262,6 +262,7 @@ func (g *Guard) CheckAgent(ctx context.Context, c *Caller) (*registry.Node, erro
 			n.Active = true
 		case n.NewSerial != "" && n.NewSerial == c.Serial:
 			n.Serial, n.ExpiresAt, n.Active = n.NewSerial, n.NewExpiresAt, true
+			n.Key, n.NewKey = n.NewKey, nil
 			n.NewSerial, n.NewExpiresAt = "", time.Time{}
 		default:
 			return nil, Denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "agent %s uses an X509-SVID that another one has replaced", c.ID)

@@ -167,7 +167,7 @@ func (a *API) DeleteAgent(ctx context.Context, req *agentv1.DeleteAgentRequest) 
 func (a *API) BanAgent(ctx context.Context, req *agentv1.BanAgentRequest) (*emptypb.Empty, error) {
 	return a.changeAgent(ctx, "agent.ban", req.Id, func(id spiffeid.ID) error {
 		return a.updateNode(store.WithReserve(ctx), id, func(n *registry.Node) {
-			n.Banned, n.Serial, n.NewSerial = true, "", ""
+			n.Banned, n.Serial, n.NewSerial, n.Key, n.NewKey = true, "", "", nil, nil
 		})
 	})
 }

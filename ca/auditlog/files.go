@@ -94,7 +94,7 @@ func parseHeader(line []byte) (header, error) {
 	chain, err := hex.DecodeString(raw.Chain)
 	copy(h.Chain[:], chain)
 	// Printed again it has to be the same line: that settles what JSON leaves open.
-	if err != nil || len(chain) != len(h.Chain) || h.First == 0 || !bytes.Equal(h.line(), append(bytes.Clone(line), '\n')) {
+	if err != nil || len(chain) != len(h.Chain) || h.First == 0 || h.First > maxSeq || h.File > maxSeq || !bytes.Equal(h.line(), append(bytes.Clone(line), '\n')) {
 		return header{}, fmt.Errorf("%w: the file does not begin with a header", ErrMalformed)
 	}
 	return h, nil

@@ -24,6 +24,9 @@ const (
 
 	// maxDepth bounds the nesting of Details.
 	maxDepth = 4
+
+	// maxSeq is far beyond what a log can reach. A greater number is damage, and would overflow.
+	maxSeq = 1 << 62
 )
 
 var (
@@ -287,7 +290,7 @@ func parseRecord(line []byte) (Record, error) {
 			return Record{}, fmt.Errorf("%w: its %s is %.40q", ErrMalformed, name, value)
 		}
 	}
-	if r.Seq == 0 || r.Time.IsZero() || r.Event == "" {
+	if r.Seq == 0 || r.Seq > maxSeq || r.Time.IsZero() || r.Event == "" {
 		return Record{}, fmt.Errorf("%w: its seq, time or event is missing", ErrMalformed)
 	}
 	if details, ok := raw["details"]; ok {

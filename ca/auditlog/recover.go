@@ -113,7 +113,7 @@ func frame(text []byte) (seq uint64, ok bool) {
 		return 0, false
 	}
 	seq, err := strconv.ParseUint(string(digits), 10, 64)
-	if err != nil || seq == 0 || digits[0] == '0' || digits[0] == '+' {
+	if err != nil || seq == 0 || seq > maxSeq || digits[0] == '0' || digits[0] == '+' {
 		return 0, false
 	}
 	for _, c := range text {

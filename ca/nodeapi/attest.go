@@ -3,6 +3,8 @@ package nodeapi
 import (
 	"context"
 	"crypto"
+	"crypto/rand"
+	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
 	"slices"
@@ -18,6 +20,7 @@ import (
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/internal/nodekey"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -36,18 +39,23 @@ func (a *API) AttestAgent(s agentv1.Agent_AttestAgentServer) error {
 	if err := checkAttestParams(p); err != nil {
 		return a.refuse(s.Context(), "agent.attest", "", err, nil)
 	}
-	if p.Data.Type != joinToken {
-		return a.refuse(s.Context(), "agent.attest", "", status.Errorf(codes.FailedPrecondition,
-			"error getting node attestor: could not find node attestor type %q", clip(p.Data.Type)), nil)
+	var svid *authority.X509SVID
+	var id spiffeid.ID
+	switch p.Data.Type {
+	case joinToken:
+		svid, id, err = a.attestByToken(s.Context(), p.Data.Payload, p.Params.Csr)
+	case nodekey.Attestor:
+		svid, id, err = a.attestByKey(s, p.Data.Payload, p.Params.Csr)
+	default:
+		err = status.Errorf(codes.FailedPrecondition, "error getting node attestor: could not find node attestor type %q", clip(p.Data.Type))
 	}
-	svid, id, err := a.attestByToken(s.Context(), p.Data.Payload, p.Params.Csr)
 	if err != nil {
 		subject := ""
 		if !id.IsZero() {
 			subject = id.String()
 		}
 		a.c.Issued("agent", "refused", 1)
-		return a.refuse(s.Context(), "agent.attest", subject, err, map[string]any{"attestor": joinToken})
+		return a.refuse(s.Context(), "agent.attest", subject, err, map[string]any{"attestor": clip(p.Data.Type)})
 	}
 	a.c.Issued("agent", "", 1)
 	return s.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
@@ -99,7 +107,7 @@ func (a *API) attestByToken(ctx context.Context, payload, csr []byte) (*authorit
 	if err != nil {
 		return nil, spiffeid.ID{}, err
 	}
-	hash, err := keyHash(key)
+	spki, err := marshalKey(key)
 	if err != nil {
 		return nil, spiffeid.ID{}, err
 	}
@@ -113,7 +121,7 @@ func (a *API) attestByToken(ctx context.Context, payload, csr []byte) (*authorit
 	}
 	const attempts = 4 // conflicts come only from the same token being used at the same moment
 	for range attempts {
-		svid, err := a.tryToken(ctx, token, id, key, hash)
+		svid, err := a.tryToken(ctx, token, id, key, spki)
 		if errors.Is(err, registry.ErrConflict) {
 			continue
 		}
@@ -122,7 +130,9 @@ func (a *API) attestByToken(ctx context.Context, payload, csr []byte) (*authorit
 	return nil, id, registry.ErrConflict
 }
 
-func (a *API) tryToken(ctx context.Context, given registry.JoinToken, id spiffeid.ID, key crypto.PublicKey, hash []byte) (*authority.X509SVID, error) {
+func (a *API) tryToken(ctx context.Context, given registry.JoinToken, id spiffeid.ID, key crypto.PublicKey, spki []byte) (*authority.X509SVID, error) {
+	sum := sha256.Sum256(spki)
+	hash := sum[:]
 	node, err := a.c.Registry.NodeNow(ctx, id)
 	switch {
 	case errors.Is(err, registry.ErrNotFound):
@@ -153,7 +163,7 @@ func (a *API) tryToken(ctx context.Context, given registry.JoinToken, id spiffei
 	if err != nil {
 		return nil, err
 	}
-	fresh := &registry.Node{ID: id, Attestation: joinToken, Serial: svid.SerialNumber, ExpiresAt: svid.NotAfter, CreatedAt: a.c.Now()}
+	fresh := &registry.Node{ID: id, Attestation: joinToken, Serial: svid.SerialNumber, ExpiresAt: svid.NotAfter, Key: spki, CreatedAt: a.c.Now()}
 	for _, g := range token.Groups {
 		fresh.Selectors = append(fresh.Selectors, spiffe.Selector{Type: "node", Value: "group:" + g})
 	}
@@ -165,6 +175,82 @@ func (a *API) tryToken(ctx context.Context, given registry.JoinToken, id spiffei
 		return nil, err
 	}
 	return svid, a.auditAgent(ctx, auditlog.New, "agent.attested", id, svid, map[string]any{"attestor": joinToken})
+}
+
+// errNoProof is all that somebody without the key learns: not whether the node exists.
+var errNoProof = status.Error(codes.PermissionDenied, "failed to attest: no such node, or not its key; attest with a fresh join token")
+
+// attestByKey gives a node that lost its SVID, or whose SVID has expired, a new one for its key, so that no clock jump
+// and no long sleep needs a person. What an operator evicted or banned stays out. [DESIGN §7]
+func (a *API) attestByKey(s agentv1.Agent_AttestAgentServer, payload, csr []byte) (*authority.X509SVID, spiffeid.ID, error) {
+	ctx := s.Context()
+	key, err := authority.CheckCSR(csr, spiffeid.ID{})
+	if err != nil {
+		return nil, spiffeid.ID{}, err
+	}
+	id, err := spiffe.ParseWorkloadID(string(payload))
+	if err != nil || id.TrustDomain() != a.c.TrustDomain || !registry.IsAgentID(id) {
+		return nil, spiffeid.ID{}, errNoProof
+	}
+	nonce := make([]byte, nodekey.NonceBytes)
+	rand.Read(nonce) // never fails since Go 1.24
+	if err := s.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: nonce}}); err != nil {
+		return nil, id, err
+	}
+	answer, err := s.Recv()
+	if err != nil {
+		return nil, id, err
+	}
+	const attempts = 4
+	for range attempts {
+		node, err := a.c.Registry.NodeNow(ctx, id)
+		if errors.Is(err, registry.ErrNotFound) {
+			return nil, id, errNoProof
+		}
+		if err != nil {
+			return nil, id, err
+		}
+		if node.Banned {
+			return nil, id, errBanned
+		}
+		switch sig := answer.GetChallengeResponse(); {
+		case a.holds(node.Key, id, nonce, csr, sig):
+		case a.holds(node.NewKey, id, nonce, csr, sig): // the agent has the renewed one: this is its first use
+			node.Key, node.Serial, node.ExpiresAt = node.NewKey, node.NewSerial, node.NewExpiresAt
+		default:
+			return nil, id, errNoProof
+		}
+		if a.c.Now().After(node.ExpiresAt.Add(a.c.Recovery)) {
+			return nil, id, status.Errorf(codes.PermissionDenied, "failed to attest: the node's X509-SVID ended more than %v ago; attest with a fresh join token", a.c.Recovery)
+		}
+		spki, err := marshalKey(key)
+		if err != nil {
+			return nil, id, err
+		}
+		svid, err := a.signAgent(ctx, id, key)
+		if err != nil {
+			return nil, id, err
+		}
+		// The key that was proven stays good until the new SVID is first used: this reply can be lost, too.
+		node.NewSerial, node.NewExpiresAt, node.NewKey = svid.SerialNumber, svid.NotAfter, spki
+		if err = a.c.Registry.PutNode(store.WithReserve(ctx), node, nil); errors.Is(err, registry.ErrConflict) {
+			continue
+		}
+		if err != nil {
+			return nil, id, err
+		}
+		return svid, id, a.auditAgent(ctx, auditlog.Essential, "agent.recovered", id, svid, map[string]any{"attestor": nodekey.Attestor})
+	}
+	return nil, id, registry.ErrConflict
+}
+
+// holds tells whether the signature proves possession of a stored key.
+func (a *API) holds(spki []byte, id spiffeid.ID, nonce, csr, signature []byte) bool {
+	if len(spki) == 0 || len(signature) == 0 {
+		return false
+	}
+	key, err := authority.ParsePublicKey(spki)
+	return err == nil && nodekey.Verify(key, id, nonce, csr, signature)
 }
 
 func (a *API) signAgent(ctx context.Context, id spiffeid.ID, key crypto.PublicKey) (*authority.X509SVID, error) {
@@ -202,6 +288,10 @@ func (a *API) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRequest) (*
 	if err != nil {
 		return fail(err)
 	}
+	spki, err := marshalKey(key)
+	if err != nil {
+		return fail(err)
+	}
 	svid, err := a.signAgent(ctx, c.ID, key)
 	if err != nil {
 		return fail(err)
@@ -209,7 +299,7 @@ func (a *API) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRequest) (*
 	node := *c.Node
 	const attempts = 4
 	for range attempts {
-		node.NewSerial, node.NewExpiresAt = svid.SerialNumber, svid.NotAfter
+		node.NewSerial, node.NewExpiresAt, node.NewKey = svid.SerialNumber, svid.NotAfter, spki
 		if err = a.c.Registry.PutNode(store.WithReserve(ctx), &node, nil); !errors.Is(err, registry.ErrConflict) {
 			break
 		}

@@ -5,9 +5,6 @@ package nodeapi
 
 import (
 	"context"
-	"crypto"
-	"crypto/sha256"
-	"crypto/x509"
 	"errors"
 	"log/slog"
 	"sync"
@@ -36,6 +33,8 @@ type Config struct {
 	Epoch       string
 	// AgentTTL is the validity of agents' own X509-SVIDs.
 	AgentTTL time.Duration
+	// Recovery is how long after its end an agent may win its X509-SVID back with the key that it was for.
+	Recovery time.Duration
 	Now      func() time.Time
 	Log      *slog.Logger
 	// Issued counts what was issued and refused: kind is x509, jwt or agent; reason is empty on success.
@@ -113,15 +112,6 @@ func (a *API) refuse(ctx context.Context, event string, subject string, err erro
 	}
 	a.c.Log.Warn("refused", "event", event, "actor", c.String(), "subject", subject, "reason", details["reason"])
 	return st
-}
-
-func keyHash(key crypto.PublicKey) ([]byte, error) {
-	der, err := x509.MarshalPKIXPublicKey(key)
-	if err != nil {
-		return nil, err
-	}
-	h := sha256.Sum256(der)
-	return h[:], nil
 }
 
 // protoID converts an ID to SPIRE's form: the trust domain without a scheme, the path with its slash.

@@ -27,6 +27,9 @@ type Node struct {
 	// that was handed out by a renewal and takes over at its first use. [SPIRE-PROTOCOL §4]
 	Serial, NewSerial       string
 	ExpiresAt, NewExpiresAt time.Time
+	// Key and NewKey are the public keys of those SVIDs, PKIX DER: with the private one the node can win back an SVID
+	// that it lost or that expired.
+	Key, NewKey []byte
 
 	// Active is set by the first call that the agent makes with its SVID. Until then a reply that was lost can be had
 	// again with the same key.
@@ -47,6 +50,8 @@ type nodeRecord struct {
 	NewSerial    string   `json:"new_serial,omitempty"`
 	ExpiresAt    int64    `json:"expires_at"`
 	NewExpiresAt int64    `json:"new_expires_at,omitempty"`
+	Key          []byte   `json:"key,omitempty"`
+	NewKey       []byte   `json:"new_key,omitempty"`
 	Active       bool     `json:"active,omitempty"`
 	Banned       bool     `json:"banned,omitempty"`
 	CanReattest  bool     `json:"can_reattest,omitempty"`
@@ -57,7 +62,7 @@ type nodeRecord struct {
 func (n *Node) encode() ([]byte, error) {
 	return marshal(nodeRecord{
 		V: recordVersion, Attestation: n.Attestation, Selectors: selectorStrings(n.Selectors),
-		Serial: n.Serial, NewSerial: n.NewSerial, ExpiresAt: unix(n.ExpiresAt), NewExpiresAt: unix(n.NewExpiresAt),
+		Serial: n.Serial, NewSerial: n.NewSerial, ExpiresAt: unix(n.ExpiresAt), NewExpiresAt: unix(n.NewExpiresAt), Key: n.Key, NewKey: n.NewKey,
 		Active: n.Active, Banned: n.Banned, CanReattest: n.CanReattest, Version: n.Version, CreatedAt: unix(n.CreatedAt),
 	})
 }
@@ -69,7 +74,7 @@ func decodeNode(id spiffeid.ID, item store.Item) (*Node, error) {
 	}
 	n := &Node{
 		ID: id, Attestation: r.Attestation, Serial: r.Serial, NewSerial: r.NewSerial,
-		ExpiresAt: fromUnix(r.ExpiresAt), NewExpiresAt: fromUnix(r.NewExpiresAt),
+		ExpiresAt: fromUnix(r.ExpiresAt), NewExpiresAt: fromUnix(r.NewExpiresAt), Key: r.Key, NewKey: r.NewKey,
 		Active: r.Active, Banned: r.Banned, CanReattest: r.CanReattest, Version: r.Version,
 		CreatedAt: fromUnix(r.CreatedAt), Revision: item.Modified,
 	}
