@@ -14,6 +14,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/signet-id/signet/workloadapi/peer"
 )
 
 func requireRoot(t testing.TB) {
@@ -85,3 +87,5 @@ func (m *memory) waitWatching(t testing.TB, n int) {
 		}
 	}
 }
+
+func newGate(perUID, total int) *peer.Gate { return peer.NewGate(perUID, total) }

@@ -1,0 +1,182 @@
+package workloadapi_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/signet-id/signet/workloadapi"
+	"github.com/signet-id/signet/workloadapi/peer"
+)
+
+// inodeOf is the selector by which byState knows an executable.
+func inodeOf(t testing.TB, path string) string {
+	t.Helper()
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("test:inode:%d", st.Sys().(*syscall.Stat_t).Ino)
+}
+
+// pausingAttestor lets the test act between attestation and answer.
+type pausingAttestor struct {
+	once  sync.Once
+	pause func()
+}
+
+func (a *pausingAttestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Caller, error) {
+	c, err := byState{}.Attest(ctx, p)
+	a.once.Do(a.pause)
+	return c, err
+}
+
+func TestWEP_21_ExecBetweenAttestationAndAnswer(t *testing.T) {
+	a := newAuthority(t, "example.org", "k1")
+	good, evil := copyOfSelf(t, "good"), copyOfSelf(t, "evil")
+	src := newMemory(a, entry{match: having(inodeOf(t, good)), identity: a.identity(t, "/secret-name")})
+	var w *workloadProcess
+	ready := make(chan struct{})
+	attestor := &pausingAttestor{pause: func() {
+		<-ready
+		w.say(t, "exec "+evil+" sniff 9 secret-name")
+		w.want(t, "sniffing") // from here on it is another program
+	}}
+	ends := make(chan workloadapi.CallEnd, 4)
+	e := serve(t, src, func(c *workloadapi.Config) {
+		c.Attestor = attestor
+		c.OnCall = func(end workloadapi.CallEnd) { ends <- end }
+		c.OnPush = func(string) { t.Error("a message was sent to a program without identity") }
+	})
+	w = startChild(t, good, nil, "fetch", e.path)
+	close(ready)
+	if end := <-ends; end.Code != codes.PermissionDenied {
+		t.Errorf("the call ended with %v, want PermissionDenied", end.Code)
+	}
+	e.stop()
+	if got := w.want(t, "sniffed"); got != "sniffed false" {
+		t.Error("the program that was exec'ed read the other one's SVID")
+	}
+}
+
+func TestWEP_21_ExecBeforePush(t *testing.T) {
+	a := newAuthority(t, "example.org", "k1")
+	good, evil, other := copyOfSelf(t, "good"), copyOfSelf(t, "evil"), copyOfSelf(t, "other")
+	for _, tt := range []struct {
+		name, exe string
+		pushes    int
+	}{
+		{"into a program without identity", evil, 0},
+		{"into a program with another identity", other, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			src := newMemory(a,
+				entry{match: having(inodeOf(t, good)), identity: a.identity(t, "/first-name")},
+				entry{match: having(inodeOf(t, other)), identity: a.identity(t, "/other-name")})
+			ends, pushes := make(chan workloadapi.CallEnd, 4), make(chan string, 4)
+			e := serve(t, src, func(c *workloadapi.Config) {
+				c.OnCall = func(end workloadapi.CallEnd) { ends <- end }
+				c.OnPush = func(m string) { pushes <- m }
+			})
+			w := startChild(t, good, nil, "fetch", e.path)
+			w.want(t, "svid spiffe://example.org/first-name")
+			<-pushes
+			w.say(t, "exec "+tt.exe+" sniff 9 second-name")
+			w.want(t, "sniffing")
+			second := a.identity(t, "/second-name")
+			src.change(func() { src.entries[0].identity = second }) // the renewed SVID of what it was
+			if tt.pushes == 0 {
+				if end := <-ends; end.Code != codes.PermissionDenied {
+					t.Errorf("the stream ended with %v, want PermissionDenied", end.Code)
+				}
+			} else {
+				<-pushes
+			}
+			e.stop()
+			if got := w.want(t, "sniffed"); got != "sniffed false" {
+				t.Error("the program that was exec'ed read the SVID of what the process was before")
+			}
+		})
+	}
+}
+
+func TestWEP_21_UserChangeBeforePush(t *testing.T) {
+	requireRoot(t)
+	a := newAuthority(t, "example.org", "k1")
+	src := newMemory(a,
+		entry{match: having("unix:uid:0"), identity: a.identity(t, "/root")},
+		entry{match: having("unix:uid:23001"), identity: a.identity(t, "/user")})
+	e := serveAt(t, filepath.Join(openDir(t), "agent.sock"), src)
+	w := startChild(t, copyOfSelf(t, "workload"), nil, "fetch", e.path)
+	w.want(t, "svid spiffe://example.org/root")
+
+	// Root is kept as the saved user: the connection may go on, as what the process is now.
+	w.say(t, "setuid 23001 23001 0")
+	w.want(t, "now uid 23001")
+	root := a.identity(t, "/root")
+	src.change(func() { src.entries[0].identity = root })
+	w.want(t, "svid spiffe://example.org/user")
+
+	// Root is given up for good: a connection that root opened serves nobody else.
+	w.say(t, "setuid 23001 0 0")
+	w.want(t, "now uid 0")
+	w.say(t, "setuid 23001 23001 23001")
+	w.want(t, "now uid 23001")
+	user := a.identity(t, "/user")
+	src.change(func() { src.entries[1].identity = user })
+	w.want(t, "end PermissionDenied the process no longer holds the user id")
+}
+
+func TestWEP_22_PassedConnectionEndsWithItsOpener(t *testing.T) {
+	a := newAuthority(t, "example.org", "k1")
+	src := newMemory(a, entry{match: everyone, identity: a.identity(t, "/web")})
+	e := serve(t, src)
+	w := startChild(t, copyOfSelf(t, "workload"), nil, "pass", e.path)
+	w.want(t, "svid spiffe://example.org/web") // the heir of the connection has the opener's identity
+	if err := w.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	line := w.want(t, "end ")
+	if !strings.HasPrefix(line, "end Unavailable") {
+		t.Errorf("the heir's stream: %q, want Unavailable", line)
+	}
+	src.waitWatching(t, 0)
+}
+
+func TestWAPI_16_StoppedReaderHoldsOneStateOnly(t *testing.T) {
+	a := newAuthority(t, "example.org", "k1")
+	src := newMemory(a, entry{match: everyone, identity: a.identity(t, "/web")})
+	pushes := make(chan string, 1024)
+	e := serve(t, src, func(c *workloadapi.Config) { c.OnPush = func(m string) { pushes <- m } })
+	w := startChild(t, copyOfSelf(t, "workload"), nil, "fetch", e.path)
+	w.want(t, "svid spiffe://example.org/web")
+	<-pushes
+	if err := w.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	// More than the flow-control window: the server must neither queue it all nor keep others waiting.
+	for i := range 200 {
+		next := a.identity(t, fmt.Sprintf("/n%d", i))
+		src.change(func() { src.entries[0].identity = next })
+	}
+	src.change(func() { src.entries = nil }) // the entry is deleted while updates are held back
+	if err := w.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	for line := range w.lines {
+		if strings.HasPrefix(line, "end ") {
+			if !strings.HasPrefix(line, "end PermissionDenied") {
+				t.Errorf("the stream: %q, want PermissionDenied", line)
+			}
+			return
+		}
+	}
+	t.Error("the stream did not end")
+}
