@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -103,7 +102,7 @@ func csr(t *testing.T, k crypto.Signer) []byte {
 // dial connects to the port, with a client certificate or without.
 func (h *harness) dial(chain [][]byte, k crypto.PrivateKey) *grpc.ClientConn {
 	h.t.Helper()
-	c := &tls.Config{InsecureSkipVerify: true, VerifyPeerCertificate: spiffe.VerifyPeer(h.ca.set, time.Now, func(id spiffeid.ID, _ [][]*x509.Certificate) error {
+	c := &tls.Config{InsecureSkipVerify: true, Time: h.ca.c.Now, VerifyPeerCertificate: spiffe.VerifyPeer(h.ca.set, h.ca.c.Now, func(id spiffeid.ID, _ [][]*x509.Certificate) error {
 		if id.String() != "spiffe://example.org/spire/server" {
 			h.t.Errorf("server ID %s", id)
 		}
