@@ -1,0 +1,549 @@
+package caclient
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/signet-id/signet/agent/internal/faultca"
+	"github.com/signet-id/signet/agent/nodeattest"
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// A follower remembers what was applied.
+type follower struct {
+	mu       sync.Mutex
+	epoch    string
+	revision int64
+	applied  []*nodev1.FollowResponse
+	refuse   error
+	news     chan *nodev1.FollowResponse
+}
+
+func newFollower() *follower { return &follower{news: make(chan *nodev1.FollowResponse, 100)} }
+
+func (f *follower) Held() (string, int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.epoch, f.revision
+}
+
+func (f *follower) Apply(m *nodev1.FollowResponse) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.refuse != nil {
+		err := f.refuse
+		f.refuse = nil
+		return err
+	}
+	f.epoch, f.revision = m.GetEpoch(), m.GetTo()
+	f.applied = append(f.applied, m)
+	f.news <- m
+	return nil
+}
+
+func agentSVID(t testing.TB, ca *faultca.CA) *x509svid.SVID {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca.Lock()
+	der, err := ca.Sign(faultca.AgentPath, key.Public(), time.Hour)
+	ca.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &x509svid.SVID{ID: spiffeid.RequireFromPath(ca.TrustDomain, faultca.AgentPath), Certificates: []*x509.Certificate{cert}, PrivateKey: key}
+}
+
+// A running client with what it needs.
+type fixture struct {
+	t      *testing.T
+	ca     *faultca.CA
+	f      *follower
+	client *Client
+	synced chan struct{}
+	ended  chan error
+	stop   context.CancelFunc
+
+	mu   sync.Mutex
+	svid *x509svid.SVID
+}
+
+func run(t *testing.T, ca *faultca.CA) *fixture {
+	t.Helper()
+	x := &fixture{t: t, ca: ca, f: newFollower(), svid: agentSVID(t, ca), synced: make(chan struct{}, 100), ended: make(chan error, 1)}
+	client, err := New(Config{
+		Address: ca.Addr, TrustDomain: ca.TrustDomain, Follower: x.f, Log: slog.New(slog.DiscardHandler),
+		Bundles: x509bundle.FromX509Authorities(ca.TrustDomain, []*x509.Certificate{ca.Root}),
+		InSync:  func() { x.synced <- struct{}{} },
+		Identity: func() *x509svid.SVID {
+			x.mu.Lock()
+			defer x.mu.Unlock()
+			return x.svid
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	x.client = client
+	ctx, cancel := context.WithCancel(context.Background())
+	x.stop = cancel
+	go func() { x.ended <- client.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case <-x.ended:
+		case <-time.After(10 * time.Second):
+			t.Error("Run does not end with its context")
+		}
+	})
+	return x
+}
+
+func wait[T any](t *testing.T, what string, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(20 * time.Second):
+		t.Fatalf("%s did not come", what)
+	}
+	panic("unreachable")
+}
+
+func TestFollowAppliesAndAcknowledges(t *testing.T) {
+	ca := faultca.Start(t, "/spire/server")
+	acks := make(chan *nodev1.FollowRequest_Ack, 100)
+	push := make(chan *nodev1.FollowResponse)
+	ca.Follow = func(s nodev1.Node_FollowServer, _ string) error {
+		hello, err := s.Recv()
+		if err != nil {
+			return err
+		}
+		if h := hello.GetHello(); h.GetFormat() != Format || h.GetRevision() != 0 || h.GetEpoch() != "" {
+			return status.Errorf(codes.InvalidArgument, "hello %v", h)
+		}
+		received := make(chan *nodev1.FollowRequest)
+		go func() {
+			defer close(received)
+			for {
+				m, err := s.Recv()
+				if err != nil {
+					return
+				}
+				received <- m
+			}
+		}()
+		for _, part := range []*nodev1.FollowResponse{
+			{Epoch: "e", To: 5, Snapshot: true, Entries: []*nodev1.Entry{{Id: "1"}}},
+			{Epoch: "e", To: 5, Snapshot: true, Entries: []*nodev1.Entry{{Id: "2"}}, Bundles: []*nodev1.Bundle{ca.Bundle()}},
+			{Epoch: "e", To: 5, Snapshot: true, Complete: true, Entries: []*nodev1.Entry{{Id: "3"}}},
+		} {
+			if err := s.Send(part); err != nil {
+				return err
+			}
+		}
+		held := int64(5)
+		for {
+			select {
+			case m, ok := <-received:
+				switch {
+				case !ok:
+					return nil
+				case m.GetAck() != nil:
+					acks <- m.GetAck()
+				case m.GetSync() != nil:
+					if err := s.Send(&nodev1.FollowResponse{Epoch: "e", From: held, To: held, SyncIds: []uint64{m.GetSync().GetId()}}); err != nil {
+						return err
+					}
+				}
+			case m := <-push:
+				held = m.GetTo()
+				if err := s.Send(m); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	x := run(t, ca)
+	if m := wait(t, "the snapshot", x.f.news); len(m.GetEntries()) != 3 || !m.GetComplete() || len(m.GetBundles()) != 1 {
+		t.Errorf("the snapshot has %d entries, complete %t, %d bundles", len(m.GetEntries()), m.GetComplete(), len(m.GetBundles()))
+	}
+	wait(t, "sync", x.synced)
+	if !x.client.Connected() {
+		t.Error("in sync and not connected")
+	}
+	push <- &nodev1.FollowResponse{Epoch: "e", From: 5, To: 9, RemovedEntryIds: []string{"1"}}
+	for wait(t, "the acknowledgement of 9", acks).GetRevision() != 9 {
+	}
+	x.client.HandedOn([]string{"a1", "k1"})
+	for {
+		if a := wait(t, "the authorities handed on", acks); strings.Join(a.GetAuthoritiesHandedOn(), " ") == "a1 k1" && a.GetRevision() == 9 {
+			break
+		}
+	}
+	if err := x.client.Sync(t.Context()); err != nil {
+		t.Errorf("Sync: %v", err)
+	}
+}
+
+func TestOutOfStepAsksForASnapshot(t *testing.T) {
+	for name, wrong := range map[string]*nodev1.FollowResponse{
+		"from is not what is held": {Epoch: "e", From: 7, To: 9},
+		"another epoch":            {Epoch: "other", From: 1, To: 2},
+		"backwards":                {Epoch: "e", From: 1, To: 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ca := faultca.Start(t, "/spire/server")
+			hellos := make(chan *nodev1.FollowRequest_Hello, 10)
+			first := true
+			ca.Follow = func(s nodev1.Node_FollowServer, _ string) error {
+				hello, err := s.Recv()
+				if err != nil {
+					return err
+				}
+				hellos <- hello.GetHello()
+				if err := s.Send(&nodev1.FollowResponse{Epoch: "e", To: 1, Snapshot: true, Complete: true}); err != nil {
+					return err
+				}
+				if first {
+					first = false
+					if err := s.Send(wrong); err != nil {
+						return err
+					}
+				}
+				<-s.Context().Done()
+				return nil
+			}
+			x := run(t, ca)
+			wait(t, "the first hello", hellos)
+			wait(t, "the snapshot", x.f.news)
+			if h := wait(t, "the second hello", hellos); h.GetRevision() != 0 || h.GetEpoch() != "" {
+				t.Errorf("the second hello holds %q/%d, want a snapshot to be asked for", h.GetEpoch(), h.GetRevision())
+			}
+			wait(t, "the second snapshot", x.f.news)
+			for _, m := range x.f.applied {
+				if !m.GetSnapshot() {
+					t.Error("differences were applied that do not continue what is held")
+				}
+			}
+		})
+	}
+}
+
+func TestHelloSaysWhatIsHeldAfterALostConnection(t *testing.T) {
+	ca := faultca.Start(t, "/spire/server")
+	hellos := make(chan *nodev1.FollowRequest_Hello, 10)
+	ca.Follow = func(s nodev1.Node_FollowServer, _ string) error {
+		hello, err := s.Recv()
+		if err != nil {
+			return err
+		}
+		hellos <- hello.GetHello()
+		if hello.GetHello().GetRevision() == 0 {
+			if err := s.Send(&nodev1.FollowResponse{Epoch: "e", To: 1, Snapshot: true, Complete: true}); err != nil {
+				return err
+			}
+			return status.Error(codes.Unavailable, "the CA shuts down")
+		}
+		<-s.Context().Done()
+		return nil
+	}
+	run(t, ca)
+	wait(t, "the first hello", hellos)
+	if h := wait(t, "the second hello", hellos); h.GetRevision() != 1 || h.GetEpoch() != "e" {
+		t.Errorf("the second hello holds %q/%d, want e/1", h.GetEpoch(), h.GetRevision())
+	}
+}
+
+func TestNewerFormatIsNotApplied(t *testing.T) {
+	ca := faultca.Start(t, "/spire/server")
+	sent := make(chan struct{}, 100)
+	ca.Follow = func(s nodev1.Node_FollowServer, _ string) error {
+		if _, err := s.Recv(); err != nil {
+			return err
+		}
+		err := s.Send(&nodev1.FollowResponse{Format: Format + 1, Epoch: "e", To: 1, Snapshot: true, Complete: true})
+		sent <- struct{}{}
+		<-s.Context().Done()
+		return err
+	}
+	x := run(t, ca)
+	wait(t, "the first try", sent)
+	wait(t, "the second try", sent)
+	if _, revision := x.f.Held(); revision != 0 {
+		t.Errorf("revision %d was applied from a newer format", revision)
+	}
+}
+
+func TestDeniedEndsRun(t *testing.T) {
+	for reason, want := range map[types.PermissionDeniedDetails_Reason]Reason{
+		types.PermissionDeniedDetails_AGENT_BANNED:       Banned,
+		types.PermissionDeniedDetails_AGENT_NOT_ATTESTED: NotAttested,
+		types.PermissionDeniedDetails_AGENT_NOT_ACTIVE:   NotActive,
+	} {
+		t.Run(want.String(), func(t *testing.T) {
+			ca := faultca.Start(t, "/spire/server")
+			ca.Follow = func(nodev1.Node_FollowServer, string) error { return faultca.Denied(reason) }
+			x := run(t, ca)
+			err := wait(t, "Run's end", x.ended)
+			x.ended <- err // for the cleanup
+			var denied *DeniedError
+			if !errors.As(err, &denied) || denied.Reason != want {
+				t.Errorf("Run: %v, want a DeniedError that says %q", err, want)
+			}
+			if err := x.client.Sync(t.Context()); !errors.Is(err, ErrUnreachable) {
+				t.Errorf("Sync after the denial: %v, want ErrUnreachable", err)
+			}
+		})
+	}
+}
+
+func TestReconnectUsesTheNewSVID(t *testing.T) {
+	ca := faultca.Start(t, "/spire/server")
+	serials := make(chan string, 10)
+	ca.Follow = func(s nodev1.Node_FollowServer, serial string) error {
+		serials <- serial
+		return ca.Answer(s)
+	}
+	x := run(t, ca)
+	first := wait(t, "the first stream", serials)
+	wait(t, "sync", x.synced)
+	next := agentSVID(t, ca)
+	x.mu.Lock()
+	x.svid = next
+	x.mu.Unlock()
+	if _, err := x.client.RenewAgent(t.Context(), nil); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("RenewAgent over a connection with the old SVID: %v, want a refusal", err)
+	}
+	x.client.Reconnect()
+	second := wait(t, "the second stream", serials)
+	wait(t, "sync", x.synced)
+	if want := next.Certificates[0].SerialNumber.String(); second != want || second == first {
+		t.Errorf("the second stream came with serial %s after %s, want %s", second, first, want)
+	}
+}
+
+func TestServerMustHaveTheExactID(t *testing.T) {
+	for _, path := range []string{"/spire/server2", "/spire/agent/x", "/web"} {
+		ca := faultca.Start(t, path)
+		token, err := nodeattest.ParseJoinToken(nodeattest.Secret("n1.s." + ca.Pin()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ca.Attest = func(string, *ecdsa.PublicKey) error {
+			t.Errorf("the token reached a server with the ID %s", path)
+			return nil
+		}
+		_, err = Attest(t.Context(), Attestation{Address: ca.Addr, TrustDomain: ca.TrustDomain, Evidence: token, Pin: token.PinMatches, CSR: []byte{1}})
+		if err == nil || !strings.Contains(err.Error(), "/spire/server") {
+			t.Errorf("a server with the ID %s: %v", path, err)
+		}
+	}
+}
+
+func TestPinDecidesWhoGetsTheToken(t *testing.T) {
+	ca, other := faultca.Start(t, "/spire/server"), faultca.Start(t, "/spire/server")
+	key, err := nodeattest.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := nodeattest.CSR(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := nodeattest.ParseJoinToken(nodeattest.Secret("n1.s." + ca.Pin()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := Attestation{Address: ca.Addr, TrustDomain: ca.TrustDomain, Evidence: token, Pin: token.PinMatches, CSR: csr}
+	got, err := Attest(t.Context(), a)
+	if err != nil || len(got.Chain) != 1 || len(got.Authorities) != 1 {
+		t.Fatalf("Attest: %v", err)
+	}
+
+	a.Address = other.Addr
+	other.Attest = func(string, *ecdsa.PublicKey) error {
+		t.Error("the token reached a CA whose authority it does not pin")
+		return nil
+	}
+	if _, err := Attest(t.Context(), a); err == nil || !strings.Contains(err.Error(), "pins") {
+		t.Errorf("another CA: %v", err)
+	}
+
+	a.Address = ca.Addr
+	ca.Lock()
+	ca.OtherBundle = []*x509.Certificate{other.Root}
+	ca.Unlock()
+	if _, err := Attest(t.Context(), a); err == nil || !strings.Contains(err.Error(), "does not contain the authority") {
+		t.Errorf("a bundle without the pinned authority: %v", err)
+	}
+
+	a.Pin, a.Bundle = nil, x509bundle.FromX509Authorities(ca.TrustDomain, []*x509.Certificate{other.Root})
+	if _, err := Attest(t.Context(), a); err == nil {
+		t.Error("a CA that the bundle does not verify was accepted")
+	}
+	a.Bundle = nil
+	if _, err := Attest(t.Context(), a); err == nil || !strings.Contains(err.Error(), "nothing verifies the CA") {
+		t.Errorf("with neither pin nor bundle: %v", err)
+	}
+}
+
+func TestIssueHalvesBatchesThatAreTooMuch(t *testing.T) {
+	ca := faultca.Start(t, "/spire/server")
+	var mu sync.Mutex
+	var sizes []int
+	ca.Issue = func(r *nodev1.IssueX509SVIDsRequest) (*nodev1.IssueX509SVIDsResponse, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		sizes = append(sizes, len(r.GetItems()))
+		if len(r.GetItems()) > 130 {
+			return nil, status.Error(codes.ResourceExhausted, "too many")
+		}
+		response := &nodev1.IssueX509SVIDsResponse{}
+		for _, item := range r.GetItems() {
+			result := &nodev1.IssueX509SVIDsResponse_Result{CertChain: [][]byte{[]byte(item.GetEntryId())}, EntryRevision: 3}
+			if item.GetEntryId() == "7" {
+				result = &nodev1.IssueX509SVIDsResponse_Result{Code: int32(codes.NotFound), Message: "no such entry"}
+			}
+			response.Results = append(response.Results, result)
+		}
+		return response, nil
+	}
+	x := run(t, ca)
+	wait(t, "sync", x.synced)
+	items := make([]IssueItem, 600)
+	for i := range items {
+		items[i] = IssueItem{EntryID: fmt.Sprint(i)}
+	}
+	results := x.client.IssueX509(t.Context(), items)
+	if len(results) != len(items) {
+		t.Fatalf("%d results of %d items", len(results), len(items))
+	}
+	for i, r := range results {
+		if i == 7 {
+			if status.Code(r.Err) != codes.NotFound {
+				t.Errorf("item 7: %v, want NotFound", r.Err)
+			}
+			continue
+		}
+		if r.Err != nil || string(r.Chain[0]) != fmt.Sprint(i) || r.EntryRevision != 3 {
+			t.Errorf("item %d has the answer %q, %v", i, r.Chain, r.Err)
+		}
+	}
+	if sizes[0] != MaxBatch {
+		t.Errorf("the first batch had %d items", sizes[0])
+	}
+}
+
+// TestSyncsAreCoalescedAndPaced drives an outbox in fake time.
+func TestSyncsAreCoalescedAndPaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var o outbox
+		o.init()
+		s := &sent{}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- o.run(ctx, s) }()
+		began := time.Now()
+		for range 500 {
+			a, b := o.sync(), o.sync()
+			if a != b {
+				t.Error("two that come together do not share a request")
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		synctest.Wait()
+		ids := s.syncs()
+		if limit := int(time.Since(began)/syncEvery) + 1; len(ids) > limit || len(ids) < limit/2 {
+			t.Errorf("%d requests in %s, want about ten a second", len(ids), time.Since(began))
+		}
+		// A newcomer never joins a request that was already sent.
+		time.Sleep(time.Second)
+		first := o.sync()
+		synctest.Wait()
+		second := o.sync()
+		if first == second {
+			t.Error("a request that was already sent is shared with a newcomer")
+		}
+		o.answered(s.syncs())
+		if !first.answered() || second.answered() {
+			t.Error("the wrong request was answered")
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("run: %v", err)
+		}
+		o.fail(ErrUnreachable)
+		if c := o.sync(); c.answered() || !errors.Is(c.err, ErrUnreachable) {
+			t.Error("a request after the end does not fail")
+		}
+	})
+}
+
+func TestUnansweredSyncsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var o outbox
+		o.init()
+		done := make(chan error, 1)
+		go func() { done <- o.run(t.Context(), &sent{}) }()
+		for range maxOpenSyncs + 1 {
+			o.sync()
+			time.Sleep(2 * syncEvery)
+		}
+		if err := <-done; err == nil {
+			t.Error("a CA that answers nothing is asked without end")
+		}
+	})
+}
+
+// sent is a stream that remembers.
+type sent struct {
+	nodev1.Node_FollowClient
+	mu       sync.Mutex
+	requests []*nodev1.FollowRequest
+}
+
+func (s *sent) Send(m *nodev1.FollowRequest) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.requests = append(s.requests, m)
+	return nil
+}
+
+func (s *sent) syncs() (ids []uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, m := range s.requests {
+		if m.GetSync() != nil {
+			ids = append(ids, m.GetSync().GetId())
+		}
+	}
+	return ids
+}
