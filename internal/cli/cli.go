@@ -97,11 +97,12 @@ or with --server its TCP port, as the identity that the Workload API gives the c
 			root.AddCommand(c)
 		}
 	}
-	add(groupRun, a.devCommand(), a.caCommand(), a.configCommand())
+	add(groupRun, a.demoCommand(), a.devCommand(), a.caCommand(), a.configCommand())
 	add(groupState,
 		a.applyCommand(), a.diffCommand(), a.getCommand(), a.deleteCommand(),
 		a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand())
 	add(groupLook, a.svidCommand(), a.policyCommand(), a.auditCommand(), a.versionCommand())
+	root.AddCommand(a.demoServiceCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	root.SetUsageTemplate(usageTemplate)

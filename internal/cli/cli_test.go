@@ -55,7 +55,7 @@ func TestEveryCommandIsExplained(t *testing.T) {
 	var walk func(*cobra.Command)
 	walk = func(cmd *cobra.Command) {
 		path := cmd.CommandPath()
-		if strings.HasPrefix(path, "signet help") || strings.HasPrefix(path, "signet completion") {
+		if cmd.Hidden || strings.HasPrefix(path, "signet help") || strings.HasPrefix(path, "signet completion") {
 			return
 		}
 		if cmd.Short == "" || strings.HasSuffix(cmd.Short, ".") {
