@@ -1,0 +1,155 @@
+package registry
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/spiffe"
+)
+
+var update = flag.Bool("update", false, "write the golden records of the present version")
+
+// golden holds one record of each kind as version 1 stores it. The files stay when a version 2 comes: every later
+// version must read them.
+func golden() map[string]any {
+	id := func(p string) spiffeid.ID { return spiffeid.RequireFromPath(td, p) }
+	at := time.Unix(1795320000, 0).UTC()
+	return map[string]any{
+		"entry/identity.web": &Entry{ID: "identity.web", SPIFFEID: id("/web"), ParentID: nodesID(td, []spiffe.Selector{sel("node:group:b")}), OnNodes: true, On: []spiffe.Selector{sel("node:group:b")},
+			Selectors: []spiffe.Selector{sel("unix:uid:1")}, X509TTL: time.Hour, JWTTTL: time.Minute, FederatesWith: []spiffeid.TrustDomain{spiffeid.RequireTrustDomainFromString("partner.example")},
+			DNSNames: []string{"web.internal"}, Hint: "h", JWTIncludeJTI: true, ExpiresAt: at.Add(time.Hour), CreatedAt: at, Identity: &Document{"web", []byte("kind: Identity\n"), "f.yaml", 3}},
+		"entry/plain": &Entry{ID: "plain", SPIFFEID: id("/p"), ParentID: id("/spire/agent/join_token/x"), Selectors: []spiffe.Selector{sel("unix:path:/bin/a"), sel("unix:uid:1")},
+			Admin: true, Downstream: true, StoreSVID: true, NoX509Prefetch: true, CreatedAt: at},
+		"node/join_token/x": &Node{ID: id("/spire/agent/join_token/x"), Attestation: "join_token", Selectors: []spiffe.Selector{sel("node:group:b")}, Serial: "1", NewSerial: "2", ExpiresAt: at,
+			NewExpiresAt: at.Add(time.Hour), Key: []byte{1}, NewKey: []byte{2}, Active: true, Banned: true, CanReattest: true, Version: "0.1", CreatedAt: at},
+		"token/x": &Token{ID: "x", SecretHash: []byte{1, 2}, ExpiresAt: at, Groups: []string{"b"}, UsedBy: []byte{3}},
+	}
+}
+
+func encodeAny(v any) ([]byte, error) {
+	switch v := v.(type) {
+	case *Entry:
+		return v.encode()
+	case *Node:
+		return v.encode()
+	case *Token:
+		return v.encode()
+	}
+	return nil, errors.New("unknown kind")
+}
+
+func TestRecordsOfVersion1AreRead(t *testing.T) {
+	for key, want := range golden() {
+		file := filepath.Join("testdata", "records-v1", strings.ReplaceAll(key, "/", "_")+".json")
+		now, err := encodeAny(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if *update {
+			os.MkdirAll(filepath.Dir(file), 0o755)
+			if err := os.WriteFile(file, append(now, '\n'), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stored, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatalf("%s: %v (run with -update once)", key, err)
+		}
+		if strings.TrimSpace(string(stored)) != string(now) {
+			t.Errorf("%s is written as\n%s\nbut version 1 is\n%s", key, now, stored)
+		}
+		item := store.Item{Key: key, Value: stored}
+		kind, name, _ := strings.Cut(key, "/")
+		var got any
+		switch kind {
+		case "entry":
+			got, err = decodeEntry(EntryID(name), item)
+		case "node":
+			got, err = decodeNode(want.(*Node).ID, item)
+		case "token":
+			got, err = decodeToken(name, item)
+		}
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s reads as\n%+v\nwant\n%+v (%v)", key, got, want, err)
+		}
+	}
+}
+
+func TestPolicyRecordRoundTrip(t *testing.T) {
+	p := &policyv1.Policy{Name: "p", Services: []string{"spiffe://example.org/web"}, Mode: policyv1.Mode_MODE_ENFORCE}
+	b, err := (&resource{kind: KindCallPolicy, name: "p", doc: Document{Name: "p", Content: []byte("kind: CallPolicy\n")}, compiled: p}).encode(time.Unix(5, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ix := newIndex()
+	if err := ix.apply(td, store.Event{Item: store.Item{Key: "policy/p", Value: b, Modified: 7}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	p.Revision = 7
+	if got := ix.policies["p"]; !proto.Equal(got.Compiled, p) || string(got.Document.Content) != "kind: CallPolicy\n" || got.CreatedAt.Unix() != 5 {
+		t.Errorf("read back: %+v", got)
+	}
+}
+
+// TestNewerRecordsAreRefused: a store that a newer version wrote is not half understood.
+func TestNewerRecordsAreRefused(t *testing.T) {
+	for key := range golden() {
+		ix := newIndex()
+		err := ix.apply(td, store.Event{Item: store.Item{Key: key, Value: []byte(`{"v":2,"spiffe_id":"spiffe://example.org/a"}`)}}, nil)
+		if !errors.Is(err, ErrNewerFormat) || !strings.Contains(err.Error(), key) {
+			t.Errorf("%s of version 2: %v", key, err)
+		}
+	}
+	for _, key := range []string{"policy/p", "bundle/partner.example", "defaults"} {
+		if err := newIndex().apply(td, store.Event{Item: store.Item{Key: key, Value: []byte(`{"v":2}`)}}, nil); !errors.Is(err, ErrNewerFormat) {
+			t.Errorf("%s of version 2: %v", key, err)
+		}
+	}
+}
+
+// FuzzRecords: whatever is in the store, reading it gives an error or a record that is written back the same.
+func FuzzRecords(f *testing.F) {
+	for key, v := range golden() {
+		b, err := encodeAny(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(key, b)
+	}
+	f.Fuzz(func(t *testing.T, key string, value []byte) {
+		kind, name, _ := strings.Cut(key, "/")
+		item := store.Item{Key: key, Value: value}
+		var v any
+		var err error
+		switch kind {
+		case "entry":
+			v, err = decodeEntry(EntryID(name), item)
+		case "node":
+			v, err = decodeNode(mustID(td, "/spire/agent/join_token/x"), item)
+		case "token":
+			v, err = decodeToken(name, item)
+		default:
+			_ = newIndex().apply(td, store.Event{Item: item}, nil)
+			return
+		}
+		if err != nil {
+			return
+		}
+		once, err := encodeAny(v)
+		if err != nil || !json.Valid(once) {
+			return // a record beyond the limits cannot be written, which is said
+		}
+	})
+}
