@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -226,16 +227,13 @@ func (l Logging) level() (slog.Level, error) {
 
 // splitAddress adds the default port to a host that has none.
 func splitAddress(address string) (host, port string, err error) {
-	host, port, err = net.SplitHostPort(address)
-	if err == nil {
-		return host, port, nil
-	}
-	if host, port, err2 := net.SplitHostPort(net.JoinHostPort(address, defaultPort)); err2 == nil && net.ParseIP(host) == nil {
-		return host, port, nil
-	} else if ip := net.ParseIP(address); ip != nil {
+	if net.ParseIP(address) != nil || !strings.ContainsAny(address, ":/[]") {
 		return address, defaultPort, nil
 	}
-	return "", "", err
+	if host, port, err = net.SplitHostPort(address); err == nil && strings.ContainsAny(host, "/[]") {
+		err = errors.New("there is a URL where a host is wanted")
+	}
+	return host, port, err
 }
 
 func (c *Config) trustDomain() spiffeid.TrustDomain {

@@ -39,7 +39,8 @@ type node struct {
 
 	record atomic.Pointer[nodeRecord] // nil before the first attestation
 	status atomic.Pointer[nodeStatus]
-	wake   chan struct{} // one slot: the SVID or the means to attest have changed
+	wonAt  atomic.Pointer[time.Time] // the last attestation, on the steady clock; nil before
+	wake   chan struct{}             // one slot: the SVID or the means to attest have changed
 
 	mu        sync.Mutex // one change of the record at a time, with its file
 	attesting sync.Mutex // one attestation at a time
@@ -81,6 +82,14 @@ func openNode(c Config, log *slog.Logger) (*node, error) {
 func (n *node) setBootstrap(c Config) {
 	n.bootstrap.Store(&bootstrap{token: c.JoinToken, tokenFile: c.JoinTokenFile, bundleFile: c.TrustBundlePath})
 	n.rouse()
+}
+
+// calm forgets what roused the node before.
+func (n *node) calm() {
+	select {
+	case <-n.wake:
+	default:
+	}
 }
 
 // identity returns the agent's present SVID, or nil.
@@ -156,6 +165,7 @@ func (n *node) takeBundle(authorities []*x509.Certificate) {
 func (n *node) run(ctx context.Context) error {
 	wait := retryMin
 	for ctx.Err() == nil {
+		n.calm()
 		if n.identity() == nil {
 			n.setStatus(Attesting, "")
 			if _, err := n.attest(ctx); err != nil && ctx.Err() == nil {
@@ -168,9 +178,13 @@ func (n *node) run(ctx context.Context) error {
 			continue
 		}
 		n.setStatus(Connecting, "")
+		began := time.Now()
 		err := n.client.Run(ctx)
 		if err == nil {
 			return nil
+		}
+		if time.Since(began) > retryMax {
+			wait = retryMin
 		}
 		wait = n.denied(ctx, err, wait)
 	}
@@ -188,9 +202,15 @@ func (n *node) denied(ctx context.Context, err error, wait time.Duration) time.D
 		return retryMax
 	}
 	n.setStatus(Refused, err.Error())
+	if won := n.wonAt.Load(); won != nil && time.Since(*won) < retryMax {
+		// What was won a moment ago is refused already: winning it again and again would only burden the CA.
+		delay := spread(wait)
+		n.log.Warn("the CA refuses the SVID that it has just issued", "retry_in", delay.Round(time.Millisecond), "err", err)
+		n.sleep(ctx, delay)
+	}
 	did, attestErr := n.attest(ctx)
 	if did {
-		return retryMin
+		return min(2*wait, retryMax)
 	}
 	if ctx.Err() == nil {
 		delay := spread(wait)
@@ -283,6 +303,8 @@ func (n *node) attestWith(ctx context.Context, request caclient.Attestation, key
 	if err != nil {
 		return false, err
 	}
+	won := time.Now()
+	n.wonAt.Store(&won)
 	if err := n.dir.dropPendingKey(); err != nil {
 		n.log.Warn("the key of the attestation was not removed", "err", err)
 	}

@@ -68,7 +68,6 @@ type testCA struct {
 	t testing.TB
 
 	mu       sync.Mutex
-	cache    *Cache
 	active   *authority
 	jwtKey   *authority
 	entries  map[string]*nodev1.Entry

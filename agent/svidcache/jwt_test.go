@@ -134,7 +134,7 @@ func TestJWTWithJTIIsNeverCached(t *testing.T) {
 		e := anEntry("1", "/a", "unix:uid:1")
 		e.JwtIncludeJti = true
 		w.start(e)
-		if w.jwt(1, "x") == w.jwt(1, "x") {
+		if first := w.jwt(1, "x"); w.jwt(1, "x") == first {
 			t.Error("a token with a jti was handed out twice")
 		}
 		if n := w.cache.Stats().JWTSVIDs; n != 0 {

@@ -192,7 +192,7 @@ func TestClockJumpsRecover(t *testing.T) {
 				for {
 					u = w.next(updates, 2*tick)
 					if len(u.Identities) > 0 {
-						if left := u.Identities[0].NotAfter.Sub(time.Now()); left > 50*time.Minute && left <= time.Hour {
+						if left := time.Until(u.Identities[0].NotAfter); left > 50*time.Minute && left <= time.Hour {
 							break
 						}
 					}

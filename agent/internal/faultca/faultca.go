@@ -164,6 +164,9 @@ func (ca *CA) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 	}
 	ca.Lock()
 	defer ca.Unlock()
+	if m.GetParams().GetData().GetType() != "join_token" {
+		return status.Error(codes.PermissionDenied, "only join tokens are taken here")
+	}
 	svid, key, err := ca.signAgent(m.GetParams().GetParams().GetCsr())
 	if err != nil {
 		return err

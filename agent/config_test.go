@@ -1,0 +1,155 @@
+package agent
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-id/signet/agent/internal/faultca"
+	"github.com/signet-id/signet/agent/nodeattest"
+)
+
+var pinned = nodeattest.Secret("n1.s." + strings.Repeat("0a", 32))
+
+func goodConfig() Config {
+	return Config{TrustDomain: "example.org", ServerAddress: "ca.example.org:8081", DataDir: "/var/lib/signet/agent", JoinToken: pinned}
+}
+
+func TestConfigCheck(t *testing.T) {
+	tests := []struct {
+		name   string
+		change func(*Config)
+		want   string // in the error; empty: none
+	}{
+		{name: "the least", change: func(*Config) {}},
+		{name: "no trust domain", change: func(c *Config) { c.TrustDomain = "" }, want: "trust_domain: missing"},
+		{name: "bad trust domain", change: func(c *Config) { c.TrustDomain = "Example.org" }, want: "trust_domain: "},
+		{name: "a trust domain no certificate can carry", change: func(c *Config) { c.TrustDomain = "a..b" }, want: "trust_domain: "},
+		{name: "no server", change: func(c *Config) { c.ServerAddress = "" }, want: "server_address: missing"},
+		{name: "server with a scheme", change: func(c *Config) { c.ServerAddress = "https://ca:8081/x" }, want: `server_address: "https://ca:8081/x" is not host:port`},
+		{name: "relative data_dir", change: func(c *Config) { c.DataDir = "data" }, want: `data_dir: "data" must be absolute`},
+		{name: "long socket", change: func(c *Config) { c.SocketPath = "/" + strings.Repeat("s", 107) }, want: "socket_path: "},
+		{name: "token without a pin", change: func(c *Config) { c.JoinToken = "plain" }, want: "join_token: carries no authority pin"},
+		{name: "token without a pin, with a bundle", change: func(c *Config) { c.JoinToken, c.TrustBundlePath = "plain", "/b.pem" }},
+		{name: "broken token", change: func(c *Config) { c.JoinToken = "n1.s.zz" }, want: "join_token: "},
+		{name: "two tokens", change: func(c *Config) { c.JoinTokenFile = "/t" }, want: "join_token_file: excludes join_token"},
+		{name: "relative bundle", change: func(c *Config) { c.TrustBundlePath = "b.pem" }, want: `trust_bundle_path: "b.pem" must be absolute`},
+		{name: "long wait", change: func(c *Config) { c.RegistrationWait = time.Hour }, want: "registration_wait: 1h0m0s is not between"},
+		{name: "negative prefetch", change: func(c *Config) { c.MaxPrefetch = -1 }, want: "max_prefetch: -1 is negative; to keep none ready set disable_prefetch"},
+		{name: "leeway", change: func(c *Config) { c.JWTLeeway = 2 * time.Minute }, want: "jwt_leeway: "},
+		{name: "metrics without a port", change: func(c *Config) { c.Metrics.Listen = "localhost" }, want: "metrics.listen: "},
+		{name: "log level", change: func(c *Config) { c.Logging.Level = "loud" }, want: `log.level: "loud"`},
+		{name: "log format", change: func(c *Config) { c.Logging.Format = "xml" }, want: `log.format: "xml"`},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := goodConfig()
+			tt.change(&c)
+			err := c.Check()
+			if (err != nil) != (tt.want != "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Check() = %v, want %q", err, tt.want)
+			}
+			if err != nil && strings.Contains(err.Error(), string(pinned)) {
+				t.Errorf("the join token is in the error %q", err)
+			}
+		})
+	}
+}
+
+func TestConfigDefaults(t *testing.T) {
+	c := goodConfig()
+	c.ServerAddress, c.Metrics.Listen = "ca.example.org", ":9989"
+	if err := c.Check(); err != nil {
+		t.Fatal(err)
+	}
+	if c.ServerAddress != "ca.example.org:8081" || c.Metrics.Listen != "127.0.0.1:9989" || c.SocketPath != "/run/signet/agent.sock" ||
+		c.RegistrationWait != time.Second || c.MaxPrefetch != 1000 {
+		t.Errorf("defaults are %q, %q, %q, %s, %d", c.ServerAddress, c.Metrics.Listen, c.SocketPath, c.RegistrationWait, c.MaxPrefetch)
+	}
+}
+
+func TestReadConfig(t *testing.T) {
+	c, err := ReadConfig([]byte("trust_domain: example.org\nserver_address: 10.0.0.1\ndata_dir: /d\njoin_token: "+string(pinned)+
+		"\nregistration_wait: 2s\nlog: {level: debug, format: json}\nmetrics: {listen: \"127.0.0.1:0\"}\n"), "agent.yaml")
+	if err != nil || c.ServerAddress != "10.0.0.1:8081" || c.RegistrationWait != 2*time.Second || c.JoinToken != pinned || c.Logging.Level != "debug" {
+		t.Errorf("ReadConfig = %+v, %v", c, err)
+	}
+	_, err = ReadConfig([]byte("trust_domain: example.org\nserver_adress: x\n"), "agent.yaml")
+	if err == nil || !strings.Contains(err.Error(), "agent.yaml:2:") {
+		t.Errorf("an unknown key: %v", err)
+	}
+}
+
+func TestParseBundleFile(t *testing.T) {
+	ca := faultca.Start(t, "/spire/server")
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Root.Raw})
+	b, err := parseBundleFile(ca.TrustDomain, text)
+	if err != nil || !b.HasX509Authority(ca.Root) {
+		t.Errorf("PEM: %v", err)
+	}
+	for name, bad := range map[string]string{
+		"empty": "", "text": "hello", "a key": "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "JSON without keys": `{"keys":[]}`,
+		"too large": strings.Repeat(" ", maxBundleFileBytes+1),
+	} {
+		if _, err := parseBundleFile(ca.TrustDomain, []byte(bad)); err == nil {
+			t.Errorf("%s was accepted", name)
+		}
+	}
+}
+
+func FuzzParseBundleFile(f *testing.F) {
+	td := spiffeid.RequireTrustDomainFromString("example.org")
+	f.Add([]byte(`{"keys":[]}`))
+	f.Add([]byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		b, err := parseBundleFile(td, data)
+		if err != nil {
+			return
+		}
+		if b.Empty() || b.TrustDomain() != td {
+			t.Errorf("a bundle of %q with %d authorities was accepted", b.TrustDomain(), len(b.X509Authorities()))
+		}
+	})
+}
+
+func FuzzParseNodeFile(f *testing.F) {
+	ca := faultca.Start(f, "/spire/server")
+	key, err := nodeattest.NewKey()
+	if err != nil {
+		f.Fatal(err)
+	}
+	der, err := ca.Sign(faultca.AgentPath, key.Public(), time.Hour)
+	if err != nil {
+		f.Fatal(err)
+	}
+	svid, err := readAgentSVID(ca.TrustDomain, [][]byte{der}, key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	dir := &nodeDir{path: f.TempDir(), td: ca.TrustDomain}
+	record := &nodeRecord{svid: svid, bundle: x509bundle.FromX509Authorities(ca.TrustDomain, []*x509.Certificate{ca.Root}), token: "t"}
+	if err := dir.save(record); err != nil {
+		f.Fatal(err)
+	}
+	back, err := dir.load()
+	if err != nil || back.svid.ID != svid.ID || !back.bundle.Equal(record.bundle) || back.token != "t" {
+		f.Fatalf("the record does not survive its file: %v", err)
+	}
+	f.Add([]byte(`{"v":1,"trust_domain":"example.org"}`))
+	f.Add([]byte(`{"v":2,"trust_domain":"example.org"}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		r, err := parseNodeFile(data, ca.TrustDomain)
+		if err != nil {
+			return
+		}
+		if !r.svid.ID.MemberOf(ca.TrustDomain) || r.bundle.Empty() || len(r.svid.Certificates) == 0 || bytes.Equal(r.svid.Certificates[0].Raw, nil) {
+			t.Errorf("an unusable record was accepted: %v", r.svid.ID)
+		}
+	})
+}
