@@ -9,6 +9,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -55,7 +56,9 @@ func inputName(name string) string {
 // It tells whether a private key was among the blocks.
 func parseCertificates(data []byte) (certs []*x509.Certificate, hasKey bool, err error) {
 	if !bytes.Contains(data, []byte("-----BEGIN ")) {
-		certs, err = x509.ParseCertificates(data)
+		if certs, err = x509.ParseCertificates(data); err == nil && len(certs) == 0 {
+			err = errors.New("there is nothing in it")
+		}
 		return certs, false, err
 	}
 	for {
