@@ -66,9 +66,10 @@ The key that seals the CA's private keys lies beside the data (mode 0600), so it
 			}
 			return fmt.Errorf("starting in %q: %w", dir, err)
 		}
-		took := time.Since(begin).Round(time.Millisecond)
+		took := time.Since(begin)
 		fmt.Fprintf(a.stdout, "export SPIFFE_ENDPOINT_SOCKET=%s\nexport %s=%s\n", shellWord(instance.WorkloadAPI()), envCASocket, shellWord(instance.CASocket()))
-		a.note("trust domain %s is ready after %s; the CA listens on %s, its bundle is %s", instance.TrustDomain(), took, instance.CAAddr(), instance.BundlePath())
+		a.note("ready in %d ms", took.Milliseconds())
+		a.note("CA of %s at %s, bundle %s", instance.TrustDomain(), instance.CAAddr(), instance.BundlePath())
 		a.note("the seal key lies beside the data and protects nothing here; stop with Ctrl-C")
 		waited := instance.Wait(cmd.Context())
 		if err := instance.Close(); waited == nil {

@@ -251,7 +251,10 @@ func (t *Table) watch(raw syscall.RawConn) {
 			return n != 0 || (waitErr != nil && waitErr != unix.EINTR)
 		})
 		if err != nil || waitErr != nil {
-			if !errors.Is(err, os.ErrClosed) {
+			t.mu.Lock()
+			closed := t.closed
+			t.mu.Unlock()
+			if !closed {
 				t.log.LogAttrs(context.Background(), slog.LevelError, "watching callers ended: connections of processes that end stay open until used",
 					slog.Any("err", errors.Join(err, waitErr)))
 			}
