@@ -28,21 +28,21 @@ type texts = strictyaml.Located[[]text]
 
 // callPolicyDoc is a CallPolicy as an operator writes it. The desc tags go into the published schema.
 type callPolicyDoc struct {
-	Kind    text                                              `yaml:"kind" desc:"CallPolicy"`
-	Name    text                                              `yaml:"name" desc:"Name of the policy, unique among CallPolicies."`
-	Service strictyaml.OneOrMany[text]                        `yaml:"service" desc:"SPIFFE IDs or patterns of the services that the policy governs, full or relative to the trust domain."`
-	Mode    text                                              `yaml:"mode" desc:"enforce (default), or shadow: decide and report, never block."`
-	Allow   strictyaml.Located[[]strictyaml.Located[ruleDoc]] `yaml:"allow" desc:"Rules that let calls through. Without one, every call is denied."`
-	Deny    strictyaml.Located[[]strictyaml.Located[ruleDoc]] `yaml:"deny" desc:"Rules that refuse calls. A deny wins over every allow."`
+	Kind    text                                              `yaml:"kind" enum:"CallPolicy" required:"true" desc:"CallPolicy"`
+	Name    text                                              `yaml:"name" required:"true" desc:"Name of the policy, unique among CallPolicies."`
+	Service strictyaml.OneOrMany[text]                        `yaml:"service" required:"true" desc:"SPIFFE IDs or patterns of the services that the policy governs, full or relative to the trust domain."`
+	Mode    text                                              `yaml:"mode" enum:"enforce,shadow" desc:"enforce (default), or shadow: decide and report, never block."`
+	Allow   strictyaml.Located[[]strictyaml.Located[ruleDoc]] `yaml:"allow" empty:"ok" desc:"Rules that let calls through. Without one, every call is denied."`
+	Deny    strictyaml.Located[[]strictyaml.Located[ruleDoc]] `yaml:"deny" empty:"ok" desc:"Rules that refuse calls. A deny wins over every allow."`
 }
 
 type ruleDoc struct {
-	From   texts                                             `yaml:"from" desc:"SPIFFE IDs or patterns of callers, full or relative to the trust domain."`
+	From   texts                                             `yaml:"from" required:"true" desc:"SPIFFE IDs or patterns of callers, full or relative to the trust domain."`
 	HTTP   strictyaml.Located[[]strictyaml.Located[httpDoc]] `yaml:"http" desc:"HTTP requests that the rule covers. Excludes grpc; without both, the rule covers any protocol."`
 	GRPC   texts                                             `yaml:"grpc" desc:"gRPC methods that the rule covers: pkg.Service/Method or pkg.Service/*. Excludes http."`
 	JWT    strictyaml.Located[jwtDoc]                        `yaml:"jwt" desc:"A JWT-SVID that the caller must present as well. In allow only."`
 	Shadow bool                                              `yaml:"shadow" desc:"Report what the rule would do; it grants nothing and takes nothing."`
-	When   text                                              `yaml:"when" desc:"Reserved for conditions; refused by this version."`
+	When   text                                              `yaml:"when" schema:"-" desc:"Reserved for conditions; refused by this version."`
 }
 
 type httpDoc struct {
@@ -51,14 +51,14 @@ type httpDoc struct {
 }
 
 type jwtDoc struct {
-	Audience texts `yaml:"audience" desc:"Audiences, of which the token must carry one."`
-	Subject  text  `yaml:"subject" desc:"peer (default): the token's sub is the TLS peer. any: any sub that the service can verify."`
+	Audience texts `yaml:"audience" required:"true" desc:"Audiences, of which the token must carry one."`
+	Subject  text  `yaml:"subject" enum:"peer,any" desc:"peer (default): the token's sub is the TLS peer. any: any sub that the service can verify."`
 }
 
 type defaultsDoc struct {
-	Kind text `yaml:"kind" desc:"PolicyDefaults"`
-	Name text `yaml:"name" desc:"Optional; default is the only name."`
-	Mode text `yaml:"mode" desc:"deny, or shadow for migrating a running fleet: what no policy governs is let through and reported."`
+	Kind text `yaml:"kind" enum:"PolicyDefaults" required:"true" desc:"PolicyDefaults"`
+	Name text `yaml:"name" enum:"default" desc:"Optional; default is the only name."`
+	Mode text `yaml:"mode" enum:"deny,shadow" required:"true" desc:"deny, or shadow for migrating a running fleet: what no policy governs is let through and reported."`
 }
 
 // ParsePolicy reads a CallPolicy document. IDs that are relative become full ones in td. The error is of type

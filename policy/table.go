@@ -51,29 +51,29 @@ type TestCase struct {
 }
 
 type testsDoc struct {
-	Kind        text                          `yaml:"kind" desc:"PolicyTest"`
+	Kind        text                          `yaml:"kind" enum:"PolicyTest" required:"true" desc:"PolicyTest"`
 	Name        text                          `yaml:"name" desc:"Optional name of the table."`
-	TrustDomain text                          `yaml:"trustDomain" desc:"Trust domain of the services."`
+	TrustDomain text                          `yaml:"trustDomain" required:"true" desc:"Trust domain of the services."`
 	Policies    texts                         `yaml:"policies" desc:"Files with the documents to test, relative to this one."`
-	Cases       []strictyaml.Located[caseDoc] `yaml:"cases" desc:"Calls and what is expected of them."`
+	Cases       []strictyaml.Located[caseDoc] `yaml:"cases" required:"true" desc:"Calls and what is expected of them."`
 }
 
 type caseDoc struct {
 	Name           string                        `yaml:"name" desc:"What the case shows."`
-	From           text                          `yaml:"from" desc:"SPIFFE ID of the caller."`
-	To             text                          `yaml:"to" desc:"SPIFFE ID of the service."`
+	From           text                          `yaml:"from" required:"true" desc:"SPIFFE ID of the caller."`
+	To             text                          `yaml:"to" required:"true" desc:"SPIFFE ID of the service."`
 	HTTP           text                          `yaml:"http" desc:"Method and request target, such as GET /v1/documents."`
 	GRPC           text                          `yaml:"grpc" desc:"gRPC method, such as pkg.Service/Method."`
 	TLS            strictyaml.Located[bool]      `yaml:"tls" desc:"true: a connection of which only the caller is known."`
 	ContentType    text                          `yaml:"contentType" desc:"Content type of the HTTP request."`
 	MethodOverride bool                          `yaml:"methodOverride" desc:"The request has a header that overrides its method."`
 	JWT            strictyaml.Located[caseToken] `yaml:"jwt" desc:"The caller's JWT-SVID."`
-	Want           text                          `yaml:"want" desc:"allow or deny"`
+	Want           text                          `yaml:"want" enum:"allow,deny" required:"true" desc:"allow or deny"`
 	Rule           text                          `yaml:"rule" desc:"The policy that is to decide, or policy:line."`
 }
 
 type caseToken struct {
-	Audience texts `yaml:"audience" desc:"Audiences of the token."`
+	Audience texts `yaml:"audience" required:"true" desc:"Audiences of the token."`
 	Subject  text  `yaml:"subject" desc:"Its subject; absent: the caller."`
 }
 
