@@ -3,8 +3,10 @@ package cli
 import (
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -29,7 +31,13 @@ particular, and leaves nothing behind. The exit status is 0 if every check passe
 		if err != nil {
 			return fmt.Errorf("finding this program, of which the demo runs copies: %w", err)
 		}
-		err = demo.Run(cmd.Context(), demo.Config{Program: program, Stdout: a.stdout, Color: a.color, Unicode: showsUnicode(a), Keep: keep})
+		// A closed terminal or pipe ends the demo in order, too: it would leave its directory behind.
+		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGHUP)
+		defer stop()
+		pipe := make(chan os.Signal, 1) // so that writing returns the error
+		signal.Notify(pipe, syscall.SIGPIPE)
+		defer signal.Stop(pipe)
+		err = demo.Run(ctx, demo.Config{Program: program, Stdout: a.stdout, Color: a.color, Unicode: showsUnicode(a), Keep: keep})
 		if err != nil {
 			return fmt.Errorf("demo: %w", err)
 		}

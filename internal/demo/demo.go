@@ -15,7 +15,7 @@ import (
 type Config struct {
 	// Program is the path of the signet program, of which all processes of the demo are copies.
 	Program string
-	// Stdout gets what is shown.
+	// Stdout gets what is shown. The demo stops if it cannot be written to.
 	Stdout io.Writer
 	// Color and Unicode say what Stdout can show.
 	Color, Unicode bool
@@ -24,7 +24,7 @@ type Config struct {
 }
 
 // ErrStopped says that the demo was stopped from outside before its end.
-var ErrStopped = errors.New("demo stopped before its end")
+var ErrStopped = errors.New("stopped before its end")
 
 // Run shows the demo. It returns nil if every check passed, the *CheckError of the first one that did not, or what else
 // went wrong. When it returns, all its processes have ended and its directory is gone, except that after a failure a
@@ -36,7 +36,7 @@ func Run(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
-	s := &show{report: report{w: c.Stdout, color: c.Color, unicode: c.Unicode}, stage: stage, began: time.Now()}
+	s := &show{report: report{w: c.Stdout, unread: cancel, color: c.Color, unicode: c.Unicode}, stage: stage, began: time.Now()}
 	err = s.run(ctx)
 	if err != nil {
 		err = s.explain(ctx, err)

@@ -44,6 +44,7 @@ type show struct {
 	t      *testing.T
 	tmp    string
 	cmd    *exec.Cmd
+	stdout io.ReadCloser
 	lines  *bufio.Scanner
 	stderr bytes.Buffer
 	text   strings.Builder // what was read of stdout
@@ -68,7 +69,7 @@ func begin(t *testing.T, args ...string) *show {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.lines = bufio.NewScanner(stdout)
+	s.stdout, s.lines = stdout, bufio.NewScanner(stdout)
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -249,9 +250,25 @@ func TestDemoInterrupted(t *testing.T) {
 			s.readTo(at)
 			s.cmd.Process.Signal(os.Interrupt)
 			s.end(1)
-			if got := s.stderr.String(); got != "signet: error: demo: demo stopped before its end\n" {
+			if got := s.stderr.String(); got != "signet: error: demo: stopped before its end\n" {
 				t.Errorf("stderr: %s", got)
 			}
+		})
+	}
+}
+
+func TestDemoUnread(t *testing.T) {
+	for name, unread := range map[string]func(*show) error{
+		"closed_pipe": func(s *show) error { return s.stdout.Close() },
+		"hangup":      func(s *show) error { return s.cmd.Process.Signal(syscall.SIGHUP) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := begin(t)
+			s.readTo("1. Identities")
+			if err := unread(s); err != nil {
+				t.Fatal(err)
+			}
+			s.end(1)
 		})
 	}
 }

@@ -9,7 +9,9 @@ import (
 
 // A report is what the person in front of the screen reads. It is used by one goroutine.
 type report struct {
-	w       io.Writer
+	w io.Writer
+	// unread is called when w takes nothing any more.
+	unread  func(error)
 	color   bool
 	unicode bool
 	steps   int
@@ -40,7 +42,11 @@ func (r *report) paint(code, s string) string {
 	return "\x1b[" + code + "m" + s + "\x1b[0m"
 }
 
-func (r *report) line(format string, args ...any) { fmt.Fprintf(r.w, format+"\n", args...) }
+func (r *report) line(format string, args ...any) {
+	if _, err := fmt.Fprintf(r.w, format+"\n", args...); err != nil {
+		r.unread(err)
+	}
+}
 
 // step begins a step: its heading, and in a few words what it is about.
 func (r *report) step(title, text string) {
