@@ -241,3 +241,18 @@ func TestLister(t *testing.T) {
 		}
 	}
 }
+
+func TestSTAB_02_SpecRevisionsArePrinted(t *testing.T) {
+	status, stdout, stderr := run(t, "", "version", "--specs", "-o", "json")
+	var v struct {
+		Specs []struct{ Name, Status, Revision, Use string }
+	}
+	if err := json.Unmarshal([]byte(stdout), &v); status != exitDone || err != nil || len(v.Specs) == 0 {
+		t.Fatalf("signet version --specs -o json = %d, %q, %q (%v); want specs", status, stdout, stderr, err)
+	}
+	for _, s := range v.Specs {
+		if len(s.Revision) != 40 || s.Name == "" || s.Status == "" || s.Use == "" {
+			t.Errorf("specification %+v lacks its name, status, use or the commit of its text", s)
+		}
+	}
+}
