@@ -47,7 +47,7 @@ type harness struct {
 }
 
 func config(dir string) Config {
-	return Config{TrustDomain: "example.org", Listen: "127.0.0.1:0", DataDir: dir, Seal: Seal{KeyFile: filepath.Join(dir, "seal.key"), Create: true},
+	return Config{TrustDomain: "example.org", Listen: "127.0.0.1:0", DataDir: dir, AdminSocket: AdminSocket{Path: filepath.Join(dir, "admin", "ca.sock")}, Seal: Seal{KeyFile: filepath.Join(dir, "seal.key"), Create: true},
 		Audit: Audit{Reserve: 1 << 20}, Log: slog.New(slog.DiscardHandler)}
 }
 

@@ -51,7 +51,7 @@ type Config struct {
 
 // AdminSocket says where the admin socket is and who besides root and the CA's own user may use it.
 type AdminSocket struct {
-	// Path is the socket's path. Default: DataDir/admin/ca.sock.
+	// Path is the socket's path. Default: /run/signet/ca/admin.sock, where the operator commands look.
 	Path string `yaml:"path"`
 	// UIDs are further users, by number. The overflow uid 65534 is refused always.
 	UIDs []uint32 `yaml:"uids"`
@@ -142,7 +142,7 @@ func (c *Config) Check() error {
 		bad("data_dir", "%q must be absolute", c.DataDir)
 	}
 	if c.AdminSocket.Path == "" {
-		c.AdminSocket.Path = filepath.Join(c.DataDir, "admin", "ca.sock")
+		c.AdminSocket.Path = "/run/signet/ca/admin.sock"
 	}
 	for _, u := range c.AdminSocket.UIDs {
 		if u == overflowUID {
