@@ -31,16 +31,6 @@ func identity(name string) string {
 	return fmt.Sprintf("---\nkind: Identity\nname: %s\nspiffeID: /%s\nmatch: [%q]\n", name, name, self())
 }
 
-func source(t *testing.T, s *signettest.Signet) *workloadapi.X509Source {
-	t.Helper()
-	src, err := workloadapi.NewX509Source(within(t), workloadapi.WithClientOptions(workloadapi.WithAddr(s.WorkloadAPI())))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { src.Close() })
-	return src
-}
-
 func TestFromEntryToSVIDAndAway(t *testing.T) {
 	s := signettest.Start(t, signettest.Config{})
 	ctx := within(t)

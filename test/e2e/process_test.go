@@ -50,7 +50,6 @@ type process struct {
 	args []string
 	wrap []string // a command that runs it, such as unshare
 
-	mu  sync.Mutex
 	cmd *exec.Cmd
 	out *tail
 }
