@@ -50,13 +50,14 @@ var rules = []rule{
 	{"workloadapi/peer", nil},
 	{"workloadapi/...", []string{"workloadapi/...", "policy", "spiffe", "api/signet/policy/v1/..."}},
 
-	{"agent/...", []string{"workloadapi/...", "policy", "spiffe", "api/signet/node/v1", "api/signet/policy/v1/..."}},
-	{"ca/...", []string{"policy", "spiffe", "api/..."}},
+	{"agent/...", []string{"internal/nodekey", "workloadapi/...", "policy", "spiffe", "api/signet/node/v1", "api/signet/policy/v1/..."}},
+	{"ca/...", []string{"internal/nodekey", "policy", "spiffe", "api/..."}},
 
 	// What puts CA and agent together, and what only the command line needs.
 	{"internal/durable", nil},
 	{"internal/strictyaml", nil},
 	{"internal/version", nil},
+	{"internal/nodekey", []string{"spiffe"}}, // what a node signs to win its SVID back, which both sides must know
 	{"internal/deps", nil},
 	{"internal/importmap", nil},
 	{"internal/conformance", nil},
