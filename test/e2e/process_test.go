@@ -446,3 +446,80 @@ func TestCutNetwork(t *testing.T) {
 		}
 	}
 }
+
+// TestReloadOnSIGHUP changes the configuration files of running daemons: what can be taken over is, what cannot is
+// named, and no stream is dropped.
+func TestReloadOnSIGHUP(t *testing.T) {
+	ctx := bounded(t, 60*time.Second)
+	f := newFleet(t)
+	f.up(ctx)
+	f.apply(ctx, identity("web"))
+	f.await(ctx, "/web")
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr(f.endpoint()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	w := &endings{updates: make(watcher, 16), errs: make(chan error, 16)}
+	watching, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { client.WatchX509Context(watching, w) })
+	defer wg.Wait()
+	defer stop()
+	<-w.updates
+	edit := func(name, with string) {
+		t.Helper()
+		b, err := os.ReadFile(filepath.Join(f.dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.write(name, string(b)+with)
+	}
+	edit("ca.yaml", "log: {level: debug}\njwt_issuer: https://issuer.example\n")
+	edit("agent.yaml", "log: {level: debug}\nmax_prefetch: 7\n")
+	for _, tt := range []struct {
+		p     *process
+		field string
+	}{{f.ca, "jwt_issuer"}, {f.agent, "max_prefetch"}} {
+		tt.p.cmd.Process.Signal(syscall.SIGHUP)
+		if err := eventually(ctx, func() error {
+			if out := tt.p.out.String(); !strings.Contains(out, tt.field) {
+				return fmt.Errorf("%v does not name %s, which needs a restart: %s", tt.p.args, tt.field, out)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+		f.write(filepath.Base(tt.p.args[3]), "trust_domain: [\n")
+		before := len(tt.p.out.String())
+		tt.p.cmd.Process.Signal(syscall.SIGHUP)
+		if err := eventually(ctx, func() error {
+			if out := tt.p.out.String(); !strings.Contains(out[before:], filepath.Base(tt.p.args[3])+":") {
+				return fmt.Errorf("%v does not say what is wrong with its file: %s", tt.p.args, out[before:])
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+	f.apply(ctx, identity("after"))
+	for ids := range w.updates {
+		if slices.Contains(ids, "/after") {
+			break
+		}
+	}
+	select {
+	case err := <-w.errs:
+		t.Errorf("the stream was dropped: %v", err)
+	default:
+	}
+}
+
+// endings also keeps the errors of a watch.
+type endings struct {
+	updates watcher
+	errs    chan error
+}
+
+func (e *endings) OnX509ContextUpdate(c *workloadapi.X509Context) { e.updates.OnX509ContextUpdate(c) }
+func (e *endings) OnX509ContextWatchError(err error)              { e.errs <- err }
