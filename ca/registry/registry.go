@@ -166,6 +166,7 @@ func (r *Registry) Run(ctx context.Context) error {
 					return err
 				}
 			}
+			r.OwnBundleChanged() // it may have changed in what was missed
 			continue
 		case err != nil:
 			return fmt.Errorf("watching the store: %w", err)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -85,7 +86,13 @@ func (r *Registry) CreateEntries(ctx context.Context, entries []*Entry) []EntryR
 		if len(batch) == MaxEntriesPerCommit || size+len(b) > store.MaxCommitBytes/2 || r.reservedBy(e, entries, batch) {
 			flush()
 		}
-		if out[i].Err = r.reserve(ctx, e); out[i].Err != nil {
+		wait, err := r.tryReserve(e)
+		if wait != nil {
+			flush() // whoever waits holds nothing: two batches would wait for each other for ever
+			err = r.reserve(ctx, e)
+		}
+		if err != nil {
+			out[i].Err = err
 			continue
 		}
 		out[i].Entry = e
@@ -109,24 +116,29 @@ func (r *Registry) reservedBy(e *Entry, entries []*Entry, batch []int) bool {
 	return false
 }
 
-// reserve makes sure that no similar entry exists and that none is created until release.
-func (r *Registry) reserve(ctx context.Context, e *Entry) error {
+// tryReserve makes sure that no similar entry exists and that none is created until release. If somebody else holds the
+// reservation, it returns what to wait for.
+func (r *Registry) tryReserve(e *Entry) (wait <-chan struct{}, err error) {
 	key := e.similar()
+	r.wmu.Lock()
+	defer r.wmu.Unlock()
+	if held := r.pending[key]; held != nil {
+		return held, nil
+	}
+	if existing := r.similarEntry(e); existing != nil {
+		return nil, &ExistsError{existing}
+	}
+	r.pending[key] = make(chan struct{})
+	return nil, nil
+}
+
+// reserve is tryReserve that waits. The caller holds no other reservation.
+func (r *Registry) reserve(ctx context.Context, e *Entry) error {
 	for {
-		r.wmu.Lock()
-		wait := r.pending[key]
+		wait, err := r.tryReserve(e)
 		if wait == nil {
-			existing := r.similarEntry(e)
-			if existing == nil {
-				r.pending[key] = make(chan struct{})
-			}
-			r.wmu.Unlock()
-			if existing != nil {
-				return &ExistsError{existing}
-			}
-			return nil
+			return err
 		}
-		r.wmu.Unlock()
 		select {
 		case <-wait:
 		case <-ctx.Done():
@@ -174,56 +186,66 @@ const maxAttempts = 5
 // UpdateEntry changes an entry by change, which is called with a copy and may be called again after a conflict.
 func (r *Registry) UpdateEntry(ctx context.Context, id EntryID, change func(*Entry) error) (*Entry, error) {
 	for range maxAttempts {
-		old, err := r.Entry(id)
-		if err != nil {
+		e, err := r.tryUpdate(ctx, id, change)
+		if !errors.Is(err, ErrConflict) {
+			return e, err
+		}
+		if _, err := r.Barrier(ctx); err != nil {
 			return nil, err
 		}
-		if old.Identity != nil {
-			return nil, invalid("id", string(id), "belongs to Identity %q; change that document and apply it", old.Identity.Name)
-		}
-		e := *old
-		if err := change(&e); err != nil {
-			return nil, err
-		}
-		e.normalise()
-		if err := r.CheckEntry(&e); err != nil {
-			return nil, err
-		}
-		b, err := e.encode()
-		if err != nil {
-			return nil, err
-		}
-		if was, _ := old.encode(); string(was) == string(b) {
-			return old, nil // no change, no revision: nothing is renewed for it
-		}
-		if e.similar() != old.similar() {
-			if err := r.reserveChange(ctx, &e); err != nil {
-				return nil, err
-			}
-			defer r.release(&e)
-		}
-		key := entryPrefix + string(id)
-		rev, err := r.commit(ctx, []store.Check{{Key: key, Modified: old.Revision}}, []store.Write{{Key: key, Value: b}})
-		if errors.Is(err, ErrConflict) {
-			if _, err := r.Barrier(ctx); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		e.Revision = rev
-		return &e, nil
 	}
 	return nil, fmt.Errorf("entry %q: %w", string(id), ErrConflict)
 }
 
-// reserveChange is reserve for an entry that exists and gets another ID, parent or selectors.
+// tryUpdate is one attempt; what it reserves is released when it returns.
+func (r *Registry) tryUpdate(ctx context.Context, id EntryID, change func(*Entry) error) (*Entry, error) {
+	old, err := r.Entry(id)
+	if err != nil {
+		return nil, err
+	}
+	if old.Identity != nil {
+		return nil, invalid("id", string(id), "belongs to Identity %q; change that document and apply it", old.Identity.Name)
+	}
+	e := *old
+	if err := change(&e); err != nil {
+		return nil, err
+	}
+	e.normalise()
+	if err := r.CheckEntry(&e); err != nil {
+		return nil, err
+	}
+	b, err := e.encode()
+	if err != nil {
+		return nil, err
+	}
+	if was, _ := old.encode(); string(was) == string(b) {
+		return old, nil // no change, no revision: nothing is renewed for it
+	}
+	if e.similar() != old.similar() {
+		if err := r.reserveChange(ctx, &e); err != nil {
+			return nil, err
+		}
+		defer r.release(&e)
+	}
+	key := entryPrefix + string(id)
+	rev, err := r.commit(ctx, []store.Check{{Key: key, Modified: old.Revision}}, []store.Write{{Key: key, Value: b}})
+	if err != nil {
+		return nil, err
+	}
+	e.Revision = rev
+	return &e, nil
+}
+
+// reserveChange is reserve for an entry that exists and gets another ID, parent or selectors. That it has them already,
+// by somebody else's change at the same moment, is a conflict and not another entry in its way.
 func (r *Registry) reserveChange(ctx context.Context, e *Entry) error {
 	probe := *e
 	probe.ID = ""
-	return r.reserve(ctx, &probe)
+	err := r.reserve(ctx, &probe)
+	if x, ok := errors.AsType[*ExistsError](err); ok && x.Existing.ID == e.ID {
+		return ErrConflict
+	}
+	return err
 }
 
 // DeleteEntry removes an entry. ErrNotFound if there is none.
@@ -368,38 +390,35 @@ func (r *Registry) DeleteBundle(ctx context.Context, td spiffeid.TrustDomain) (s
 // that it removed.
 func (r *Registry) Sweep(ctx context.Context) ([]*Entry, error) {
 	now := r.c.Now()
-	var gone []*Entry
+	var entries, gone []*Entry
 	var checks []store.Check
-	var writes []store.Write
 	r.mu.RLock()
 	for _, e := range r.ix.entries {
-		if len(writes) == store.MaxWrites {
-			break // the rest next time
-		}
 		if e.Expired(now) {
-			gone = append(gone, e)
+			entries = append(entries, e)
 			checks = append(checks, store.Check{Key: entryPrefix + string(e.ID), Modified: e.Revision})
-			writes = append(writes, store.Write{Key: entryPrefix + string(e.ID), Delete: true})
 		}
 	}
 	for _, t := range r.ix.tokens {
-		if len(writes) == store.MaxWrites {
-			break
-		}
 		if now.After(t.ExpiresAt) {
 			checks = append(checks, store.Check{Key: tokenPrefix + t.ID, Modified: t.Revision})
-			writes = append(writes, store.Write{Key: tokenPrefix + t.ID, Delete: true})
 		}
 	}
 	r.mu.RUnlock()
-	if len(writes) == 0 {
-		return nil, nil
-	}
-	if _, err := r.commit(ctx, checks, writes); err != nil {
-		if errors.Is(err, ErrConflict) {
-			return nil, nil // somebody was faster; look again next time
+	for chunk := range slices.Chunk(checks, store.MaxWrites) {
+		var writes []store.Write
+		for _, c := range chunk {
+			writes = append(writes, store.Write{Key: c.Key, Delete: true})
 		}
-		return nil, err
+		mine := entries[:min(len(entries), len(chunk))]
+		entries = entries[len(mine):]
+		_, err := r.commit(ctx, chunk, writes)
+		switch {
+		case err == nil:
+			gone = append(gone, mine...)
+		case !errors.Is(err, ErrConflict): // after a conflict somebody was faster; look again next time
+			return gone, err
+		}
 	}
 	return gone, nil
 }
