@@ -26,6 +26,10 @@ const jwtBackdate = 5 * time.Second
 
 const maxAudienceBytes = 2048
 
+// maxAudiencesBytes bounds all audiences of a JWT-SVID together: they go into one audit record, where escapes can make
+// them six times as long.
+const maxAudiencesBytes = 8 << 10
+
 // JWTRequest says what a JWT-SVID shall be.
 type JWTRequest struct {
 	// ID is the subject: a SPIFFE ID in the trust domain of the Set, with a path that is not under /spire.
@@ -172,7 +176,9 @@ func (s *Set) checkJWT(r JWTRequest) error {
 	if len(r.Audience) > s.config.MaxAudiences {
 		return fmt.Errorf("it has %d audiences, more than max_audiences, %d; use one token per service", len(r.Audience), s.config.MaxAudiences)
 	}
+	sum := 0
 	for _, audience := range r.Audience {
+		sum += len(audience)
 		switch {
 		case audience == "":
 			return errors.New("it has an empty audience")
@@ -181,6 +187,9 @@ func (s *Set) checkJWT(r JWTRequest) error {
 		case !utf8.ValidString(audience):
 			return fmt.Errorf("audience %q is not UTF-8", audience) // JSON would alter it
 		}
+	}
+	if sum > maxAudiencesBytes {
+		return fmt.Errorf("its audiences have %d bytes together, more than %d; use one token per service", sum, maxAudiencesBytes)
 	}
 	return nil
 }

@@ -82,7 +82,7 @@ func TestJWT_12_SubjectIsTheID(t *testing.T) {
 }
 
 func TestJWT_13_16_AudienceIsRequiredAndBounded(t *testing.T) {
-	s := openSet(t, func(c *Config) { c.MaxAudiences = 2 })
+	s := openSet(t, func(c *Config) { c.MaxAudiences = 5 })
 	for _, tt := range []struct {
 		name     string
 		audience []string
@@ -91,8 +91,9 @@ func TestJWT_13_16_AudienceIsRequiredAndBounded(t *testing.T) {
 		{"none", nil, "no audience"},
 		{"empty", []string{""}, "empty audience"},
 		{"one empty", []string{"db", ""}, "empty audience"},
-		{"too many", []string{"a", "b", "c"}, "max_audiences, 2"},
+		{"too many", []string{"a", "b", "c", "d", "e", "f"}, "max_audiences, 5"},
 		{"too long", []string{strings.Repeat("a", maxAudienceBytes+1)}, "2049 bytes"},
+		{"too long together", slices.Repeat([]string{strings.Repeat("a", maxAudienceBytes)}, 5), "10240 bytes together"},
 		{"not UTF-8", []string{"a\xff"}, "not UTF-8"},
 	} {
 		r := webToken(t)
