@@ -6,7 +6,11 @@ package adminapi
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -114,17 +118,53 @@ func (a *API) record(ctx context.Context, event, subject string, err error, deta
 	outcome := auditlog.Done
 	if err != nil {
 		outcome = auditlog.Refused
-		details["reason"] = status.Convert(a.toStatus(err)).Message()
+		details["reason"] = bounded([]string{status.Convert(a.toStatus(err)).Message()})[0]
 	}
 	return auditlog.Record{Time: a.c.Now(), Event: event, Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: outcome, Details: details}
 }
 
 // intend writes to the audit log what is about to be changed, and with it makes sure that there is room to log at
 // all: a change that cannot be logged is not made. The outcome follows in a second record.
+// More subjects than one record can hold take several, written together.
 func (a *API) intend(ctx context.Context, class auditlog.Class, event string, subjects []string, details map[string]any) error {
-	rec := a.record(ctx, event+".begin", "", nil, details)
-	rec.Details["subjects"] = subjects
-	return a.c.Audit.Append(ctx, class, rec)
+	var records []auditlog.Record
+	for more := true; more; more = len(subjects) > 0 {
+		n, size := 0, 0
+		for n < len(subjects) && (n == 0 || size+len(subjects[n]) <= maxDetailBytes) {
+			size += len(subjects[n])
+			n++
+		}
+		d := maps.Clone(details)
+		if d == nil {
+			d = map[string]any{}
+		}
+		d["subjects"] = subjects[:n]
+		records = append(records, a.record(ctx, event+".begin", "", nil, d))
+		subjects = subjects[n:]
+	}
+	return a.c.Audit.Append(ctx, class, records...)
+}
+
+// maxDetailBytes bounds one detail of an audit record so that the record, in which escapes can make it six times as
+// long, stays below auditlog.MaxRecordBytes: one that does not fit would take its whole batch out of the log.
+const maxDetailBytes = 6 << 10
+
+// bounded cuts what one detail of an audit record may say.
+func bounded(ss []string) []string {
+	size := 0
+	for i, s := range ss {
+		if size += len(s) + 1; size > maxDetailBytes {
+			out := slices.Clone(ss[:i])
+			if i == 0 {
+				out = append(out, strings.ToValidUTF8(s[:maxDetailBytes], "")+"...")
+			}
+			if n := len(ss) - len(out); n > 0 {
+				out = append(out, fmt.Sprintf("... and %d more", n))
+			}
+			return out
+		}
+	}
+	return ss
 }
 
 // outcome logs what became of an act. The change is done or refused already, so a failure here is only reported.

@@ -3,6 +3,7 @@ package adminapi
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"strings"
 	"time"
 
@@ -82,7 +83,8 @@ func (a *API) SearchAudit(req *adminv1.SearchAuditRequest, s grpc.ServerStreamin
 		return a.toStatus(&registry.ValidationError{Field: "limit", Problem: "must be 1 to 1000000; 0 means 1000"})
 	case limit == 0:
 		limit = defaultAuditLimit
-	case len(req.Events) > maxAuditEvents:
+	}
+	if len(req.Events) > maxAuditEvents {
 		return a.toStatus(&registry.ValidationError{Field: "events", Problem: "at most 64 are allowed"})
 	}
 	var f auditlog.Filter
@@ -133,13 +135,17 @@ func (a *API) searchAudit(ctx context.Context, req *adminv1.SearchAuditRequest, 
 		}
 		return nil
 	})
-	if err != nil {
+	damaged := errors.Is(err, auditlog.ErrMalformed)
+	if err != nil && !damaged {
 		return err
 	}
 	for i := range past {
 		if err := send(past[(next+i)%len(past)]); err != nil {
 			return err
 		}
+	}
+	if damaged { // after what can be read: it is what somebody looks for after an incident
+		return status.Error(codes.DataLoss, err.Error())
 	}
 	if !req.Follow {
 		return nil

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"math"
+	"strings"
 	"time"
 
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -165,7 +166,7 @@ func entryDetails(e *registry.Entry) map[string]any {
 	for _, s := range e.Selectors {
 		ss = append(ss, s.String())
 	}
-	d["selectors"] = ss
+	d["selectors"] = bounded(ss)
 	if e.Admin {
 		d["admin"] = true
 	}
@@ -421,7 +422,7 @@ func readToken(token string) (string, error) {
 
 func clip(s string) string {
 	if len(s) > 256 {
-		return s[:256] + "..."
+		return strings.ToValidUTF8(s[:256], "") + "..."
 	}
 	return s
 }

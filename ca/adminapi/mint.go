@@ -47,6 +47,10 @@ func (a *API) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequest)
 	if err != nil {
 		return fail(&registry.ValidationError{Field: "csr", Value: csr.URIs[0].String(), Problem: err.Error()})
 	}
+	// Once more with the ID: a parsed and printed URL has lost an empty fragment. [X509-49]
+	if _, err := authority.CheckCSR(req.Csr, id); err != nil {
+		return fail(err)
+	}
 	subject = id.String()
 	prepared, err := a.c.Authority.CheckX509(authority.X509Request{ID: id, PublicKey: key, TTL: time.Duration(req.Ttl) * time.Second, DNSNames: csr.DNSNames})
 	if err != nil {

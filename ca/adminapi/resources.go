@@ -109,7 +109,7 @@ func (a *API) commit(ctx context.Context, event string, p *registry.Plan, class 
 		if c.Action == registry.Unchanged {
 			continue
 		}
-		records = append(records, a.record(ctx, "resource."+actionNames[c.Action], c.Kind+"/"+c.Name, err, map[string]any{"revision": int64(rev), "differences": c.Differences}))
+		records = append(records, a.record(ctx, "resource."+actionNames[c.Action], c.Kind+"/"+c.Name, err, map[string]any{"revision": int64(rev), "differences": bounded(c.Differences)}))
 	}
 	a.outcome(ctx, class, records...)
 	if err != nil {
