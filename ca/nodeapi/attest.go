@@ -7,7 +7,10 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
+	"io"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -31,7 +34,10 @@ const maxPayloadBytes = 64 << 10
 
 // AttestAgent judges evidence and answers with an agent X509-SVID. [SPIRE-PROTOCOL §3]
 func (a *API) AttestAgent(s agentv1.Agent_AttestAgentServer) error {
-	req, err := s.Recv()
+	req, err := receiveSoon(s)
+	if errors.Is(err, errSilent) {
+		return err
+	}
 	if err != nil {
 		return status.Error(codes.InvalidArgument, "malformed param: missing params")
 	}
@@ -65,9 +71,39 @@ func (a *API) AttestAgent(s agentv1.Agent_AttestAgentServer) error {
 
 func clip(s string) string {
 	if len(s) > 64 {
-		return s[:64] + "..."
+		return strings.ToValidUTF8(s[:64], "") + "..." // half a character would make every message with it unsendable
 	}
 	return s
+}
+
+// maxAttestation bounds each wait for the caller, who need not be anybody: without a bound, streams that say nothing
+// would pile up.
+const maxAttestation = 30 * time.Second
+
+var (
+	errSilent  = status.Errorf(codes.DeadlineExceeded, "nothing came for %v; attest again", maxAttestation)
+	errNoReply = status.Error(codes.InvalidArgument, "failed to attest: the stream ended without an answer to the challenge")
+)
+
+// receiveSoon is Recv that gives up. The handler then returns, which ends the Recv.
+func receiveSoon(s agentv1.Agent_AttestAgentServer) (*agentv1.AttestAgentRequest, error) {
+	type received struct {
+		m   *agentv1.AttestAgentRequest
+		err error
+	}
+	got := make(chan received, 1)
+	go func() {
+		m, err := s.Recv()
+		got <- received{m, err}
+	}()
+	timer := time.NewTimer(maxAttestation)
+	defer timer.Stop()
+	select {
+	case r := <-got:
+		return r.m, r.err
+	case <-timer.C:
+		return nil, errSilent
+	}
 }
 
 func checkAttestParams(p *agentv1.AttestAgentRequest_Params) error {
@@ -197,7 +233,10 @@ func (a *API) attestByKey(s agentv1.Agent_AttestAgentServer, payload, csr []byte
 	if err := s.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: nonce}}); err != nil {
 		return nil, id, err
 	}
-	answer, err := s.Recv()
+	answer, err := receiveSoon(s)
+	if errors.Is(err, io.EOF) {
+		err = errNoReply
+	}
 	if err != nil {
 		return nil, id, err
 	}

@@ -30,8 +30,9 @@ const FollowFormat = 1
 const (
 	// maxPartBytes bounds one message of a snapshot, well below gRPC's 4 MiB.
 	maxPartBytes = 1 << 20
-	// maxDeltaItems is how large a difference may be; beyond it a snapshot in parts is sent instead.
+	// maxDeltaItems and maxDeltaBytes are how large a difference may be; beyond it a snapshot in parts is sent instead.
 	maxDeltaItems = 1000
+	maxDeltaBytes = 2 << 20
 	// maxSyncs is how many Sync requests may wait for one answer.
 	maxSyncs = 64
 	// recheck is how often a stream's rights are judged by the wall clock when nothing else happens.
@@ -96,15 +97,43 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 	defer a.leave(c.ID, st)
 
 	f := a.c.Registry.Follow(c.ID, store.Revision(hello.Revision), hello.Epoch == a.c.Epoch)
-	defer f.Close()
 
 	syncs := make(chan uint64, maxSyncs)
 	recvErr := make(chan error, 1)
 	go func() { recvErr <- receive(ctx, s, st, syncs) }()
-	err = a.push(ctx, s, c, f, st, syncs, recvErr)
-	cancel()
-	return err
+	pushErr := make(chan error, 1)
+	go func() {
+		defer f.Close()
+		pushErr <- a.push(ctx, s, c, f, st, syncs, recvErr)
+	}()
+	return a.supervise(ctx, c, pushErr)
 }
+
+// supervise returns when the stream has to end. An agent that reads nothing blocks push in the middle of a message for
+// ever; the handler's return ends that, too.
+func (a *API) supervise(ctx context.Context, c *access.Caller, pushErr <-chan error) error {
+	timer := time.NewTicker(recheck)
+	defer timer.Stop()
+	for {
+		select {
+		case err := <-pushErr:
+			return err
+		case <-ctx.Done():
+			return errReplaced
+		case <-a.stop:
+			return errStopping
+		case <-timer.C:
+			if _, err := a.c.Guard.CheckAgent(ctx, c); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+var (
+	errReplaced = status.Error(codes.Aborted, "a newer Follow stream of this agent replaced this one")
+	errStopping = status.Error(codes.Unavailable, "the CA is shutting down")
+)
 
 // enter registers a stream. A second stream of the same agent ends the first: the agent reconnected faster than its
 // old connection was found dead.
@@ -154,24 +183,21 @@ func receive(ctx context.Context, s nodev1.Node_FollowServer, st *followState, s
 }
 
 func (a *API) push(ctx context.Context, s nodev1.Node_FollowServer, c *access.Caller, f *registry.Follower, st *followState, syncs <-chan uint64, recvErr <-chan error) error {
-	timer := time.NewTicker(recheck)
-	defer timer.Stop()
 	for {
 		var pending []uint64
 		select {
 		case <-f.Wake():
 		case id := <-syncs:
 			pending = append(pending, id)
-		case <-timer.C:
 		case err := <-recvErr:
 			if errors.Is(err, io.EOF) || ctx.Err() != nil {
 				return status.Error(codes.Aborted, "the stream was ended by the agent or replaced by a newer one")
 			}
 			return err
 		case <-ctx.Done():
-			return status.Error(codes.Aborted, "a newer Follow stream of this agent replaced this one")
+			return errReplaced
 		case <-a.stop:
-			return status.Error(codes.Unavailable, "the CA is shutting down")
+			return errStopping
 		}
 		for more := true; more && len(pending) > 0 && len(pending) < maxSyncs; {
 			select {
@@ -205,7 +231,7 @@ func (a *API) push(ctx context.Context, s nodev1.Node_FollowServer, c *access.Ca
 // send sends one Delta, a snapshot in parts.
 func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Follower, syncs []uint64) error {
 	items := a.items(d)
-	if !d.Snapshot && len(items) > maxDeltaItems {
+	if !d.Snapshot && tooLarge(d, items) {
 		f.Restart()
 		if d = f.Next(true); d == nil {
 			return status.Error(codes.Internal, "internal error")
@@ -236,6 +262,18 @@ func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Fo
 		part.RemovedBundles = append(part.RemovedBundles, td.Name())
 	}
 	return s.Send(part)
+}
+
+// tooLarge tells whether a difference is better sent as a snapshot: what came or went with the parent of many entries.
+func tooLarge(d *registry.Delta, items []item) bool {
+	if len(items)+len(d.RemovedEntries)+len(d.RemovedPolicies)+len(d.RemovedBundles) > maxDeltaItems {
+		return true
+	}
+	size := 0
+	for _, it := range items {
+		size += proto.Size(it.message)
+	}
+	return size > maxDeltaBytes
 }
 
 func (a *API) newPart(d *registry.Delta) *nodev1.FollowResponse {
