@@ -13,8 +13,10 @@ import (
 	"path/filepath"
 	"reflect"
 	"sync/atomic"
+	"syscall"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -114,11 +116,31 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		return ca, err
 	}
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
-	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: ca.set, Certificate: ca.svid.get,
+	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Refused: ca.refused, Now: c.Now, Log: ca.log}
 	ca.node = nodeapi.New(nodeapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Guard: ca.guard,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	return ca, ca.listen()
+}
+
+// bundles are what client certificates must chain to: the own authorities for agents and admins, those of foreign trust
+// domains for the foreign admins that the configuration names.
+type bundles struct {
+	own     *authority.Set
+	foreign *registry.Registry
+}
+
+// GetX509BundleForTrustDomain implements x509bundle.Source.
+func (b bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	stored, err := b.foreign.Bundle(td)
+	if err != nil { // not foreign, or not known
+		return b.own.GetX509BundleForTrustDomain(td)
+	}
+	parsed, _, err := spiffe.ParseBundle(td, stored.Content)
+	if err != nil {
+		return nil, err
+	}
+	return parsed.X509Bundle(), nil
 }
 
 func (s Seal) open() (*keys.SealKey, error) {
@@ -285,16 +307,32 @@ func (ca *CA) listenAdmin() (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	gid, _ := ca.c.AdminSocket.gid()
-	if gid >= 0 {
-		for _, p := range []string{path, filepath.Dir(path)} {
-			if err := os.Chown(p, -1, gid); err != nil {
-				l.Close()
-				return nil, err
-			}
-		}
+	if err := ca.giveToGroup(path); err != nil {
+		l.Close()
+		return nil, err
 	}
 	return l, nil
+}
+
+// giveToGroup lets the configured group reach the socket. A directory that is not as listenAdmin makes one is shared
+// with others, as /run is, and stays as it is.
+func (ca *CA) giveToGroup(path string) error {
+	gid, _ := ca.c.AdminSocket.gid()
+	if gid < 0 {
+		return nil
+	}
+	if err := os.Chown(path, -1, gid); err != nil {
+		return err
+	}
+	dir := filepath.Dir(path)
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || int(sys.Uid) != os.Geteuid() || st.Mode().Perm() != 0o750 {
+		return nil
+	}
+	return os.Chown(dir, -1, gid)
 }
 
 // allowLocal: root, the CA's own user, and whom the configuration names; never the overflow uid.

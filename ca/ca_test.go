@@ -100,7 +100,7 @@ func csr(t *testing.T, k crypto.Signer) []byte {
 }
 
 // dial connects to the port, with a client certificate or without.
-func (h *harness) dial(chain [][]byte, k crypto.PrivateKey) *grpc.ClientConn {
+func (h *harness) dial(chain [][]byte, k crypto.PrivateKey, options ...grpc.DialOption) *grpc.ClientConn {
 	h.t.Helper()
 	c := &tls.Config{InsecureSkipVerify: true, Time: h.ca.c.Now, VerifyPeerCertificate: spiffe.VerifyPeer(h.ca.set, h.ca.c.Now, func(id spiffeid.ID, _ [][]*x509.Certificate) error {
 		if id.String() != "spiffe://example.org/spire/server" {
@@ -111,10 +111,11 @@ func (h *harness) dial(chain [][]byte, k crypto.PrivateKey) *grpc.ClientConn {
 	if chain != nil {
 		c.Certificates = []tls.Certificate{{Certificate: chain, PrivateKey: k}}
 	}
-	conn, err := grpc.NewClient("passthrough:///"+h.ca.Addr().String(), grpc.WithTransportCredentials(credentials.NewTLS(c)),
+	options = append(options, grpc.WithTransportCredentials(credentials.NewTLS(c)),
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 		}))
+	conn, err := grpc.NewClient("passthrough:///"+h.ca.Addr().String(), options...)
 	if err != nil {
 		h.t.Fatal(err)
 	}

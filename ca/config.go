@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"os/user"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -177,6 +179,10 @@ func (c *Config) Check() error {
 	if c.TTL.Agent < minAgentTTL {
 		bad("ttl.agent", "%v is shorter than %v", c.TTL.Agent, minAgentTTL)
 	}
+	c.checkLifetimes(bad)
+	if c.Audit.Reserve < 0 || c.Audit.MaxFileBytes < 0 {
+		bad("audit", "reserve_bytes and max_file_bytes must not be negative; 0 means the default")
+	}
 	if c.Audit.Dir == "" {
 		c.Audit.Dir = filepath.Join(c.DataDir, "audit")
 	}
@@ -197,6 +203,40 @@ func (c *Config) Check() error {
 		c.Now = time.Now
 	}
 	return errors.Join(errs...)
+}
+
+// checkLifetimes refuses what would be cut when it is issued. [DESIGN §6]
+func (c *Config) checkLifetimes(bad func(field, format string, args ...any)) {
+	or := func(d, standard time.Duration) time.Duration {
+		if d == 0 {
+			return standard
+		}
+		return d
+	}
+	maxX509, maxJWT := or(c.TTL.MaxX509, authority.DefaultMaxX509TTL), or(c.TTL.MaxJWT, authority.DefaultMaxJWTTTL)
+	x509Life, jwtLife := or(c.Authorities.X509Lifetime, authority.DefaultX509Lifetime), or(c.Authorities.JWTLifetime, authority.DefaultJWTLifetime)
+	for _, f := range []struct {
+		name  string
+		value time.Duration
+		most  time.Duration
+		limit string
+	}{
+		{"ttl.x509", c.TTL.X509, maxX509, "ttl.max_x509"},
+		{"ttl.agent", c.TTL.Agent, maxX509, "ttl.max_x509"},
+		{"ttl.jwt", c.TTL.JWT, maxJWT, "ttl.max_jwt"},
+		{"ttl.max_x509", c.TTL.MaxX509, x509Life, "authorities.x509_lifetime"},
+		{"ttl.max_jwt", c.TTL.MaxJWT, jwtLife, "authorities.jwt_lifetime"},
+		{"authorities.x509_lifetime", c.Authorities.X509Lifetime, math.MaxInt64, ""},
+		{"authorities.jwt_lifetime", c.Authorities.JWTLifetime, math.MaxInt64, ""},
+		{"authorities.refresh_hint", c.Authorities.RefreshHint, math.MaxInt64, ""},
+	} {
+		switch {
+		case f.value != 0 && f.value < time.Second:
+			bad(f.name, "%v is shorter than 1s", f.value)
+		case f.value > f.most:
+			bad(f.name, "%v is longer than %s, which is %v; shorten the first or lengthen the second", f.value, f.limit, f.most)
+		}
+	}
 }
 
 const (

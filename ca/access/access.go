@@ -47,6 +47,8 @@ type Caller struct {
 	Serial  string      // decimal; agents and admins
 	Expires time.Time   // of the SVID that was presented
 	UID     uint32      // local callers
+	gid     uint32
+	groups  []uint32
 	Address string
 	Node    *registry.Node // agents, as of the start of the RPC
 }
@@ -96,6 +98,8 @@ type Guard struct {
 	Certificate func() (*tls.Certificate, error)
 	// AdminIDs are admins besides those whom an entry makes one.
 	AdminIDs func() []spiffeid.ID
+	// AllowLocal tells whether a local caller is still an admin: the configuration can change under a connection.
+	AllowLocal func(uid, gid uint32, groups []uint32) bool
 	// Methods says who may call what, by full method name. What is not in it is refused.
 	Methods map[string]Kind
 	// Refused is told of each refusal, for audit and metrics.
@@ -153,12 +157,26 @@ func (g *Guard) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInf
 	if err != nil {
 		return err
 	}
-	return handler(srv, &stream{ss, ctx})
+	return handler(srv, &stream{ss, ctx, g, info.FullMethod})
 }
 
 type stream struct {
 	grpc.ServerStream
-	ctx context.Context
+	ctx    context.Context
+	guard  *Guard
+	method string
+}
+
+// SendMsg judges the caller anew: a stream can outlive the rights with which it was opened.
+func (s *stream) SendMsg(m any) error {
+	c := *From(s.ctx)
+	if c.Kind&(Admin|Local) != 0 { // who follows as an agent is judged by Follow itself
+		c.Kind &^= Admin
+		if err := s.guard.authorize(s.ctx, &c, s.method); err != nil {
+			return err
+		}
+	}
+	return s.ServerStream.SendMsg(m)
 }
 
 func (s *stream) Context() context.Context { return s.ctx }
@@ -189,7 +207,7 @@ func (g *Guard) identify(ctx context.Context) (*Caller, error) {
 	}
 	switch info := p.AuthInfo.(type) {
 	case LocalInfo:
-		c.Kind, c.UID, c.Address = Local|Anyone, info.UID, "unix"
+		c.Kind, c.UID, c.gid, c.groups, c.Address = Local|Anyone, info.UID, info.GID, info.Groups, "unix"
 	case credentials.TLSInfo:
 		if len(info.State.PeerCertificates) == 0 {
 			return c, nil
@@ -209,10 +227,13 @@ func (g *Guard) identify(ctx context.Context) (*Caller, error) {
 // authorize decides whether c may call method, and completes c.
 func (g *Guard) authorize(ctx context.Context, c *Caller, method string) error {
 	allowed := g.Methods[method]
+	denied := status.Errorf(codes.PermissionDenied, "authorization denied for method %s", method)
+	if c.Kind&Local != 0 && !g.AllowLocal(c.UID, c.gid, c.groups) {
+		return denied // was an admin when it connected
+	}
 	if allowed&c.Kind != 0 {
 		return nil
 	}
-	denied := status.Errorf(codes.PermissionDenied, "authorization denied for method %s", method)
 	if c.ID.IsZero() {
 		return denied
 	}
@@ -291,7 +312,8 @@ func Denied(reason types.PermissionDeniedDetails_Reason, format string, args ...
 // LocalInfo identifies an admin on the Unix socket. It exists only for connections whose peer was accepted.
 type LocalInfo struct {
 	credentials.CommonAuthInfo
-	UID uint32
+	UID, GID uint32
+	Groups   []uint32
 }
 
 // AuthType implements credentials.AuthInfo.
@@ -315,7 +337,7 @@ func (l LocalCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.
 		l.Log.Warn("refused a connection to the admin socket", "uid", uid, "gid", gid)
 		return nil, nil, fmt.Errorf("uid %d is not an admin; see admin_socket in the CA's configuration", uid)
 	}
-	return conn, LocalInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}, uid}, nil
+	return conn, LocalInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}, uid, gid, groups}, nil
 }
 
 // ClientHandshake implements credentials.TransportCredentials. These credentials are for servers.
