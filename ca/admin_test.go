@@ -539,3 +539,24 @@ func TestPortRefusesForeignCertificates(t *testing.T) {
 		t.Error("TLS 1.2 was accepted")
 	}
 }
+
+// TestStrangersCannotFloodTheAuditLog: refusals beyond a rate are counted instead of logged one by one.
+func TestStrangersCannotFloodTheAuditLog(t *testing.T) {
+	h := start(t, config(t.TempDir()))
+	anon := entryv1.NewEntryClient(h.dial(nil, nil))
+	const n = 2000
+	for range n {
+		if _, err := anon.CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); code(err) != codes.PermissionDenied {
+			t.Fatal(err)
+		}
+	}
+	h.ca.refusals.Flush(t.Context())
+	one := len(h.audit("call.refused"))
+	more := 0.0
+	for _, r := range h.audit("call.refused.more") {
+		more += r["details"].(map[string]any)["count"].(float64)
+	}
+	if one == 0 || one > 1200 || float64(one)+more != n {
+		t.Errorf("%d records and %v counted, of %d refusals", one, more, n)
+	}
+}

@@ -43,18 +43,19 @@ import (
 
 // A CA is opened by New, serves in Run, and is closed by the end of Run or by Close.
 type CA struct {
-	c     Config
-	td    spiffeid.TrustDomain
-	log   *slog.Logger
-	level *slog.LevelVar
-	store store.Store
-	bolt  *bolt.Store
-	audit *auditlog.Log
-	set   *authority.Set
-	reg   *registry.Registry
-	guard *access.Guard
-	node  *nodeapi.API
-	svid  *serverSVID
+	c        Config
+	td       spiffeid.TrustDomain
+	log      *slog.Logger
+	level    *slog.LevelVar
+	store    store.Store
+	bolt     *bolt.Store
+	audit    *auditlog.Log
+	set      *authority.Set
+	reg      *registry.Registry
+	guard    *access.Guard
+	refusals *access.Refusals
+	node     *nodeapi.API
+	svid     *serverSVID
 
 	metrics *metrics
 	health  *health.Server
@@ -116,9 +117,10 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		return ca, err
 	}
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
+	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
 	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Refused: ca.refused, Now: c.Now, Log: ca.log}
-	ca.node = nodeapi.New(nodeapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Guard: ca.guard,
+	ca.node = nodeapi.New(nodeapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	return ca, ca.listen()
 }
@@ -224,11 +226,8 @@ func (ca *CA) reloadAuthorities(ctx context.Context) error {
 func (ca *CA) refused(ctx context.Context, c *access.Caller, method string, err error) {
 	st := status.Convert(err)
 	ca.metrics.refusals.WithLabelValues(st.Code().String()).Inc()
-	rec := auditlog.Record{Time: ca.c.Now(), Event: "call.refused", Actor: c.String(), ActorKind: c.KindName(), Outcome: auditlog.Refused,
-		Details: map[string]any{"method": method, "reason": st.Message(), "address": c.Address}}
-	if err := ca.audit.Append(ctx, auditlog.New, rec); err != nil {
-		ca.log.Error("audit of a refusal", "method", method, "err", err)
-	}
+	ca.refusals.Record(ctx, c, auditlog.Record{Time: ca.c.Now(), Event: "call.refused", Actor: c.String(), ActorKind: c.KindName(), Outcome: auditlog.Refused,
+		Details: map[string]any{"method": method, "reason": st.Message(), "address": c.Address}})
 }
 
 // Limits of the port.
@@ -420,6 +419,7 @@ func (ca *CA) Run(ctx context.Context) error {
 	ca.health.SetServingStatus("", healthv1.HealthCheckResponse_SERVING)
 	ca.log.Info("serving", "trust_domain", ca.td.Name(), "listen", ca.port.Addr().String(), "admin_socket", ca.c.AdminSocket.Path, "version", version.String())
 	err := g.Wait()
+	ca.refusals.Flush(context.WithoutCancel(ctx))
 	regStop()
 	<-regDone
 	return err
@@ -481,6 +481,7 @@ func (ca *CA) maintain(ctx context.Context) error {
 				ca.log.Error("audit of ended entries", "err", err)
 			}
 		}
+		ca.refusals.Flush(ctx)
 		if _, err := ca.svid.get(); err != nil {
 			ca.log.Error("the CA's own X509-SVID", "err", err)
 		}

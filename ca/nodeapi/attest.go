@@ -139,6 +139,14 @@ var (
 // attestByToken lets one key in per token. The same key may come again until it has used its SVID or the token has
 // expired, because a reply can be lost at any byte; another key never. [DESIGN §4]
 func (a *API) attestByToken(ctx context.Context, payload, csr []byte) (*authority.X509SVID, spiffeid.ID, error) {
+	token, err := registry.ParseJoinToken(string(payload))
+	if err != nil {
+		return nil, spiffeid.ID{}, errTokenUnknown
+	}
+	// The token comes before the CSR, whose signature costs more to verify than a stranger may have for nothing.
+	if known, err := a.c.Registry.TokenNow(ctx, token.ID()); errors.Is(err, registry.ErrNotFound) || err == nil && !known.Matches(token) {
+		return nil, spiffeid.ID{}, errTokenUnknown
+	}
 	key, err := authority.CheckCSR(csr, spiffeid.ID{})
 	if err != nil {
 		return nil, spiffeid.ID{}, err
@@ -146,10 +154,6 @@ func (a *API) attestByToken(ctx context.Context, payload, csr []byte) (*authorit
 	spki, err := marshalKey(key)
 	if err != nil {
 		return nil, spiffeid.ID{}, err
-	}
-	token, err := registry.ParseJoinToken(string(payload))
-	if err != nil {
-		return nil, spiffeid.ID{}, errTokenUnknown
 	}
 	id, err := registry.AgentID(a.c.TrustDomain, joinToken, token.ID())
 	if err != nil {
@@ -220,10 +224,6 @@ var errNoProof = status.Error(codes.PermissionDenied, "failed to attest: no such
 // and no long sleep needs a person. What an operator evicted or banned stays out. [DESIGN §7]
 func (a *API) attestByKey(s agentv1.Agent_AttestAgentServer, payload, csr []byte) (*authority.X509SVID, spiffeid.ID, error) {
 	ctx := s.Context()
-	key, err := authority.CheckCSR(csr, spiffeid.ID{})
-	if err != nil {
-		return nil, spiffeid.ID{}, err
-	}
 	id, err := spiffe.ParseWorkloadID(string(payload))
 	if err != nil || id.TrustDomain() != a.c.TrustDomain || !registry.IsAgentID(id) {
 		return nil, spiffeid.ID{}, errNoProof
@@ -261,6 +261,10 @@ func (a *API) attestByKey(s agentv1.Agent_AttestAgentServer, payload, csr []byte
 		}
 		if a.c.Now().After(node.ExpiresAt.Add(a.c.Recovery)) {
 			return nil, id, status.Errorf(codes.PermissionDenied, "failed to attest: the node's X509-SVID ended more than %v ago; attest with a fresh join token", a.c.Recovery)
+		}
+		key, err := authority.CheckCSR(csr, spiffeid.ID{})
+		if err != nil {
+			return nil, id, err
 		}
 		spki, err := marshalKey(key)
 		if err != nil {

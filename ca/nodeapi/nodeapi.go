@@ -29,6 +29,7 @@ type Config struct {
 	Registry    *registry.Registry
 	Authority   *authority.Set
 	Audit       *auditlog.Log
+	Refusals    *access.Refusals
 	Guard       *access.Guard
 	Epoch       string
 	// AgentTTL is the validity of agents' own X509-SVIDs.
@@ -97,7 +98,7 @@ func (a *API) audit(ctx context.Context, class auditlog.Class, records ...auditl
 	return a.c.Audit.Append(ctx, class, records...)
 }
 
-// refuse notes a refusal. That the log is full does not turn a no into anything else.
+// refuse notes a refusal and returns its status.
 func (a *API) refuse(ctx context.Context, event string, subject string, err error, details map[string]any) error {
 	st := a.toStatus(err)
 	c := access.From(ctx)
@@ -106,11 +107,8 @@ func (a *API) refuse(ctx context.Context, event string, subject string, err erro
 	}
 	details["reason"] = status.Convert(st).Message()
 	details["address"] = c.Address
-	rec := auditlog.Record{Time: a.c.Now(), Event: event, Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: auditlog.Refused, Details: details}
-	if err := a.audit(ctx, auditlog.New, rec); err != nil {
-		a.c.Log.Error("audit of a refusal", "event", event, "err", err)
-	}
-	a.c.Log.Warn("refused", "event", event, "actor", c.String(), "subject", subject, "reason", details["reason"])
+	a.c.Refusals.Record(ctx, c, auditlog.Record{Time: a.c.Now(), Event: event, Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: auditlog.Refused, Details: details})
+	a.c.Log.Debug("refused", "event", event, "actor", c.String(), "subject", subject, "reason", details["reason"])
 	return st
 }
 
