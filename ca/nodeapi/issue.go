@@ -41,11 +41,11 @@ func (a *API) IssueX509SVIDs(ctx context.Context, req *nodev1.IssueX509SVIDsRequ
 	prepared := make([]authority.PreparedX509, 0, len(req.Items))
 	index := make([]int, 0, len(req.Items))
 	now := a.c.Now()
-	var records []auditlog.Record
+	var records, refusals []auditlog.Record
 	refuse := func(i int, err error) {
 		st := status.Convert(a.toStatus(err))
 		out.Results[i] = &nodev1.IssueX509SVIDsResponse_Result{Code: int32(st.Code()), Message: st.Message()}
-		records = append(records, auditlog.Record{Time: now, Event: "x509svid.refused", Actor: c.ID.String(), ActorKind: "agent",
+		refusals = append(refusals, auditlog.Record{Time: now, Event: "x509svid.refused", Actor: c.ID.String(), ActorKind: "agent",
 			Subject: clip(req.Items[i].GetEntryId()), Outcome: auditlog.Refused, Details: map[string]any{"reason": st.Message()}})
 	}
 	for i, it := range req.Items {
@@ -67,13 +67,11 @@ func (a *API) IssueX509SVIDs(ctx context.Context, req *nodev1.IssueX509SVIDsRequ
 		prepared = append(prepared, p)
 		index = append(index, i)
 	}
-	refused := len(records)
 	svids, errs := a.c.Authority.SignX509Batch(ctx, prepared)
 	for j, svid := range svids {
 		i := index[j]
 		if errs[j] != nil {
 			refuse(i, errs[j])
-			refused++
 			continue
 		}
 		e := entries[i]
@@ -86,9 +84,18 @@ func (a *API) IssueX509SVIDs(ctx context.Context, req *nodev1.IssueX509SVIDsRequ
 	if err := a.audit(ctx, auditlog.Essential, records...); err != nil {
 		return nil, a.toStatus(err) // nothing leaves unlogged
 	}
-	a.c.Issued("x509", "", len(records)-refused)
-	a.c.Issued("x509", "refused", refused)
+	a.auditRefused(ctx, refusals)
+	a.c.Issued("x509", "", len(records))
+	a.c.Issued("x509", "refused", len(refusals))
 	return out, nil
+}
+
+// auditRefused logs the refused items of a batch. They get nothing of the reserve: otherwise an agent that asks for what
+// is not its own could spend it, and stop all renewals on a full disk. [DESIGN §6]
+func (a *API) auditRefused(ctx context.Context, refusals []auditlog.Record) {
+	if err := a.audit(ctx, auditlog.New, refusals...); err != nil {
+		a.c.Log.Error("audit of refusals", "event", refusals[0].Event, "count", len(refusals), "err", err)
+	}
 }
 
 // NewJWTSVID signs a JWT-SVID for an entry of the calling agent. [SPIRE-PROTOCOL §7]
@@ -158,17 +165,20 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 		records[i].Details["entry_id"] = string(entries[i].ID)
 	}
 	spread(len(req.Items), sign)
-	if err := a.audit(ctx, auditlog.Essential, records...); err != nil {
-		return nil, a.toStatus(err) // nothing leaves unlogged
-	}
-	refused := 0
-	for _, r := range out.Results {
-		if r.Code != 0 {
-			refused++
+	var issued, refusals []auditlog.Record
+	for i, r := range out.Results {
+		if r.Code == 0 {
+			issued = append(issued, records[i])
+		} else {
+			refusals = append(refusals, records[i])
 		}
 	}
-	a.c.Issued("jwt", "", len(out.Results)-refused)
-	a.c.Issued("jwt", "refused", refused)
+	if err := a.audit(ctx, auditlog.Essential, issued...); err != nil {
+		return nil, a.toStatus(err) // nothing leaves unlogged
+	}
+	a.auditRefused(ctx, refusals)
+	a.c.Issued("jwt", "", len(issued))
+	a.c.Issued("jwt", "refused", len(refusals))
 	return out, nil
 }
 
