@@ -14,9 +14,10 @@ VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 COMMIT  = $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 
-# Packages whose tests start many processes or measure; make check leaves them to make test.
-heavy   = /test/
-quick   = $$(go list ./... | grep -v '$(heavy)')
+# Packages whose tests start many processes or measure, and take minutes with the race detector; make check leaves
+# them to make test.
+heavy   = /test/|/cmd/signet$$|/internal/demo$$
+quick   = $$(go list ./... | grep -vE '$(heavy)')
 
 .PHONY: all build demo test check fmt-check vet staticcheck race fuzz modules docs generate generated bench release clean tools
 
