@@ -111,10 +111,10 @@ func (h *harness) dial(chain [][]byte, k crypto.PrivateKey, options ...grpc.Dial
 	if chain != nil {
 		c.Certificates = []tls.Certificate{{Certificate: chain, PrivateKey: k}}
 	}
-	options = append(options, grpc.WithTransportCredentials(credentials.NewTLS(c)),
+	options = append([]grpc.DialOption{grpc.WithTransportCredentials(credentials.NewTLS(c)),
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
-		}))
+		})}, options...)
 	conn, err := grpc.NewClient("passthrough:///"+h.ca.Addr().String(), options...)
 	if err != nil {
 		h.t.Fatal(err)

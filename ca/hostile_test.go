@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -420,4 +421,104 @@ func TestLifetimesAreCheckedBeforeAnythingIsStarted(t *testing.T) {
 			t.Errorf("%s: data_dir was made: %v", name, err)
 		}
 	}
+}
+
+func TestPagesOfLargeItemsFitAMessage(t *testing.T) {
+	h := start(t, config(t.TempDir()))
+	const n = 130
+	h.create(heavy(n, "/node")...)
+	var got []string
+	for token := ""; ; {
+		r, err := entryv1.NewEntryClient(h.admin).ListEntries(t.Context(), &entryv1.ListEntriesRequest{PageSize: 1000, PageToken: token})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range r.Entries {
+			got = append(got, e.Id)
+		}
+		if token = r.NextPageToken; token == "" {
+			break
+		}
+	}
+	slices.Sort(got)
+	if got = slices.Compact(got); len(got) != n {
+		t.Errorf("%d different entries in all pages, want %d", len(got), n)
+	}
+	rules := ""
+	for i := range 2000 {
+		rules += fmt.Sprintf("  - from: [/caller/with/a/long/name/%d]\n", i)
+	}
+	const policies = 50
+	for i := range policies {
+		h.apply(fmt.Sprintf("kind: CallPolicy\nname: p%d\nservice: /s%d\nallow:\n%s", i, i, rules))
+	}
+	names := map[string]bool{}
+	for token := ""; ; {
+		r, err := adminv1.NewAdminClient(h.admin).GetResources(t.Context(), &adminv1.GetResourcesRequest{Kind: "CallPolicy", PageToken: token})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, x := range r.Resources {
+			names[x.Name] = true
+		}
+		if token = r.NextPageToken; token == "" {
+			break
+		}
+	}
+	if len(names) != policies {
+		t.Errorf("%d policies in all pages, want %d", len(names), policies)
+	}
+}
+
+// TestReplyToAttestationLostAtAnyByte cuts the connection after so many bytes of what the CA says.
+func TestReplyToAttestationLostAtAnyByte(t *testing.T) {
+	h := start(t, config(t.TempDir()))
+	lost := 0
+	const step, most = 61, 6000
+	for n := 0; n < most; n += step {
+		token, k := h.token(), key(t)
+		request := csr(t, k)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		_, err := attest(ctx, h.dial(nil, nil, grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+			c, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+			return &cutConn{Conn: c, left: n}, err
+		})), token, request)
+		cancel()
+		if err != nil {
+			lost++
+		}
+		svid, again := attest(t.Context(), h.dial(nil, nil), token, request)
+		if again != nil {
+			t.Fatalf("the same key after %d bytes of the reply (%v): %v", n, err, again)
+		}
+		if _, err := attest(t.Context(), h.dial(nil, nil), token, csr(t, key(t))); err == nil {
+			t.Fatalf("another key got in after the reply was cut at %d bytes", n)
+		}
+		a := h.dial(svid.CertChain, k)
+		if _, err := agentv1.NewAgentClient(a).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: request}}); err != nil {
+			t.Fatalf("using the SVID that came after the cut at %d bytes: %v", n, err)
+		}
+		if _, err := attest(t.Context(), h.dial(nil, nil), token, request); err == nil {
+			t.Fatalf("after its first use the token is good for another SVID, cut at %d bytes", n)
+		}
+	}
+	if lost == 0 || lost*step >= most {
+		t.Errorf("%d of %d replies were lost: the cuts do not span the reply", lost, most/step+1)
+	}
+}
+
+// cutConn closes after so many bytes have been read.
+type cutConn struct {
+	net.Conn
+	left int
+}
+
+func (c *cutConn) Read(b []byte) (int, error) {
+	if c.left == 0 {
+		c.Close()
+		return 0, io.ErrUnexpectedEOF
+	}
+	n, err := c.Conn.Read(b[:min(len(b), c.left)])
+	c.left -= n
+	return n, err
 }

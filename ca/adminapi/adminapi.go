@@ -201,6 +201,8 @@ const (
 	maxPage = 5000
 	// maxUnpaged is how much a list may hold if its caller does not page: SPIRE's answer to page_size 0 is everything.
 	maxUnpaged = 10000
+	// maxPageBytes ends a page early: gRPC's clients take messages of 4 MiB unless they are told otherwise.
+	maxPageBytes = 2 << 20
 )
 
 func pageSize(asked int32) (int, error) {

@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/registry"
@@ -310,8 +311,14 @@ func (a *API) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*
 		return nil, err
 	}
 	out := &entryv1.ListEntriesResponse{}
-	for _, e := range page {
-		out.Entries = append(out.Entries, protoEntry(e, req.OutputMask))
+	sum := 0
+	for i, e := range page {
+		m := protoEntry(e, req.OutputMask)
+		if sum += proto.Size(m); req.PageSize > 0 && i > 0 && sum > maxPageBytes {
+			out.NextPageToken = writeToken(string(page[i-1].ID))
+			return out, nil
+		}
+		out.Entries = append(out.Entries, m)
 	}
 	if more {
 		out.NextPageToken = writeToken(string(page[len(page)-1].ID))

@@ -158,9 +158,10 @@ func (a *API) GetResources(_ context.Context, req *adminv1.GetResourcesRequest) 
 		})
 	}
 	out := &adminv1.GetResourcesResponse{}
+	sum := 0
 	for i, r := range all[from:] {
-		if i == size {
-			out.NextPageToken = writeToken(all[from+size-1].Document.Name)
+		if sum += len(r.Document.Content); i == size || i > 0 && sum > maxPageBytes {
+			out.NextPageToken = writeToken(all[from+i-1].Document.Name)
 			break
 		}
 		out.Resources = append(out.Resources, &adminv1.Resource{Kind: r.Kind, Name: r.Document.Name, Revision: int64(r.Revision),
