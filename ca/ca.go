@@ -23,7 +23,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
-	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
@@ -266,8 +265,8 @@ func (ca *CA) listen() error {
 	}
 	ca.tcp = grpc.NewServer(append(common, grpc.Creds(credentials.NewTLS(ca.guard.TLSConfig())))...)
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
-	register(ca.tcp, ca.node, admin, ca.health)
-	register(ca.local, ca.node, admin, ca.health)
+	register(ca.tcp, ca.node, admin, liveHealth{ca.health, ca})
+	register(ca.local, ca.node, admin, liveHealth{ca.health, ca})
 	return nil
 }
 
@@ -416,7 +415,7 @@ func (ca *CA) Run(ctx context.Context) error {
 		ca.shutdown()
 		return nil
 	})
-	ca.health.SetServingStatus("", healthv1.HealthCheckResponse_SERVING)
+	ca.noteHealth()
 	ca.log.Info("serving", "trust_domain", ca.td.Name(), "listen", ca.port.Addr().String(), "admin_socket", ca.c.AdminSocket.Path, "version", version.String())
 	err := g.Wait()
 	ca.refusals.Flush(context.WithoutCancel(ctx))
@@ -467,6 +466,7 @@ func (ca *CA) maintain(ctx context.Context) error {
 			return nil
 		case <-t.C:
 		}
+		ca.noteHealth()
 		gone, err := ca.reg.Sweep(ctx)
 		if err != nil && ctx.Err() == nil {
 			ca.log.Warn("removing what has ended", "err", err)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"golang.org/x/sys/unix"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 	"github.com/signet-id/signet/ca/auditlog"
@@ -76,6 +77,9 @@ func TestRefusalsDoNotSpendTheReserve(t *testing.T) {
 	}
 	if err := h.ca.audit.Health(); !errors.Is(err, auditlog.ErrDisk) {
 		t.Errorf("the log has room left, so this test shows nothing: %v", err)
+	}
+	if r, err := healthv1.NewHealthClient(h.admin).Check(t.Context(), &healthv1.HealthCheckRequest{}); err != nil || r.Status != healthv1.HealthCheckResponse_NOT_SERVING {
+		t.Errorf("grpc health of a CA that registers nothing new: %v %v", r, err)
 	}
 	renew()
 }

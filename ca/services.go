@@ -1,6 +1,8 @@
 package ca
 
 import (
+	"context"
+
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -98,8 +100,29 @@ func methods() map[string]access.Kind {
 	return m
 }
 
+// liveHealth answers a check by what the CA finds out then, not by what it last noted for those who watch.
+type liveHealth struct {
+	*health.Server
+	ca *CA
+}
+
+// Check implements grpc.health.v1.
+func (l liveHealth) Check(ctx context.Context, req *healthv1.HealthCheckRequest) (*healthv1.HealthCheckResponse, error) {
+	l.ca.noteHealth()
+	return l.Server.Check(ctx, req)
+}
+
+// noteHealth shows the CA's health to those who watch it.
+func (ca *CA) noteHealth() {
+	st := healthv1.HealthCheckResponse_SERVING
+	if ca.Health() != nil {
+		st = healthv1.HealthCheckResponse_NOT_SERVING
+	}
+	ca.health.SetServingStatus("", st) // without effect once it has been shut down
+}
+
 // register puts the same services on the port and on the admin socket.
-func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h *health.Server) {
+func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1.HealthServer) {
 	n, a := nodeAPI{node}, adminAPI{admin}
 	agentv1.RegisterAgentServer(s, &agentService{nodeAPI: n, adminAPI: a})
 	bundlev1.RegisterBundleServer(s, &bundleService{nodeAPI: n, adminAPI: a})
