@@ -183,9 +183,15 @@ func TestWEP_24_WAPI_17_ShutdownIsUnavailableAndSourcesRecover(t *testing.T) {
 	conn := e.dial(t)
 	ends := map[string]chan error{}
 	for name, call := range map[string]func(context.Context) error{
-		"x509 svid":    func(ctx context.Context) error { return last(e.clientOf(conn).FetchX509SVID(ctx, &workload.X509SVIDRequest{})) },
-		"x509 bundles": func(ctx context.Context) error { return last(e.clientOf(conn).FetchX509Bundles(ctx, &workload.X509BundlesRequest{})) },
-		"jwt bundles":  func(ctx context.Context) error { return last(e.clientOf(conn).FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})) },
+		"x509 svid": func(ctx context.Context) error {
+			return last(e.clientOf(conn).FetchX509SVID(ctx, &workload.X509SVIDRequest{}))
+		},
+		"x509 bundles": func(ctx context.Context) error {
+			return last(e.clientOf(conn).FetchX509Bundles(ctx, &workload.X509BundlesRequest{}))
+		},
+		"jwt bundles": func(ctx context.Context) error {
+			return last(e.clientOf(conn).FetchJWTBundles(ctx, &workload.JWTBundlesRequest{}))
+		},
 		"policies": func(ctx context.Context) error {
 			return last(policyapi.NewPoliciesClient(conn).Watch(ctx, &policyapi.WatchRequest{Format: 1}))
 		},

@@ -3,6 +3,7 @@ package workloadapi_test
 import (
 	"crypto"
 	"encoding/json"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -87,7 +88,15 @@ func TestJWTSourceOutOfReachIsUnavailable(t *testing.T) {
 	src := newMemory(a, entry{match: everyone, identity: a.identity(t, "/web")})
 	src.jwtErr = workloadapi.ErrUnavailable
 	_, err := serve(t, src).client(t).FetchJWTSVID(spiffeCtx(t), &workload.JWTSVIDRequest{Audience: []string{"a"}})
-	wantCode(t, err, codes.Unavailable, "out of reach")
+	wantCode(t, err, codes.Unavailable, "out of reach", "or refuses", "agent's log")
+}
+
+func TestJWTSourceTooManyIsResourceExhausted(t *testing.T) {
+	a := newAuthority(t, "example.org", "k1")
+	src := newMemory(a, entry{match: everyone, identity: a.identity(t, "/web")})
+	src.jwtErr = fmt.Errorf("%w: uid 0 asks for more", workloadapi.ErrTooMany)
+	_, err := serve(t, src).client(t).FetchJWTSVID(spiffeCtx(t), &workload.JWTSVIDRequest{Audience: []string{"a"}})
+	wantCode(t, err, codes.ResourceExhausted, "too many new JWT-SVIDs", "until it expires")
 }
 
 func TestWAPI_47_WAPI_48_WAPI_49_JWTBundles(t *testing.T) {

@@ -25,8 +25,12 @@ var (
 	ErrNoIdentity = errors.New("no identity issued")
 
 	// ErrUnavailable says that the caller is entitled to what it asked for, but it cannot be had right now, such as a
-	// JWT-SVID that is not cached while the CA is out of reach. The caller gets Unavailable and tries again.
-	ErrUnavailable = errors.New("the CA is out of reach and nothing valid is cached")
+	// JWT-SVID that is not cached while the CA is out of reach or refuses it. The caller gets Unavailable and tries again.
+	ErrUnavailable = errors.New("the CA is out of reach or refuses, and nothing valid is cached: the agent's log says why")
+
+	// ErrTooMany says that the caller's user asks for new JWT-SVIDs faster than the agent lets one user ask the CA. The
+	// caller gets ResourceExhausted.
+	ErrTooMany = errors.New("the caller's user asks for too many new JWT-SVIDs: use each until it expires, and name the one SPIFFE ID that is needed")
 )
 
 // A Caller is an attested process.
@@ -122,7 +126,7 @@ type Source interface {
 	// FetchJWTSVIDs returns one token for each of the caller's identities, in the order of Update.Identities, or for id
 	// alone if it is not zero. Each token's aud holds exactly audience, in that order.
 	//
-	// Errors: ErrNotReady, ErrNoIdentity (also if id is not the caller's), ErrUnavailable, and ctx's.
+	// Errors: ErrNotReady, ErrNoIdentity (also if id is not the caller's), ErrUnavailable, ErrTooMany, and ctx's.
 	FetchJWTSVIDs(ctx context.Context, caller Caller, id spiffeid.ID, audience []string) ([]JWTSVID, error)
 }
 

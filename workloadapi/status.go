@@ -60,6 +60,8 @@ func toStatus(ctx context.Context, err error) error {
 		return status.Error(codes.Unimplemented, errDisabled.Error())
 	case errors.Is(err, ErrNoIdentity):
 		return status.Error(codes.PermissionDenied, noIdentityText(ctx))
+	case errors.Is(err, ErrTooMany):
+		return status.Error(codes.ResourceExhausted, ErrTooMany.Error())
 	case errors.Is(err, peer.ErrForeignPIDNamespace):
 		return status.Error(codes.PermissionDenied, peer.ErrForeignPIDNamespace.Error())
 	case errors.Is(err, peer.ErrUserChanged):

@@ -23,11 +23,15 @@ const (
 	// maxTokensPerCaller and maxTokens bound the JWT-SVIDs that are kept, per uid and in all.
 	maxTokensPerCaller = 64
 	maxTokens          = 16384
-	// missesPerSecond and missBurst bound how often one uid can make the agent ask the CA.
-	missesPerSecond = 50
-	missBurst       = 200
-	// maxCalls bounds the requests for JWT-SVIDs under way.
-	maxCalls = 256
+	// missesPerSecond and missBurst bound how often one uid can make the agent ask the CA. The burst is what a process of
+	// many identities asks for when it starts.
+	missesPerSecond = 100
+	missBurst       = 500
+	// maxMissWait is how long a caller may wait for its turn within these bounds before it is refused.
+	maxMissWait = 2 * time.Second
+	// maxCalls and maxCallsPerUID bound the requests for JWT-SVIDs under way.
+	maxCalls       = 4096
+	maxCallsPerUID = 512
 	// maxTokenKeyBytes bounds what a token is remembered by; requests with more audiences are not cached.
 	maxTokenKeyBytes = 4096
 	// maxTokenHeaderBytes bounds the JOSE header that is read for its key id.
@@ -36,6 +40,8 @@ const (
 	leastLeft = 5 * time.Second
 	// refreshEvery is the least time between two attempts to refresh a token behind.
 	refreshEvery = 5 * time.Second
+	// maxJoined is how many different errors one call names.
+	maxJoined = 4
 	// callTimeout bounds one request for a JWT-SVID.
 	callTimeout = 30 * time.Second
 )
@@ -47,12 +53,14 @@ type jwtCache struct {
 	recent  *list.List // of *jwtCaller, the most recently used in front
 	calls   map[string]*jwtCall
 	tokens  int
+	slots   chan struct{} // a place for each request under way
 }
 
 type jwtCaller struct {
 	uid     uint32
 	element *list.Element
 	limit   *rate.Limiter
+	slots   chan struct{}            // a place for each of its requests under way
 	tokens  map[string]*list.Element // by tokenKey
 	recent  *list.List               // of *token
 }
@@ -78,6 +86,7 @@ func (j *jwtCache) init() {
 	j.callers = make(map[uint32]*jwtCaller)
 	j.recent = list.New()
 	j.calls = make(map[string]*jwtCall)
+	j.slots = make(chan struct{}, maxCalls)
 }
 
 func (j *jwtCache) len() int {
@@ -87,30 +96,58 @@ func (j *jwtCache) len() int {
 }
 
 // FetchJWTSVIDs returns a JWT-SVID for each of the caller's identities, or for id alone. It is workloadapi.Source's.
+//
+// The requests of one call are begun one after the other, so that what it waits for its turn is bounded for all of them
+// together, and answered side by side.
 func (c *Cache) FetchJWTSVIDs(ctx context.Context, caller workloadapi.Caller, id spiffeid.ID, audience []string) ([]workloadapi.JWTSVID, error) {
 	entries, err := c.entriesOf(ctx, caller, id)
 	if err != nil {
 		return nil, err
 	}
+	turn := &turn{uid: caller.UID, end: time.Now().Add(maxMissWait)}
 	svids := make([]workloadapi.JWTSVID, len(entries))
-	errs := make([]error, len(entries))
-	var group sync.WaitGroup
+	calls := make([]*jwtCall, len(entries))
 	for i, e := range entries {
-		fetch := func() {
-			svids[i] = workloadapi.JWTSVID{ID: e.spiffeID, Hint: e.hint}
-			svids[i].Token, errs[i] = c.jwt(ctx, caller.UID, e, audience)
-		}
-		if len(entries) == 1 {
-			fetch()
-		} else {
-			group.Go(fetch)
+		svids[i] = workloadapi.JWTSVID{ID: e.spiffeID, Hint: e.hint}
+		if svids[i].Token, calls[i], err = c.jwt(ctx, turn, e, audience); err != nil {
+			return nil, err
 		}
 	}
-	group.Wait()
-	if err := errors.Join(errs...); err != nil {
-		return nil, err
+	var errs []error
+	for i, call := range calls {
+		if call == nil {
+			continue
+		}
+		select {
+		case <-call.done:
+			svids[i].Token = call.answer.Token
+			if call.err != nil {
+				errs = append(errs, call.err)
+			}
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if len(errs) > 0 {
+		return nil, fmt.Errorf("%w: %w", workloadapi.ErrUnavailable, joinDistinct(errs))
 	}
 	return svids, nil
+}
+
+// joinDistinct joins errors of which those with the same text stand once, and not too many.
+func joinDistinct(errs []error) error {
+	var distinct []error
+	for i, err := range errs {
+		if slices.ContainsFunc(distinct, func(e error) bool { return e.Error() == err.Error() }) {
+			continue
+		}
+		if len(distinct) == maxJoined {
+			distinct = append(distinct, fmt.Errorf("and more, in %d further errors", len(errs)-i))
+			break
+		}
+		distinct = append(distinct, err)
+	}
+	return errors.Join(distinct...)
 }
 
 // entriesOf returns the caller's entries in their order, those of id alone if it is not zero. It waits for a
@@ -150,44 +187,25 @@ func (c *Cache) entriesOf(ctx context.Context, caller workloadapi.Caller, id spi
 	return nil, workloadapi.ErrNoIdentity
 }
 
-// jwt returns a token from the cache, or asks the CA for one.
-func (c *Cache) jwt(ctx context.Context, uid uint32, e *entry, audience []string) (string, error) {
+// jwt returns a token from the cache, or the request to the CA that will bring one.
+func (c *Cache) jwt(ctx context.Context, turn *turn, e *entry, audience []string) (string, *jwtCall, error) {
 	key := tokenKey(e, audience)
 	if e.includeJTI || len(key) > maxTokenKeyBytes {
 		// Each such token is to be used once, so that none may be handed out twice.
-		if !c.jwts.allow(uid) {
-			return "", c.tooMany(uid)
-		}
-		ctx, cancel := context.WithTimeout(ctx, callTimeout)
-		defer cancel()
-		answer, err := c.config.CA.NewJWTSVID(ctx, e.id, audience)
-		c.countJWT(err)
-		if err != nil {
-			return "", unavailable(err)
-		}
-		return answer.Token, nil
+		call, err := c.begin(ctx, turn, "", "", e, audience)
+		return "", call, err
 	}
-	if value, refresh := c.jwts.get(uid, key, c.config.Now(), c.state.Load(), c.config.TrustDomain); value != "" {
-		c.stats.jwtHits.Add(1)
-		if refresh {
-			// Behind the caller's back: it has a valid one. That the limits may refuse is no harm.
-			_, _ = c.request(uid, key, e, audience)
-		}
-		return value, nil
+	value, refresh := c.jwts.get(turn.uid, key, c.config.Now(), c.state.Load(), c.config.TrustDomain)
+	if value == "" {
+		call, err := c.request(ctx, turn, key, e, audience)
+		return "", call, err
 	}
-	call, err := c.request(uid, key, e, audience)
-	if err != nil {
-		return "", err
+	c.stats.jwtHits.Add(1)
+	if refresh {
+		// Behind the caller's back: it has a valid one. That the limits may refuse is no harm.
+		_, _ = c.request(ctx, nowOrNever(turn.uid), key, e, audience)
 	}
-	select {
-	case <-call.done:
-		if call.err != nil {
-			return "", unavailable(call.err)
-		}
-		return call.answer.Token, nil
-	case <-ctx.Done():
-		return "", ctx.Err()
-	}
+	return value, nil, nil
 }
 
 func (c *Cache) countJWT(err error) {
@@ -198,58 +216,132 @@ func (c *Cache) countJWT(err error) {
 	}
 }
 
-func (c *Cache) tooMany(uid uint32) error {
-	c.stats.rateLimited.Add(1)
-	c.config.Log.Debug("too many JWT-SVID requests that the cache cannot answer; are audiences made up per call?", "uid", uid)
-	return fmt.Errorf("%w: uid %d asks for more than %d new JWT-SVIDs a second", workloadapi.ErrUnavailable, uid, missesPerSecond)
+// A turn is how long one caller may wait until the limits let it ask the CA.
+type turn struct {
+	uid uint32
+	end time.Time // on the steady clock
 }
 
-func unavailable(err error) error { return fmt.Errorf("%w: %w", workloadapi.ErrUnavailable, err) }
+// nowOrNever is a turn that waits for nothing.
+func nowOrNever(uid uint32) *turn { return &turn{uid: uid} }
 
-// request returns the request under way for key, or starts one, which outlives the caller that began it.
-func (c *Cache) request(uid uint32, key string, e *entry, audience []string) (*jwtCall, error) {
-	shared := strconv.FormatUint(uint64(uid), 10) + " " + key
-	call, begun := c.jwts.join(uid, shared)
-	switch {
-	case call == nil:
-		return nil, c.tooMany(uid)
-	case !begun:
+// await waits for uid's next turn and a place for its request. The error is ErrTooMany if that takes too long, or ctx's.
+func (j *jwtCache) await(ctx context.Context, t *turn) (leave func(), err error) {
+	j.mu.Lock()
+	u := j.caller(t.uid)
+	left := max(time.Until(t.end), 0)
+	reserved := u.limit.Reserve()
+	wait := reserved.Delay()
+	if wait > left {
+		reserved.Cancel()
+	}
+	j.mu.Unlock()
+	if wait > left {
+		return nil, fmt.Errorf("%w: uid %d asks for more than %d a second", workloadapi.ErrTooMany, t.uid, missesPerSecond)
+	}
+	if wait > 0 {
+		timer := time.NewTimer(wait)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			reserved.Cancel()
+			return nil, ctx.Err()
+		}
+	}
+	patience := time.NewTimer(max(time.Until(t.end), 0))
+	defer patience.Stop()
+	taken := make([]chan struct{}, 0, 2)
+	leave = func() {
+		for _, slots := range taken {
+			<-slots
+		}
+	}
+	for _, slots := range []chan struct{}{u.slots, j.slots} {
+		select {
+		case slots <- struct{}{}:
+		default:
+			select {
+			case slots <- struct{}{}:
+			case <-patience.C:
+				leave()
+				return nil, fmt.Errorf("%w: %d requests of uid %d are under way, %d in all", workloadapi.ErrTooMany, len(u.slots), t.uid, len(j.slots))
+			case <-ctx.Done():
+				leave()
+				return nil, ctx.Err()
+			}
+		}
+		taken = append(taken, slots)
+	}
+	return leave, nil
+}
+
+// request returns the request under way for key, or begins one.
+func (c *Cache) request(ctx context.Context, turn *turn, key string, e *entry, audience []string) (*jwtCall, error) {
+	name := strconv.FormatUint(uint64(turn.uid), 10) + " " + key
+	if call := c.jwts.find(name); call != nil {
+		return call, nil
+	}
+	return c.begin(ctx, turn, name, key, e, audience)
+}
+
+// begin asks the CA for a token when the limits allow it. The request outlives the caller that began it. Others find it
+// by its name, unless that is empty; then what it brings is not kept either.
+func (c *Cache) begin(ctx context.Context, turn *turn, name, key string, e *entry, audience []string) (*jwtCall, error) {
+	leave, err := c.jwts.await(ctx, turn)
+	if err != nil {
+		if errors.Is(err, workloadapi.ErrTooMany) {
+			c.stats.rateLimited.Add(1)
+		}
+		return nil, err
+	}
+	call, begun := c.jwts.join(name)
+	if !begun { // somebody was faster
+		leave()
 		return call, nil
 	}
 	audience = slices.Clone(audience)
 	started := c.start(func() {
+		defer leave()
 		ctx, cancel := context.WithTimeout(c.ctx, callTimeout)
 		defer cancel()
 		answer, err := c.config.CA.NewJWTSVID(ctx, e.id, audience)
 		c.countJWT(err)
 		var t *token
-		if err == nil {
+		if err == nil && name != "" {
 			t = newToken(key, e, answer)
 		}
-		c.jwts.leave(uid, shared, t)
+		c.jwts.leave(turn.uid, name, t)
 		call.answer, call.err = answer, err
 		close(call.done)
 	})
 	if !started {
-		c.jwts.leave(uid, shared, nil)
+		leave()
+		c.jwts.leave(turn.uid, name, nil)
 		call.err = errStopped
 		close(call.done)
 	}
 	return call, nil
 }
 
-// join returns the call under way of that name, or begins one. It is nil if the limits do not allow another.
-func (j *jwtCache) join(uid uint32, name string) (call *jwtCall, begun bool) {
+// find returns the call under way of that name, or nil.
+func (j *jwtCache) find(name string) *jwtCall {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.calls[name]
+}
+
+// join returns the call under way of that name, or begins one, which an empty name hides.
+func (j *jwtCache) join(name string) (call *jwtCall, begun bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if call := j.calls[name]; call != nil {
 		return call, false
 	}
-	if len(j.calls) >= maxCalls || !j.caller(uid).limit.Allow() {
-		return nil, false
-	}
 	call = &jwtCall{done: make(chan struct{})}
-	j.calls[name] = call
+	if name != "" {
+		j.calls[name] = call
+	}
 	return call, true
 }
 
@@ -269,18 +361,14 @@ func newToken(key string, e *entry, a JWTAnswer) *token {
 	}
 }
 
-// allow takes one of uid's requests to the CA.
-func (j *jwtCache) allow(uid uint32) bool {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.caller(uid).limit.Allow()
-}
-
 // caller returns what is kept for uid, as the most recently used. It is called with mu held.
 func (j *jwtCache) caller(uid uint32) *jwtCaller {
 	u := j.callers[uid]
 	if u == nil {
-		u = &jwtCaller{uid: uid, limit: rate.NewLimiter(missesPerSecond, missBurst), tokens: make(map[string]*list.Element), recent: list.New()}
+		u = &jwtCaller{
+			uid: uid, limit: rate.NewLimiter(missesPerSecond, missBurst), slots: make(chan struct{}, maxCallsPerUID),
+			tokens: make(map[string]*list.Element), recent: list.New(),
+		}
 		u.element = j.recent.PushFront(u)
 		j.callers[uid] = u
 		for len(j.callers) > maxTokens/maxTokensPerCaller*4 {

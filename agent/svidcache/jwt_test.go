@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -159,21 +161,133 @@ func TestJWTMissesAreCoalescedAndLimited(t *testing.T) {
 			t.Errorf("50 callers at once made %d requests, want 1", n)
 		}
 
-		refused := 0
-		for i := range missBurst * 2 {
-			_, err := w.cache.FetchJWTSVIDs(w.ctx, caller(1, "unix:uid:1"), spiffeid.ID{}, []string{fmt.Sprint(i)})
-			if errors.Is(err, workloadapi.ErrUnavailable) {
-				refused++
-			} else if err != nil {
-				t.Fatal(err)
-			}
+		var refused, granted atomic.Int64
+		began := time.Now()
+		for i := range missBurst * 3 {
+			group.Go(func() {
+				_, err := w.cache.FetchJWTSVIDs(w.ctx, caller(1, "unix:uid:1"), spiffeid.ID{}, []string{fmt.Sprint(i)})
+				switch {
+				case err == nil:
+					granted.Add(1)
+				case errors.Is(err, workloadapi.ErrTooMany) && !errors.Is(err, workloadapi.ErrUnavailable):
+					refused.Add(1)
+				default:
+					t.Error(err)
+				}
+			})
 		}
-		if refused == 0 {
-			t.Error("one uid may ask the CA without limit")
+		synctest.Wait()
+		w.jwt(2, "x") // another uid waits for nothing
+		if waited := time.Since(began); waited != 0 {
+			t.Errorf("another uid waited %s", waited)
+		}
+		group.Wait()
+		if most := int64(missBurst + missesPerSecond*2); refused.Load() == 0 || granted.Load() > most || granted.Load() < missBurst {
+			t.Errorf("of a flood %d requests were granted and %d refused; want %d to %d granted", granted.Load(), refused.Load(), missBurst, most)
+		}
+		if waited := time.Since(began); waited > maxMissWait {
+			t.Errorf("a caller waited %s, at most %s is allowed", waited, maxMissWait)
 		}
 		w.jwt(2, "x") // another uid is not affected
 		if n := w.cache.Stats().JWTSVIDs; n > maxTokensPerCaller+1 {
 			t.Errorf("%d tokens are kept for two callers, at most %d for one", n, maxTokensPerCaller)
+		}
+	})
+}
+
+// manyEntries gives uid 1 n identities.
+func manyEntries(n int) []*nodev1.Entry {
+	entries := make([]*nodev1.Entry, n)
+	for i := range entries {
+		entries[i] = anEntry(fmt.Sprint(i), fmt.Sprintf("/n%d", i), "unix:uid:1")
+	}
+	return entries
+}
+
+func TestJWTCallerOfManyIdentitiesWaitsForItsTurn(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.start(manyEntries(60)...)
+		began := time.Now()
+		const audiences = 30
+		for i := range audiences {
+			svids, err := w.cache.FetchJWTSVIDs(w.ctx, caller(1, "unix:uid:1"), spiffeid.ID{}, []string{fmt.Sprint(i)})
+			if err != nil || len(svids) != 60 {
+				t.Fatalf("audience %d: %d SVIDs, %v", i, len(svids), err)
+			}
+			for n, svid := range svids {
+				if svid.Token == "" || svid.ID.IsZero() {
+					t.Fatalf("audience %d: SVID %d is %v", i, n, svid.ID)
+				}
+			}
+		}
+		if waited, least := time.Since(began), time.Duration(60*audiences-missBurst)*time.Second/missesPerSecond; waited < least {
+			t.Errorf("%d tokens took %s, which is faster than the %s of the limit", 60*audiences, waited, least)
+		}
+		// A caller with less time than its turn needs hears of its own deadline.
+		for range missBurst {
+			w.cache.jwts.caller(1).limit.Allow()
+		}
+		ctx, cancel := context.WithTimeout(w.ctx, 100*time.Millisecond)
+		defer cancel()
+		if _, err := w.cache.FetchJWTSVIDs(ctx, caller(1, "unix:uid:1"), spiffeid.ID{}, []string{"hurried"}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a caller in a hurry: %v, want its own deadline", err)
+		}
+	})
+}
+
+func TestJWTEqualErrorsAreToldOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.start(manyEntries(60)...)
+		w.ca.failJWT = errors.New("gone fishing")
+		_, err := w.cache.FetchJWTSVIDs(w.ctx, caller(1, "unix:uid:1"), spiffeid.ID{}, []string{"x"})
+		if !errors.Is(err, workloadapi.ErrUnavailable) || strings.Count(err.Error(), "gone fishing") != 1 {
+			t.Errorf("60 equal errors are told as %q", err)
+		}
+		var errs []error
+		for i := range 3 * maxJoined {
+			errs = append(errs, fmt.Errorf("error %d", i))
+		}
+		if got := joinDistinct(errs).Error(); strings.Count(got, "error ") != maxJoined || !strings.Contains(got, "8 further") {
+			t.Errorf("%d different errors are told as %q", len(errs), got)
+		}
+	})
+}
+
+func TestJWTSilentCADoesNotLetOneUserTakeAllPlaces(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.start(manyEntries(1)...)
+		gate := make(chan struct{})
+		w.ca.gate = gate
+		ctx, cancel := context.WithCancel(w.ctx)
+		var group sync.WaitGroup
+		var refused atomic.Int64
+		for i := range maxCallsPerUID + 50 {
+			group.Go(func() {
+				_, err := w.cache.FetchJWTSVIDs(ctx, caller(1, "unix:uid:1"), spiffeid.ID{}, []string{fmt.Sprint(i)})
+				if errors.Is(err, workloadapi.ErrTooMany) {
+					refused.Add(1)
+				}
+			})
+		}
+		time.Sleep(maxMissWait + time.Second)
+		if n := refused.Load(); n != 50 {
+			t.Errorf("%d requests beyond the %d of one uid were refused, want 50", n, maxCallsPerUID)
+		}
+		second := make(chan string, 1)
+		go func() { second <- w.jwt(2, "x") }()
+		synctest.Wait()
+		close(gate)
+		if <-second == "" {
+			t.Error("another uid got nothing")
+		}
+		cancel()
+		group.Wait()
+		synctest.Wait()
+		if n := len(w.cache.jwts.slots); n != 0 {
+			t.Errorf("%d places are still taken", n)
 		}
 	})
 }
