@@ -71,6 +71,9 @@ type Registry struct {
 	// wmu guards pending: registrations that are being written, by what makes them similar.
 	wmu     sync.Mutex
 	pending map[string]chan struct{}
+
+	// amu is held while a plan is committed and indexed: of two that make the same registration one comes first.
+	amu sync.Mutex
 }
 
 // A Policy is one CallPolicy with the document it was compiled from. It is never changed in place.

@@ -237,8 +237,9 @@ type Plan struct {
 	// Lockouts names services that lose their last allow by this plan.
 	Lockouts []string
 
-	checks []store.Check
-	writes []store.Write
+	checks  []store.Check
+	writes  []store.Write
+	entries []*Entry // that it writes
 }
 
 // Options of Plan and Apply.
@@ -352,6 +353,9 @@ func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string
 	}
 	p.checks = append(p.checks, store.Check{Key: x.key(), Modified: rev})
 	p.writes = append(p.writes, store.Write{Key: x.key(), Value: b})
+	if x.entry != nil {
+		p.entries = append(p.entries, x.entry)
+	}
 	return nil
 }
 
@@ -550,7 +554,26 @@ func (r *Registry) Apply(ctx context.Context, p *Plan) (store.Revision, error) {
 	if len(p.writes) == 0 {
 		return p.Revision, nil
 	}
+	r.amu.Lock()
+	defer r.amu.Unlock()
+	if err := r.stillAlone(p); err != nil {
+		return 0, err
+	}
 	return r.commit(ctx, p.checks, p.writes)
+}
+
+// stillAlone refuses a plan if what it registers was registered under another name after planning. amu is held.
+func (r *Registry) stillAlone(p *Plan) error {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, e := range p.entries {
+		id, ok := r.ix.similar[e.similar()]
+		if !ok || id == e.ID || r.ix.entries[id].Identity == nil || slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == entryPrefix+string(id) }) {
+			continue
+		}
+		return fmt.Errorf("Identity %q is the same registration as Identity %q: %w", e.Identity.Name, r.ix.entries[id].Identity.Name, ErrConflict)
+	}
+	return nil
 }
 
 // A Resource is a stored document.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/ca/store/bolt"
+	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -202,5 +203,34 @@ func TestRelistShowsTheOwnBundleToFollowers(t *testing.T) {
 		if d := f.Next(false); d != nil && d.OwnBundle {
 			return
 		}
+	}
+}
+
+// TestRacingPlansMakeOneRegistration plans two Identities that are the same registration before either is applied.
+func TestRacingPlansMakeOneRegistration(t *testing.T) {
+	r := open(t)
+	plan := func(docs string) *Plan {
+		t.Helper()
+		split, err := strictyaml.Split([]byte(docs), "test.yaml", 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := r.Plan(split, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	a := plan("kind: Identity\nname: a\nspiffeID: /web\nmatch: [\"unix:uid:1\"]\n")
+	b := plan("kind: Identity\nname: b\nspiffeID: /web\nmatch: [\"unix:uid:1\"]\n")
+	if _, err := r.Apply(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Apply(t.Context(), b); !errors.Is(err, ErrConflict) {
+		t.Errorf("the second Identity of one registration: %v", err)
+	}
+	swap := plan("kind: Identity\nname: a\nspiffeID: /other\nmatch: [\"unix:uid:1\"]\n")
+	if _, err := r.Apply(t.Context(), swap); err != nil {
+		t.Errorf("a change of the Identity itself: %v", err)
 	}
 }
