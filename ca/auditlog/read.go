@@ -134,7 +134,7 @@ func (r *reader) damage() error {
 	if r.bad == 0 {
 		return nil
 	}
-	return fmt.Errorf("%w: %d lines, the first in %s (see signet audit verify)", ErrMalformed, r.bad, r.first)
+	return fmt.Errorf("%w: %d lines, the first in %s", ErrMalformed, r.bad, r.first)
 }
 
 // Follow calls yield for each record that matches from now on, once it is durable, and if f.AfterSeq is set also for those

@@ -30,7 +30,7 @@ func (a *app) auditSearchCommand() *cobra.Command {
 		Long: `Search the audit log of this replica of the CA. TEXT is a whole value, such as a SPIFFE ID, an entry ID or a serial number: records
 whose actor, subject or any detail equals it are shown. With -o json each record is one line, as in the log.`,
 		Example: `  signet audit search spiffe://example.org/web --since 24h
-  signet audit search --event entry.created --event entry.deleted --since 2026-11-01T00:00:00Z -o json`,
+  signet audit search --event entry.create --event entry.delete --since 2026-11-01T00:00:00Z -o json`,
 		Args: atMostArgs(1),
 	}
 	output := outputFlag(cmd)

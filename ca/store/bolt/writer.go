@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 
 	"github.com/signet-id/signet/ca/store"
 )
@@ -179,7 +180,7 @@ func (s *Store) transact(group []*request, g *outcome) (err error) {
 		return err
 	}
 	defer func() {
-		if rerr := tx.Rollback(); rerr != nil && !errors.Is(rerr, bolt.ErrTxClosed) {
+		if rerr := tx.Rollback(); rerr != nil && !errors.Is(rerr, bolterrors.ErrTxClosed) {
 			err = errors.Join(err, rerr)
 		}
 	}()
