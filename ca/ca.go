@@ -13,13 +13,11 @@ import (
 	"path/filepath"
 	"reflect"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
@@ -237,6 +235,8 @@ const (
 	keepaliveTime     = 5 * time.Minute
 	keepaliveTimeout  = 20 * time.Second
 	minClientPing     = 30 * time.Second
+	// maxIdle ends connections on which no call is under way; an agent that follows is never idle.
+	maxIdle = 5 * time.Minute
 )
 
 func (ca *CA) listen() error {
@@ -259,7 +259,7 @@ func (ca *CA) listen() error {
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
 		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),
 	}
@@ -276,88 +276,6 @@ func (ca *CA) following() map[spiffeid.ID]adminapi.Following {
 		out[id] = adminapi.Following{Acknowledged: st.Acknowledged, Version: st.Version, Address: st.Address, Entries: st.Entries}
 	}
 	return out
-}
-
-// listenAdmin makes the admin socket with mode 0660 in a directory with mode 0750.
-func (ca *CA) listenAdmin() (net.Listener, error) {
-	path := ca.c.AdminSocket.Path
-	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
-		return nil, err
-	}
-	if len(path) > len(unix.RawSockaddrUnix{}.Path)-1 {
-		return nil, fmt.Errorf("path %q has %d bytes, the kernel allows %d; choose a shorter one", path, len(path), len(unix.RawSockaddrUnix{}.Path)-1)
-	}
-	if conn, err := net.Dial("unix", path); err == nil {
-		conn.Close()
-		return nil, fmt.Errorf("%s is in use by another process (is another CA running?)", path)
-	}
-	if st, err := os.Lstat(path); err == nil {
-		if st.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("%s exists and is no socket; remove it or choose another path", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, err
-		}
-	}
-	old := unix.Umask(0o117) // the socket is never wider than 0660, not even for a moment
-	l, err := net.Listen("unix", path)
-	unix.Umask(old)
-	if err != nil {
-		return nil, err
-	}
-	if err := ca.giveToGroup(path); err != nil {
-		l.Close()
-		return nil, err
-	}
-	return l, nil
-}
-
-// giveToGroup lets the configured group reach the socket. A directory that is not as listenAdmin makes one is shared
-// with others, as /run is, and stays as it is.
-func (ca *CA) giveToGroup(path string) error {
-	gid, _ := ca.c.AdminSocket.gid()
-	if gid < 0 {
-		return nil
-	}
-	if err := os.Chown(path, -1, gid); err != nil {
-		return err
-	}
-	dir := filepath.Dir(path)
-	st, err := os.Stat(dir)
-	if err != nil {
-		return err
-	}
-	if sys, ok := st.Sys().(*syscall.Stat_t); !ok || int(sys.Uid) != os.Geteuid() || st.Mode().Perm() != 0o750 {
-		return nil
-	}
-	return os.Chown(dir, -1, gid)
-}
-
-// allowLocal: root, the CA's own user, and whom the configuration names; never the overflow uid.
-func (ca *CA) allowLocal(uid, gid uint32, groups []uint32) bool {
-	if uid == overflowUID {
-		return false
-	}
-	if uid == 0 || int(uid) == os.Geteuid() {
-		return true
-	}
-	a := ca.reconfigured.Load().AdminSocket
-	for _, u := range a.UIDs {
-		if u == uid {
-			return true
-		}
-	}
-	if want, err := a.gid(); err == nil && want >= 0 {
-		if int(gid) == want {
-			return true
-		}
-		for _, g := range groups {
-			if int(g) == want {
-				return true
-			}
-		}
-	}
-	return false
 }
 
 // Addr returns the TCP address that the CA listens on.
@@ -454,7 +372,7 @@ func (ca *CA) shutdown() {
 	}
 }
 
-// sweepInterval is how often ended entries and tokens are removed.
+// sweepInterval is how often agents are told of entries that ended, and what ended long ago is removed.
 const sweepInterval = 10 * time.Second
 
 func (ca *CA) maintain(ctx context.Context) error {
@@ -467,12 +385,12 @@ func (ca *CA) maintain(ctx context.Context) error {
 		case <-t.C:
 		}
 		ca.noteHealth()
-		gone, err := ca.reg.Sweep(ctx)
-		if err != nil && ctx.Err() == nil {
+		ended := ca.reg.NoteEnds()
+		if _, err := ca.reg.Sweep(ctx); err != nil && ctx.Err() == nil {
 			ca.log.Warn("removing what has ended", "err", err)
 		}
 		var records []auditlog.Record
-		for _, e := range gone {
+		for _, e := range ended {
 			records = append(records, auditlog.Record{Time: ca.c.Now(), Event: "entry.expired", Actor: registry.ServerID(ca.td).String(), ActorKind: "system",
 				Subject: e.SPIFFEID.String(), Outcome: auditlog.Done, Details: map[string]any{"entry_id": string(e.ID)}})
 		}
@@ -560,6 +478,9 @@ func (ca *CA) Reload(c Config) (needRestart []string, err error) {
 	now.Logging.Level, now.AdminIDs, now.AdminSocket.UIDs, now.AdminSocket.Group = c.Logging.Level, c.AdminIDs, c.AdminSocket.UIDs, c.AdminSocket.Group
 	if lv, err := c.Logging.level(); err == nil {
 		ca.level.Set(lv)
+	}
+	if err := now.AdminSocket.admit(); err != nil {
+		return nil, fmt.Errorf("admin_socket: %w", err)
 	}
 	ca.reconfigured.Store(&now)
 	have, want := reflect.ValueOf(now), reflect.ValueOf(c)

@@ -18,7 +18,7 @@ import (
 
 const (
 	defaultAuditLimit = 1000
-	maxAuditLimit     = 1_000_000
+	maxAuditLimit     = 100_000
 	maxAuditEvents    = 64
 )
 
@@ -80,7 +80,7 @@ func (a *API) SearchAudit(req *adminv1.SearchAuditRequest, s grpc.ServerStreamin
 	limit := int(req.Limit)
 	switch {
 	case limit < 0 || limit > maxAuditLimit:
-		return a.toStatus(&registry.ValidationError{Field: "limit", Problem: "must be 1 to 1000000; 0 means 1000"})
+		return a.toStatus(&registry.ValidationError{Field: "limit", Problem: "must be 1 to 100000; 0 means 1000"})
 	case limit == 0:
 		limit = defaultAuditLimit
 	}
@@ -122,9 +122,10 @@ func (a *API) searchAudit(ctx context.Context, req *adminv1.SearchAuditRequest, 
 	}
 	// The newest of the past: a ring of the last ones, since the log is read oldest first.
 	past := make([]auditlog.Record, 0, min(limit, 1024))
-	next, last := 0, uint64(0)
+	// What comes between the search and the following is not lost: following begins where the search began at least.
+	next, last := 0, a.c.Audit.Checkpoint().Seq
 	err := a.c.Audit.Search(ctx, f, func(r auditlog.Record) error {
-		last = r.Seq
+		last = max(last, r.Seq)
 		switch {
 		case !wanted(req, r):
 		case len(past) < limit:

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -52,7 +53,7 @@ func TestEveryCutIsRecovered(t *testing.T) {
 		if err := os.WriteFile(path, data[:cut], 0o600); err != nil {
 			t.Fatal(err)
 		}
-		l := openLog(t, Config{Dir: dir})
+		l := openLog(t, Config{Dir: dir, Log: slog.New(slog.DiscardHandler)})
 		whole := max(bytes.Count(data[:cut], []byte{'\n'})-1, 0)
 		if n := checkLog(t, l); n != uint64(whole) {
 			t.Fatalf("cut at %d: %d records, want %d", cut, n, whole)

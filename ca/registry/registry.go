@@ -251,6 +251,8 @@ type index struct {
 	byParent map[spiffeid.ID]map[EntryID]*Entry
 	byID     map[spiffeid.ID]map[EntryID]*Entry
 	similar  map[string]EntryID
+	ending   map[EntryID]*Entry         // entries with an end
+	ended    map[EntryID]bool           // those of them whose end the followers know of
 	groups   map[spiffeid.ID]*nodeGroup // groups of nodes named by Identities
 	nodes    map[spiffeid.ID]*Node
 	tokens   map[string]*Token
@@ -269,7 +271,7 @@ type nodeGroup struct {
 func newIndex() *index {
 	return &index{
 		entries: map[EntryID]*Entry{}, byParent: map[spiffeid.ID]map[EntryID]*Entry{}, byID: map[spiffeid.ID]map[EntryID]*Entry{},
-		similar: map[string]EntryID{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{},
+		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
 		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{},
 	}
@@ -354,6 +356,8 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 			}
 		}
 	}
+	delete(ix.ending, id)
+	delete(ix.ended, id)
 	if new == nil {
 		delete(ix.entries, id)
 		ix.order.remove(id)
@@ -365,6 +369,9 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 		put(ix.byParent, new.ParentID, id, new)
 		put(ix.byID, new.SPIFFEID, id, new)
 		ix.similar[new.similar()] = id
+		if !new.ExpiresAt.IsZero() {
+			ix.ending[id] = new
+		}
 		ch.roots = ch.roots || new.alias()
 		if new.OnNodes {
 			g := ix.groups[new.ParentID]

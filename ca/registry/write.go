@@ -386,14 +386,42 @@ func (r *Registry) DeleteBundle(ctx context.Context, td spiffeid.TrustDomain) (s
 	return r.commit(ctx, []store.Check{{Key: key, Modified: it.Modified}}, []store.Write{{Key: key, Delete: true}})
 }
 
-// Sweep deletes what has ended: entries past expires_at, and join tokens past their expiry. It returns the entries
+// NoteEnds tells the followers which entries came to their end since the last call, or hold again because the clock
+// was set back, and returns the former. Issuance needs no notice: it looks at the end itself.
+func (r *Registry) NoteEnds() []*Entry {
+	now := r.c.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var ch changes
+	var ended []*Entry
+	for id, e := range r.ix.ending {
+		is := e.Expired(now)
+		if is == r.ix.ended[id] {
+			continue
+		}
+		r.ix.ended[id] = is
+		ch.entries = append(ch.entries, entryChange{e, e})
+		ch.roots = ch.roots || e.alias()
+		if is {
+			ended = append(ended, e)
+		}
+	}
+	r.follow.mark(r.ix, &ch)
+	return ended
+}
+
+// sweepGrace is how long what has ended is kept: a clock that jumped forward and is set right again shall not have
+// destroyed anything.
+const sweepGrace = 24 * time.Hour
+
+// Sweep deletes what ended a day ago: entries past expires_at, and join tokens past their expiry. It returns the entries
 // that it removed.
 func (r *Registry) Sweep(ctx context.Context) ([]*Entry, error) {
-	now := r.c.Now()
+	now := r.c.Now().Add(-sweepGrace)
 	var entries, gone []*Entry
 	var checks []store.Check
 	r.mu.RLock()
-	for _, e := range r.ix.entries {
+	for _, e := range r.ix.ending {
 		if e.Expired(now) {
 			entries = append(entries, e)
 			checks = append(checks, store.Check{Key: entryPrefix + string(e.ID), Modified: e.Revision})

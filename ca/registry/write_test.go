@@ -115,10 +115,11 @@ func TestSweepRemovesAllThatHasEnded(t *testing.T) {
 	go func() { done <- r.Run(ctx) }()
 	defer func() { cancel(); <-done }()
 	const entries, tokens = 250, 120
+	agent, _ := AgentID(td, "join_token", "n")
 	var batch []*Entry
 	for i := range entries {
 		e := numbered(i)
-		e.ExpiresAt = now().Add(time.Minute)
+		e.ExpiresAt, e.ParentID = now().Add(time.Minute), agent
 		batch = append(batch, e)
 	}
 	batch = append(batch, numbered(entries))
@@ -132,7 +133,31 @@ func TestSweepRemovesAllThatHasEnded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// A clock that jumps ahead and back destroys nothing, and what has ended is no longer there for its agents.
+	if err := r.PutNode(ctx, &Node{ID: agent, Serial: "1", Active: true}, nil); err != nil {
+		t.Fatal(err)
+	}
+	f := r.Follow(agent, 0, false)
+	defer f.Close()
+	before := len(f.Next(true).Entries)
 	offset.Store(int64(time.Hour))
+	if ended := r.NoteEnds(); len(ended) != entries {
+		t.Errorf("%d entries ended, want %d", len(ended), entries)
+	}
+	if d := f.Next(true); before != entries || len(d.RemovedEntries) != entries {
+		t.Errorf("the agent loses %d entries of %d", len(d.RemovedEntries), before)
+	}
+	if gone, err := r.Sweep(ctx); err != nil || len(gone) != 0 {
+		t.Errorf("%d entries removed an hour after their end: %v", len(gone), err)
+	}
+	offset.Store(0)
+	if ended := r.NoteEnds(); len(ended) != 0 {
+		t.Errorf("%d entries ended when the clock went back", len(ended))
+	}
+	if d := f.Next(true); len(d.Entries) != entries {
+		t.Errorf("the agent has %d entries back of %d", len(d.Entries), before)
+	}
+	offset.Store(int64(26 * time.Hour))
 	gone, err := r.Sweep(ctx)
 	if err != nil || len(gone) != entries {
 		t.Errorf("%d entries removed, want %d: %v", len(gone), entries, err)
