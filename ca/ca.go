@@ -12,11 +12,13 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -222,9 +224,19 @@ func (ca *CA) reloadAuthorities(ctx context.Context) error {
 // refused audits and counts callers that package access turned away.
 func (ca *CA) refused(ctx context.Context, c *access.Caller, method string, err error) {
 	st := status.Convert(err)
-	ca.metrics.refusals.WithLabelValues(st.Code().String()).Inc()
+	ca.metrics.refusals.WithLabelValues(refusalReason(st)).Inc()
 	ca.refusals.Record(ctx, c, auditlog.Record{Time: ca.c.Now(), Event: "call.refused", Actor: c.String(), ActorKind: c.KindName(), Outcome: auditlog.Refused,
 		Details: map[string]any{"method": method, "reason": st.Message(), "address": c.Address}})
+}
+
+// refusalReason names why a call was refused: SPIRE's reason if there is one, else the code.
+func refusalReason(st *status.Status) string {
+	for _, d := range st.Details() {
+		if p, ok := d.(*types.PermissionDeniedDetails); ok {
+			return strings.ToLower(p.Reason.String())
+		}
+	}
+	return strings.ToLower(st.Code().String())
 }
 
 // Limits of the port.

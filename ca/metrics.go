@@ -29,7 +29,7 @@ func newMetrics(ca *CA) *metrics {
 		svids: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_ca_svids_total",
 			Help: "SVIDs by kind (x509, jwt, agent) and outcome (issued, refused)."}, []string{"kind", "outcome"}),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_ca_calls_refused_total",
-			Help: "Calls turned away before their RPC ran, by gRPC code."}, []string{"code"}),
+			Help: "Calls turned away before their RPC ran, by reason: agent_banned, agent_expired, ..., or the gRPC code."}, []string{"reason"}),
 		commits: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "signet_ca_store_seconds",
 			Help: "Time of store operations.", Buckets: prometheus.ExponentialBuckets(0.0001, 4, 9)}, []string{"op"}),
 	}
