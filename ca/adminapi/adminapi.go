@@ -203,6 +203,8 @@ const (
 	maxUnpaged = 10000
 	// maxPageBytes ends a page early: gRPC's clients take messages of 4 MiB unless they are told otherwise.
 	maxPageBytes = 2 << 20
+	// maxUnpagedBytes is the most that a caller who does not page is sent.
+	maxUnpagedBytes = 7 << 19
 )
 
 func pageSize(asked int32) (int, error) {
@@ -217,7 +219,7 @@ func pageSize(asked int32) (int, error) {
 
 func checkUnpaged(asked int32, more bool) error {
 	if asked == 0 && more {
-		return status.Errorf(codes.ResourceExhausted, "page_size: more than %d results; set page_size and follow next_page_token", maxUnpaged)
+		return status.Errorf(codes.ResourceExhausted, "page_size: the results are more than %d or too large for one message; set page_size and follow next_page_token", maxUnpaged)
 	}
 	return nil
 }

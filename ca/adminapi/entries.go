@@ -318,6 +318,9 @@ func (a *API) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*
 			out.NextPageToken = writeToken(string(page[i-1].ID))
 			return out, nil
 		}
+		if err := checkUnpaged(req.PageSize, sum > maxUnpagedBytes); err != nil {
+			return nil, err
+		}
 		out.Entries = append(out.Entries, m)
 	}
 	if more {
