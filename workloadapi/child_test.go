@@ -9,9 +9,11 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"golang.org/x/sys/unix"
@@ -29,8 +31,8 @@ import (
 //	sniff FD MARK     read raw bytes from FD and say whether MARK was among them when it ends
 //	idle              say hello and wait
 //
-// and the lines of input: "exec EXE args...", with the connection still open as descriptor 9, "setuid REAL EFFECTIVE
-// SAVED", "exit".
+// and the lines of input: "exec EXE args...", where the argument FD stands for the descriptor of the connection, which
+// stays open, "setuid REAL EFFECTIVE SAVED", "exit".
 func child(args []string, in io.Reader, out io.Writer) int {
 	var conn net.Conn
 	var err error
@@ -48,8 +50,21 @@ func child(args []string, in io.Reader, out io.Writer) int {
 		return 1
 	}
 	switch args[0] {
-	case "fetch", "fetchfd":
+	case "fetch":
 		go fetch(conn, out)
+	case "fetchfd":
+		fetched := make(chan struct{})
+		go func() {
+			defer close(fetched)
+			fetch(conn, out)
+		}()
+		// Its parent's end is the end of the input: what becomes of the stream then is what the tests ask.
+		defer func() {
+			select {
+			case <-fetched:
+			case <-time.After(10 * time.Second):
+			}
+		}()
 	case "pass":
 		f, _ := conn.(*net.UnixConn).File()
 		heir := exec.Command("/proc/self/exe", "fetchfd", "3")
@@ -117,16 +132,23 @@ func sniff(conn net.Conn, mark string, out io.Writer) {
 func obey(words []string, conn net.Conn, out io.Writer) error {
 	switch words[0] {
 	case "exec":
-		if conn != nil {
-			f, err := conn.(*net.UnixConn).File()
-			if err != nil {
-				return err
-			}
-			if err := unix.Dup3(int(f.Fd()), 9, 0); err != nil {
-				return err
+		f, err := conn.(*net.UnixConn).File()
+		if err != nil {
+			return err
+		}
+		// Whatever its number is: a fixed one may be taken, also by the duplicate itself.
+		fd := f.Fd()
+		if _, err := unix.FcntlInt(fd, unix.F_SETFD, 0); err != nil { // not to be closed by exec
+			return err
+		}
+		for i, word := range words {
+			if word == "FD" {
+				words[i] = strconv.Itoa(int(fd))
 			}
 		}
-		return syscall.Exec(words[1], words[1:], os.Environ())
+		err = syscall.Exec(words[1], words[1:], os.Environ())
+		runtime.KeepAlive(f)
+		return err
 	case "setuid":
 		var ids [3]int
 		for i := range ids {

@@ -211,7 +211,7 @@ func TestWEP_24_WAPI_17_ShutdownIsUnavailableAndSourcesRecover(t *testing.T) {
 		t.Errorf("stopping took %s", took)
 	}
 	for name, end := range ends {
-		if err := <-end; codeOf(err) != codes.Unavailable {
+		if err := within(t, "the end of "+name, end); codeOf(err) != codes.Unavailable {
 			t.Errorf("%s ended with %v, want Unavailable", name, err)
 		}
 	}
@@ -362,12 +362,12 @@ func TestPerUserStreamLimit(t *testing.T) {
 		recv(t, stream)
 	}
 	wantCode(t, first(client.FetchX509SVID(spiffeCtx(t), &workload.X509SVIDRequest{})), codes.Unavailable, "too many calls")
-	if end := <-ends; end.Code != codes.Unavailable || end.Method != workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName {
+	if end := within(t, "the call's end", ends); end.Code != codes.Unavailable || end.Method != workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName {
 		t.Errorf("OnCall got %+v", end)
 	}
 	cancel()
 	for range 3 {
-		if end := <-ends; end.Code != codes.Canceled {
+		if end := within(t, "the call's end", ends); end.Code != codes.Canceled {
 			t.Errorf("a stream that the client gave up ended with %v", end.Code)
 		}
 	}

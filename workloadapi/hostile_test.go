@@ -42,12 +42,11 @@ func TestWEP_21_ExecBetweenAttestationAndAnswer(t *testing.T) {
 	a := newAuthority(t, "example.org", "k1")
 	good, evil := copyOfSelf(t, "good"), copyOfSelf(t, "evil")
 	src := newMemory(a, entry{match: having(inodeOf(t, good)), identity: a.identity(t, "/secret-name")})
-	var w *workloadProcess
-	ready := make(chan struct{})
+	// The attestor hands over to the test, which alone may end itself.
+	paused, resume := make(chan struct{}), make(chan struct{})
 	attestor := &pausingAttestor{pause: func() {
-		<-ready
-		w.say(t, "exec "+evil+" sniff 9 secret-name")
-		w.want(t, "sniffing") // from here on it is another program
+		close(paused)
+		<-resume
 	}}
 	ends := make(chan workloadapi.CallEnd, 4)
 	e := serve(t, src, func(c *workloadapi.Config) {
@@ -55,9 +54,14 @@ func TestWEP_21_ExecBetweenAttestationAndAnswer(t *testing.T) {
 		c.OnCall = func(end workloadapi.CallEnd) { ends <- end }
 		c.OnPush = func(string) { t.Error("a message was sent to a program without identity") }
 	})
-	w = startChild(t, good, nil, "fetch", e.path)
-	close(ready)
-	if end := <-ends; end.Code != codes.PermissionDenied {
+	resumeOnce := sync.OnceFunc(func() { close(resume) })
+	t.Cleanup(resumeOnce)
+	w := startChild(t, good, nil, "fetch", e.path)
+	within(t, "the attestation", paused)
+	w.say(t, "exec "+evil+" sniff FD secret-name")
+	w.want(t, "sniffing") // from here on it is another program
+	resumeOnce()
+	if end := within(t, "the call's end", ends); end.Code != codes.PermissionDenied {
 		t.Errorf("the call ended with %v, want PermissionDenied", end.Code)
 	}
 	e.stop()
@@ -87,17 +91,17 @@ func TestWEP_21_ExecBeforePush(t *testing.T) {
 			})
 			w := startChild(t, good, nil, "fetch", e.path)
 			w.want(t, "svid spiffe://example.org/first-name")
-			<-pushes
-			w.say(t, "exec "+tt.exe+" sniff 9 second-name")
+			within(t, "a push", pushes)
+			w.say(t, "exec "+tt.exe+" sniff FD second-name")
 			w.want(t, "sniffing")
 			second := a.identity(t, "/second-name")
 			src.change(func() { src.entries[0].identity = second }) // the renewed SVID of what it was
 			if tt.pushes == 0 {
-				if end := <-ends; end.Code != codes.PermissionDenied {
+				if end := within(t, "the call's end", ends); end.Code != codes.PermissionDenied {
 					t.Errorf("the stream ended with %v, want PermissionDenied", end.Code)
 				}
 			} else {
-				<-pushes
+				within(t, "a push", pushes)
 			}
 			e.stop()
 			if got := w.want(t, "sniffed"); got != "sniffed false" {
@@ -157,7 +161,7 @@ func TestWAPI_16_StoppedReaderHoldsOneStateOnly(t *testing.T) {
 	e := serve(t, src, func(c *workloadapi.Config) { c.OnPush = func(m string) { pushes <- m } })
 	w := startChild(t, copyOfSelf(t, "workload"), nil, "fetch", e.path)
 	w.want(t, "svid spiffe://example.org/web")
-	<-pushes
+	within(t, "a push", pushes)
 	if err := w.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +174,11 @@ func TestWAPI_16_StoppedReaderHoldsOneStateOnly(t *testing.T) {
 	if err := w.cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	for line := range w.lines {
+	for ctx := spiffeCtx(t); ; {
+		line, err := w.next(ctx)
+		if err != nil {
+			t.Fatalf("the stream did not end: %v", err)
+		}
 		if strings.HasPrefix(line, "end ") {
 			if !strings.HasPrefix(line, "end PermissionDenied") {
 				t.Errorf("the stream: %q, want PermissionDenied", line)
@@ -178,5 +186,4 @@ func TestWAPI_16_StoppedReaderHoldsOneStateOnly(t *testing.T) {
 			return
 		}
 	}
-	t.Error("the stream did not end")
 }

@@ -82,16 +82,16 @@ func TestWAPI_07_NoChangeNoMessage(t *testing.T) {
 		t.Fatal(err)
 	}
 	recv(t, stream)
-	<-pushed
-	<-src.handedOn
+	within(t, "a push", pushed)
+	within(t, "an acknowledgement", src.handedOn)
 	// A bundle that the caller may not have, a JWT key: nothing that the message shows. The source is told all the same
 	// that the state has been handed on, since activation of an authority waits for it.
 	src.change(func() { src.x509[foreign.td] = foreign.cert.Raw; src.revision = 2 })
-	if got := <-src.handedOn; got != 2 {
+	if got := within(t, "an acknowledgement", src.handedOn); got != 2 {
 		t.Errorf("handed on revision %d, want 2", got)
 	}
 	src.change(func() { src.jwt[foreign.td] = nil; src.revision = 3 })
-	if got := <-src.handedOn; got != 3 {
+	if got := within(t, "an acknowledgement", src.handedOn); got != 3 {
 		t.Errorf("handed on revision %d, want 3", got)
 	}
 	if len(pushed) != 0 {
@@ -126,7 +126,7 @@ func TestWAPI_08_BundleUpdatesAreSpread(t *testing.T) {
 	src.change(func() { src.x509[a.td] = append(bytes.Clone(a.cert.Raw), next.cert.Raw...) })
 	early := 0
 	for range streams {
-		if (<-arrived).Sub(start) < window/3 {
+		if within(t, "an update", arrived).Sub(start) < window/3 {
 			early++
 		}
 	}
