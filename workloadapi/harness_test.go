@@ -10,6 +10,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -154,6 +155,7 @@ type memory struct {
 	x509     map[spiffeid.TrustDomain][]byte
 	jwt      map[spiffeid.TrustDomain]map[string]crypto.PublicKey
 	policies *policyv1.PolicySet
+	offline  time.Time
 	revision int64
 	watching int
 	handedOn chan int64
@@ -192,7 +194,7 @@ func (m *memory) state(c workloadapi.Caller) (workloadapi.Update, <-chan struct{
 	}
 	u := workloadapi.Update{
 		TrustDomain: m.own.td, X509Bundles: map[spiffeid.TrustDomain][]byte{}, JWTBundles: map[spiffeid.TrustDomain]map[string]crypto.PublicKey{},
-		Policies: m.policies, BundleRevision: m.revision,
+		Policies: m.policies, Offline: m.offline, BundleRevision: m.revision,
 	}
 	for td, b := range m.x509 {
 		u.X509Bundles[td] = b
@@ -344,8 +346,13 @@ func serveAt(t testing.TB, path string, src workloadapi.Source, adjust ...func(*
 	go func() { done <- e.Run(ctx) }()
 	e.stop = sync.OnceFunc(func() {
 		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Run = %v, want nil", err)
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("Run = %v, want nil", err)
+			}
+		case <-time.After(30 * time.Second):
+			t.Error("Run does not end with its context")
 		}
 	})
 	t.Cleanup(e.stop)
@@ -444,20 +451,38 @@ func (w *workloadProcess) say(t testing.TB, line string) {
 	}
 }
 
-func (w *workloadProcess) want(t testing.TB, prefix string) string {
-	t.Helper()
-	timer := time.NewTimer(20 * time.Second)
-	defer timer.Stop()
+// next returns what the child says next; an error if it has ended or says nothing until ctx ends.
+func (w *workloadProcess) next(ctx context.Context) (string, error) {
 	select {
 	case line, ok := <-w.lines:
-		if !ok || !strings.HasPrefix(line, prefix) {
-			t.Fatalf("the child says %q (running %t), want %q", line, ok, prefix)
+		if !ok {
+			return "", errors.New("the child has ended")
 		}
-		return line
-	case <-timer.C:
-		t.Fatalf("the child does not say %q", prefix)
-		return ""
+		return line, nil
+	case <-ctx.Done():
+		return "", fmt.Errorf("the child says nothing: %w", ctx.Err())
 	}
+}
+
+func (w *workloadProcess) want(t testing.TB, prefix string) string {
+	t.Helper()
+	line, err := w.next(spiffeCtx(t))
+	if err != nil || !strings.HasPrefix(line, prefix) {
+		t.Fatalf("the child says %q (%v), want %q", line, err, prefix)
+	}
+	return line
+}
+
+// within returns what comes over c. A test that waits in vain fails, and says for what.
+func within[T any](t testing.TB, what string, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-spiffeCtx(t).Done():
+		t.Fatalf("%s did not come", what)
+	}
+	panic("unreachable")
 }
 
 // copyOfSelf puts a copy of the test binary where any user may run it.

@@ -30,6 +30,9 @@ func (p *policyService) Watch(req *policyapi.WatchRequest, ss grpc.ServerStreami
 				return Message{}, &formatError{reads: req.GetFormat(), have: have}
 			}
 			resp := &policyapi.WatchResponse{Policies: u.Policies}
+			if !u.Offline.IsZero() {
+				resp.OfflineSince = u.Offline.Unix()
+			}
 			seen := map[string]bool{}
 			for _, i := range u.Identities {
 				if id := i.ID.String(); !seen[id] {

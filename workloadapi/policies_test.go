@@ -35,6 +35,16 @@ func TestPoliciesWatch(t *testing.T) {
 	if got := recv(t, stream); got.Policies.GetRevision() != 8 || len(got.Policies.GetPolicies()) != 0 {
 		t.Errorf("the next message has revision %d", got.Policies.GetRevision())
 	}
+	// So is the loss of the CA, at once and with its time, and its return.
+	lost := time.Unix(1700000000, 5)
+	src.change(func() { src.offline = lost })
+	if got := recv(t, stream); got.GetOfflineSince() != lost.Unix() || got.Policies.GetRevision() != 8 {
+		t.Errorf("offline since %d at revision %d, want %d at 8", got.GetOfflineSince(), got.Policies.GetRevision(), lost.Unix())
+	}
+	src.change(func() { src.offline = time.Time{} })
+	if got := recv(t, stream); got.GetOfflineSince() != 0 {
+		t.Errorf("offline since %d, want contact", got.GetOfflineSince())
+	}
 	src.change(func() { src.policies = &policyv1.PolicySet{Format: 2} })
 	wantCode(t, last(stream, nil), codes.FailedPrecondition, "format 2", "upgrade")
 	wantCode(t, first(client.Watch(spiffeCtx(t), &policyapi.WatchRequest{})), codes.InvalidArgument, "format")

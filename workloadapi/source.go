@@ -94,6 +94,9 @@ type Update struct {
 	// Policies are the call policies of the caller's own IDs and no others; nil if policies were never synchronised.
 	Policies *policyv1.PolicySet
 
+	// Offline is since when the agent has had no contact to its CA, so that Policies may be out of date; zero while it has.
+	Offline time.Time
+
 	// Entitled says that the caller has at least one registration entry, even though its SVID may still be on its way.
 	Entitled bool
 

@@ -88,6 +88,7 @@ type fixture struct {
 	f      *follower
 	client *Client
 	synced chan struct{}
+	lost   chan struct{}
 	ended  chan error
 	stop   context.CancelFunc
 
@@ -97,11 +98,12 @@ type fixture struct {
 
 func run(t *testing.T, ca *faultca.CA) *fixture {
 	t.Helper()
-	x := &fixture{t: t, ca: ca, f: newFollower(), svid: agentSVID(t, ca), synced: make(chan struct{}, 100), ended: make(chan error, 1)}
+	x := &fixture{t: t, ca: ca, f: newFollower(), svid: agentSVID(t, ca), synced: make(chan struct{}, 100), lost: make(chan struct{}, 100), ended: make(chan error, 1)}
 	client, err := New(Config{
 		Address: ca.Addr, TrustDomain: ca.TrustDomain, Follower: x.f, Log: slog.New(slog.DiscardHandler),
 		Bundles: x509bundle.FromX509Authorities(ca.TrustDomain, []*x509.Certificate{ca.Root}),
 		InSync:  func() { x.synced <- struct{}{} },
+		Lost:    func() { x.lost <- struct{}{} },
 		Identity: func() *x509svid.SVID {
 			x.mu.Lock()
 			defer x.mu.Unlock()

@@ -76,6 +76,10 @@ type Config struct {
 	// block. May be nil.
 	InSync func()
 
+	// Lost is called when the contact that InSync told of has ended: the connection broke, or the CA refuses this agent. It
+	// is not called when another connection takes over. It must not block. May be nil.
+	Lost func()
+
 	// Version is the agent's, for the CA's list of agents.
 	Version string
 
@@ -117,7 +121,8 @@ func New(c Config) (*Client, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	client := &Client{config: c, jwt: newJWTQueue()}
+	client := &Client{config: c}
+	client.jwt = newJWTQueue(client.issueJWTs)
 	client.batch.Store(MaxBatch)
 	return client, nil
 }
@@ -129,7 +134,8 @@ func (c *Client) Run(ctx context.Context) error {
 	defer retiring.Wait()
 	wait := retryMin
 	var old *session
-	fresh := false // ask for a snapshot, whatever is held
+	fresh := false   // ask for a snapshot, whatever is held
+	contact := false // InSync was called, and Lost has not been since
 	for {
 		started := time.Now()
 		s, err := c.open()
@@ -139,6 +145,7 @@ func (c *Client) Run(ctx context.Context) error {
 		}
 		if err == nil {
 			err = c.follow(ctx, s, fresh)
+			contact = contact || s.inSync.Load()
 		}
 		if ctx.Err() == nil && errors.Is(err, errReplaced) {
 			old, wait, fresh = s, retryMin, false
@@ -150,6 +157,10 @@ func (c *Client) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		if contact && c.config.Lost != nil {
+			c.config.Lost()
+		}
+		contact = false
 		var denied *DeniedError
 		if errors.As(err, &denied) {
 			if s.svid == c.config.Identity() {

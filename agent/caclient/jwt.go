@@ -28,10 +28,12 @@ type JWTSVID struct {
 	IssuedAt, ExpiresAt time.Time
 }
 
-// jwtQueue gathers requests for JWT-SVIDs into batches. There is no goroutine of its own: of those who wait, whoever
-// gets a place in flight carries the batch for all.
+// jwtQueue gathers requests for JWT-SVIDs into batches. Of those who wait, whoever gets a place in flight sends the batch
+// off for all; it goes on without them if they go.
 type jwtQueue struct {
 	flight chan struct{} // a place for each call under way
+	// issue asks for a batch. The answers are positional; an error is everybody's.
+	issue func(context.Context, []*jwtRequest) ([]jwtAnswer, error)
 
 	mu      sync.Mutex
 	waiting []*jwtRequest
@@ -40,6 +42,7 @@ type jwtQueue struct {
 type jwtRequest struct {
 	entryID  string
 	audience []string
+	taken    chan struct{}  // closed when it has become part of a batch
 	done     chan jwtAnswer // holds one
 }
 
@@ -48,7 +51,9 @@ type jwtAnswer struct {
 	err  error
 }
 
-func newJWTQueue() *jwtQueue { return &jwtQueue{flight: make(chan struct{}, maxJWTFlight)} }
+func newJWTQueue(issue func(context.Context, []*jwtRequest) ([]jwtAnswer, error)) *jwtQueue {
+	return &jwtQueue{flight: make(chan struct{}, maxJWTFlight), issue: issue}
+}
 
 func (q *jwtQueue) add(r *jwtRequest) bool {
 	q.mu.Lock()
@@ -74,36 +79,47 @@ func (q *jwtQueue) take() []*jwtRequest {
 	n := min(len(q.waiting), MaxBatch)
 	batch := slices.Clone(q.waiting[:n])
 	q.waiting = slices.Delete(q.waiting, 0, n)
+	for _, r := range batch {
+		close(r.taken)
+	}
 	return batch
 }
 
 // NewJWTSVID asks for a JWT-SVID of a registration entry for exactly these audiences, in this order.
 func (c *Client) NewJWTSVID(ctx context.Context, entryID string, audience []string) (JWTSVID, error) {
-	r := &jwtRequest{entryID: entryID, audience: audience, done: make(chan jwtAnswer, 1)}
-	if !c.jwt.add(r) {
+	return c.jwt.ask(ctx, entryID, audience)
+}
+
+func (q *jwtQueue) ask(ctx context.Context, entryID string, audience []string) (JWTSVID, error) {
+	r := &jwtRequest{entryID: entryID, audience: audience, taken: make(chan struct{}), done: make(chan jwtAnswer, 1)}
+	if !q.add(r) {
 		return JWTSVID{}, status.Error(codes.Unavailable, "too many JWT-SVIDs are being asked for; try again")
 	}
+	flight, taken := q.flight, r.taken
 	for {
 		select {
 		case a := <-r.done:
 			return a.svid, a.err
 		case <-ctx.Done():
-			c.jwt.remove(r)
+			q.remove(r)
 			return JWTSVID{}, ctx.Err()
-		case c.jwt.flight <- struct{}{}:
-			// The batch is for others too: it does not end with this caller.
-			c.carry(context.WithoutCancel(ctx), c.jwt.take())
-			<-c.jwt.flight
+		case <-taken:
+			flight, taken = nil, nil // nothing is left to do but to wait
+		case flight <- struct{}{}:
+			// The batch is for others too: it does not end with this caller, but with its call to the CA.
+			go q.carry(context.WithoutCancel(ctx), q.take())
 		}
 	}
 }
 
-// carry asks for a batch and hands out the answers. An empty batch was taken by somebody else.
-func (c *Client) carry(ctx context.Context, batch []*jwtRequest) {
+// carry asks for a batch, hands out the answers and gives its place in flight back. An empty batch was taken by somebody
+// else.
+func (q *jwtQueue) carry(ctx context.Context, batch []*jwtRequest) {
+	defer func() { <-q.flight }()
 	if len(batch) == 0 {
 		return
 	}
-	answers, err := c.issueJWTs(ctx, batch)
+	answers, err := q.issue(ctx, batch)
 	for i, r := range batch {
 		if err != nil {
 			r.done <- jwtAnswer{err: err}
@@ -113,6 +129,7 @@ func (c *Client) carry(ctx context.Context, batch []*jwtRequest) {
 	}
 }
 
+// issueJWTs sends a batch to the CA.
 func (c *Client) issueJWTs(ctx context.Context, batch []*jwtRequest) ([]jwtAnswer, error) {
 	s, release, err := c.use()
 	if err != nil {

@@ -75,6 +75,9 @@ const (
 	// maxHeld and maxHeldPerUID bound the calls that are held for registrations in flight.
 	maxHeld       = 4096
 	maxHeldPerUID = 64
+	// offlineQuiet is how long a loss of contact lasts before watchers are told, so that a CA that is restarted disturbs
+	// nobody. The time that they are told is that of the loss.
+	offlineQuiet = 5 * time.Second
 	// clockJump is a difference between the wall clock and the machine's steady clock that is no drift.
 	clockJump = 5 * time.Second
 )
@@ -140,6 +143,11 @@ type Cache struct {
 	held     int
 	heldUID  map[uint32]int
 	handed   handedOn
+
+	// offline is since when there has been no contact to the CA, zero while there is; told is what watchers are told of
+	// it, from tellAt on.
+	offline, told time.Time
+	tellAt        time.Time // on the steady clock
 }
 
 // New returns an empty Cache. Run makes it work.
@@ -309,10 +317,39 @@ func (c *Cache) takeChange(s *state, change change) {
 	}
 }
 
+// Offline tells the cache that the contact to the CA is lost, now. InSync ends that.
+func (c *Cache) Offline() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.offline.IsZero() {
+		return
+	}
+	c.offline = c.config.Now()
+	c.tellAt = time.Now().Add(offlineQuiet)
+	c.retimeTo(c.tellAt)
+}
+
+// tellOffline tells watchers of the loss of contact when its time has come, or of its end. It is called with mu held.
+func (c *Cache) tellOffline() {
+	if c.told.Equal(c.offline) {
+		return
+	}
+	if left := time.Until(c.tellAt); !c.offline.IsZero() && left > 0 {
+		c.retimeTo(c.tellAt)
+		return
+	}
+	c.told = c.offline
+	for w := range c.watchers {
+		w.kick()
+	}
+}
+
 // InSync tells the cache that the CA is there (again): what it failed to get is asked for at once.
 func (c *Cache) InSync() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.offline = time.Time{}
+	c.tellOffline()
 	for _, r := range c.records {
 		r.failures, r.retryAt = 0, time.Time{}
 		c.check(r, c.config.Now())

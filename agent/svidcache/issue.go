@@ -158,6 +158,7 @@ func (c *Cache) look(now time.Time, jumped bool) time.Duration {
 	defer c.mu.Unlock()
 	s := c.state.Load()
 	c.nextTick = time.Now().Add(tick)
+	c.tellOffline()
 	ended := make(map[*watcher]struct{})
 	for _, r := range c.records {
 		if jumped {

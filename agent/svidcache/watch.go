@@ -287,6 +287,7 @@ type shown struct {
 	bundles    map[spiffeid.TrustDomain]*bundle // own and federated
 	ownTD      spiffeid.TrustDomain
 	policies   *policyv1.PolicySet
+	offline    time.Time // since when; zero: not
 	entitled   bool
 }
 
@@ -303,7 +304,7 @@ func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 	s := c.state.Load()
 	wall := c.config.Now()
 	complete = true
-	n := &shown{bundles: make(map[spiffeid.TrustDomain]*bundle, 1), ownTD: c.config.TrustDomain, entitled: len(w.entries) > 0}
+	n := &shown{bundles: make(map[spiffeid.TrustDomain]*bundle, 1), ownTD: c.config.TrustDomain, offline: c.told, entitled: len(w.entries) > 0}
 	if own := s.bundles[n.ownTD]; own != nil {
 		n.bundles[n.ownTD] = own
 	}
@@ -367,7 +368,7 @@ func (p *policies) set(td spiffeid.TrustDomain, found []*policyv1.Policy, sent *
 
 // same says whether a caller sees no difference between n and what was sent (WAPI-07).
 func (n *shown) same(sent *shown) bool {
-	if sent == nil || n.entitled != sent.entitled || n.policies != sent.policies || len(n.bundles) != len(sent.bundles) {
+	if sent == nil || n.entitled != sent.entitled || n.policies != sent.policies || !n.offline.Equal(sent.offline) || len(n.bundles) != len(sent.bundles) {
 		return false
 	}
 	for td, b := range n.bundles {
@@ -387,6 +388,7 @@ func (n *shown) update(own spiffeid.TrustDomain) workloadapi.Update {
 		X509Bundles: make(map[spiffeid.TrustDomain][]byte, len(n.bundles)),
 		JWTBundles:  make(map[spiffeid.TrustDomain]map[string]crypto.PublicKey, len(n.bundles)),
 		Policies:    n.policies,
+		Offline:     n.offline,
 		Entitled:    n.entitled,
 	}
 	for _, i := range n.identities {

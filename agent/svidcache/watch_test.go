@@ -382,3 +382,42 @@ func TestWatchClosesItsChannelWithItsContext(t *testing.T) {
 		}
 	})
 }
+
+func TestOfflineIsToldAfterAWhileWithTheTimeOfTheLoss(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.start(anEntry("1", "/a", "unix:uid:1"))
+		updates, stop := w.watch(caller(1, "unix:uid:1"))
+		defer stop()
+		if u := w.next(updates, time.Second); !u.Offline.IsZero() {
+			t.Errorf("with contact the update says offline since %s", u.Offline)
+		}
+		w.cache.Offline()
+		time.Sleep(offlineQuiet / 2)
+		w.cache.InSync()
+		w.silent(updates, 2*offlineQuiet) // a CA that was restarted
+
+		lost := w.cache.config.Now()
+		w.cache.Offline()
+		time.Sleep(time.Second)
+		w.cache.Offline() // the loss that counts is the first
+		u := w.next(updates, 2*offlineQuiet)
+		if !u.Offline.Equal(lost) {
+			t.Errorf("offline since %s, want %s", u.Offline, lost)
+		}
+		if waited := w.cache.config.Now().Sub(lost); waited < offlineQuiet {
+			t.Errorf("it was told after %s already", waited)
+		}
+		late, stopLate := w.watch(caller(1, "unix:uid:1"))
+		defer stopLate()
+		if u := w.next(late, time.Second); !u.Offline.Equal(lost) {
+			t.Errorf("a later caller is told offline since %s, want %s", u.Offline, lost)
+		}
+		w.cache.InSync()
+		for _, c := range []<-chan workloadapi.Update{updates, late} {
+			if u := w.next(c, time.Millisecond); !u.Offline.IsZero() {
+				t.Errorf("after the CA is back the update says offline since %s", u.Offline)
+			}
+		}
+	})
+}

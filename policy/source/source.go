@@ -40,8 +40,8 @@ const (
 type Options struct {
 	// Addr is the agent's socket, such as unix:///run/signet/agent.sock. Empty means what SPIFFE_ENDPOINT_SOCKET says.
 	Addr string
-	// MaxOffline is how long the last policies hold after the contact to the agent was lost; after that every call is
-	// denied until it is back. Zero means 24 hours.
+	// MaxOffline is how long the last policies hold after the contact to the CA was lost, be it this program's to the agent
+	// or the agent's to its CA; after that every call is denied until it is back. Zero means 24 hours.
 	MaxOffline time.Duration
 	// Log gets the loss and the return of the contact. Nil means slog.Default.
 	Log *slog.Logger
@@ -68,7 +68,16 @@ type Source struct {
 type state struct {
 	policies, stale *policy.Policies
 	services        []spiffeid.ID
-	lost            time.Time // when the contact was lost; zero while there is one
+	lost            time.Time // when the contact to the agent was lost; zero while there is one
+	offline         time.Time // when the agent said that it lost the contact to its CA; zero while it has one
+}
+
+// since is from when on the policies have not been up to date; zero if they are.
+func (st *state) since() time.Time {
+	if st.lost.IsZero() || (!st.offline.IsZero() && st.offline.Before(st.lost)) {
+		return st.offline
+	}
+	return st.lost
 }
 
 // New connects to the agent and waits for the first policies, until ctx ends. The error then says what went wrong last. A
@@ -120,14 +129,14 @@ func New(ctx context.Context, o Options) (*Source, error) {
 	return s, nil
 }
 
-// Policies returns the policies of the moment. They deny every call once the contact to the agent has been lost for
-// longer than MaxOffline.
+// Policies returns the policies of the moment. They deny every call once the contact to the agent, or the agent's to its
+// CA, has been lost for longer than MaxOffline.
 func (s *Source) Policies() *policy.Policies {
 	st := s.current.Load()
 	if st == nil {
 		return nil
 	}
-	if !st.lost.IsZero() && s.now().Sub(st.lost) > s.options.MaxOffline {
+	if since := st.since(); !since.IsZero() && s.now().Sub(since) > s.options.MaxOffline {
 		return st.stale
 	}
 	return st.policies
@@ -210,7 +219,7 @@ func (s *Source) watch(ctx context.Context) (received bool, err error) {
 			// The old policies stay, and so does the stream: the next set may be one that can be read.
 			s.options.Log.Error("policies of the agent refused; the last ones stay in force", "err", err)
 			s.refuse(err)
-			s.contact()
+			s.contact(response)
 		}
 	}
 }
@@ -221,7 +230,7 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 	if err != nil {
 		return err
 	}
-	st := &state{policies: policies, stale: policies.Stale()}
+	st := &state{policies: policies, stale: policies.Stale(), offline: offlineSince(r)}
 	for _, service := range r.GetServiceIds() {
 		id, err := spiffe.ParseWorkloadID(service)
 		if err != nil {
@@ -229,8 +238,17 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 		}
 		st.services = append(st.services, id)
 	}
-	if old := s.current.Swap(st); old != nil && !old.lost.IsZero() {
+	old := s.current.Swap(st)
+	if old != nil && !old.lost.IsZero() {
 		s.options.Log.Info("policies are watched again")
+	}
+	if hadContact := old == nil || old.offline.IsZero(); hadContact != st.offline.IsZero() {
+		if hadContact {
+			s.options.Log.Warn("the agent has no contact to its CA: the policies may be out of date",
+				"offline_since", st.offline, "denies_from", st.offline.Add(s.options.MaxOffline))
+		} else {
+			s.options.Log.Info("the agent has contact to its CA again")
+		}
 	}
 	s.mu.Lock()
 	s.err = nil
@@ -244,12 +262,20 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 }
 
 // contact notes that the agent is there, although its policies are not taken.
-func (s *Source) contact() {
-	if st := s.current.Load(); st != nil && !st.lost.IsZero() {
+func (s *Source) contact(r *policyapi.WatchResponse) {
+	if st := s.current.Load(); st != nil {
 		found := *st
-		found.lost = time.Time{}
+		found.lost, found.offline = time.Time{}, offlineSince(r)
 		s.current.Store(&found)
 	}
+}
+
+// offlineSince is when the agent lost the contact to its CA; zero while it has one.
+func offlineSince(r *policyapi.WatchResponse) time.Time {
+	if r.GetOfflineSince() == 0 {
+		return time.Time{}
+	}
+	return time.Unix(r.GetOfflineSince(), 0)
 }
 
 // refuse ends New if the first set cannot be used.

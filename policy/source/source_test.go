@@ -268,6 +268,68 @@ func TestKeepsTheLastPoliciesAndDeniesPastMaxOffline(t *testing.T) {
 	}
 }
 
+func TestDeniesWhenTheAgentIsWithoutItsCAPastMaxOffline(t *testing.T) {
+	a := newAgent(t)
+	c := &clock{now: time.Now()}
+	s := newSource(t, a, c)
+	lost := c.Now()
+	offline := func(revision int64) *policyapi.WatchResponse {
+		r := response(revision)
+		r.OfflineSince = lost.Unix()
+		return r
+	}
+	want := func(when string, want policy.Reason) {
+		t.Helper()
+		if r := decided(t, s); r != want {
+			t.Errorf("%s: %v, want %v", when, r, want)
+		}
+	}
+	a.send(offline(1))
+	<-s.Updated()
+	want("the CA just lost", policy.ReasonDefaultShadow)
+	c.advance(DefaultMaxOffline - time.Second)
+	want("a second before the limit", policy.ReasonDefaultShadow)
+	c.advance(3 * time.Second)
+	want("past the limit", policy.ReasonStalePolicy)
+
+	// The agent that goes away meanwhile does not start the time anew, nor does one that comes back without its CA.
+	a.stop()
+	waitLost(t, s)
+	want("past the limit and without the agent", policy.ReasonStalePolicy)
+	c.advance(-2 * DefaultMaxOffline) // a clock that is put back does no harm but for its own
+	want("before the loss", policy.ReasonDefaultShadow)
+	c.advance(2 * DefaultMaxOffline)
+	a.start(t)
+	<-s.Updated()
+	want("with the agent and without its CA", policy.ReasonStalePolicy)
+
+	// A set that cannot be read still says that the CA is back.
+	unreadable := response(2)
+	unreadable.Policies.Format = policy.Format + 1
+	a.send(unreadable)
+	deadline := time.After(20 * time.Second)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for !s.current.Load().since().IsZero() {
+		select {
+		case <-deadline:
+			t.Fatal("the return of the CA goes unnoticed")
+		case <-tick.C:
+		}
+	}
+	want("the CA is back with a newer format", policy.ReasonDefaultShadow)
+	for _, since := range []int64{-1, 1} {
+		r := response(3)
+		r.OfflineSince = since
+		a.send(r)
+		<-s.Updated()
+		want("an agent that was never in contact", policy.ReasonStalePolicy)
+	}
+	a.send(response(4))
+	<-s.Updated()
+	want("contact", policy.ReasonDefaultShadow)
+}
+
 // waitLost waits until the source has noticed the loss of its agent.
 func waitLost(t *testing.T, s *Source) {
 	t.Helper()

@@ -52,6 +52,8 @@ type CA struct {
 	Follow func(stream nodev1.Node_FollowServer, serial string) error
 	// Issue replaces the answers of IssueX509SVIDs.
 	Issue func(*nodev1.IssueX509SVIDsRequest) (*nodev1.IssueX509SVIDsResponse, error)
+	// IssueJWT replaces the answers of IssueJWTSVIDs.
+	IssueJWT func(context.Context, *nodev1.IssueJWTSVIDsRequest) (*nodev1.IssueJWTSVIDsResponse, error)
 	// AgentTTL is the life of agents' SVIDs; 0: an hour.
 	AgentTTL time.Duration
 	// Renewals counts RenewAgent calls.
@@ -244,6 +246,19 @@ func (n *nodeServer) IssueX509SVIDs(_ context.Context, r *nodev1.IssueX509SVIDsR
 	}
 	return issue(r)
 }
+
+func (n *nodeServer) IssueJWTSVIDs(ctx context.Context, r *nodev1.IssueJWTSVIDsRequest) (*nodev1.IssueJWTSVIDsResponse, error) {
+	n.ca.Lock()
+	issue := n.ca.IssueJWT
+	n.ca.Unlock()
+	if issue == nil {
+		return nil, status.Error(codes.Unimplemented, "nothing to issue")
+	}
+	return issue(ctx, r)
+}
+
+// Stop cuts all connections and listens no more.
+func (ca *CA) Stop() { ca.server.Stop() }
 
 // Answer is a Follow that sends a snapshot of revision 1 without entries and answers every Sync.
 func (ca *CA) Answer(stream nodev1.Node_FollowServer) error {

@@ -70,8 +70,11 @@ func (x *WatchRequest) GetFormat() uint32 {
 type WatchResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The caller's own IDs, the default identity first.
-	ServiceIds    []string      `protobuf:"bytes,1,rep,name=service_ids,json=serviceIds,proto3" json:"service_ids,omitempty"`
-	Policies      *v1.PolicySet `protobuf:"bytes,2,opt,name=policies,proto3" json:"policies,omitempty"`
+	ServiceIds []string      `protobuf:"bytes,1,rep,name=service_ids,json=serviceIds,proto3" json:"service_ids,omitempty"`
+	Policies   *v1.PolicySet `protobuf:"bytes,2,opt,name=policies,proto3" json:"policies,omitempty"`
+	// When the agent lost the contact to its CA, in Unix seconds by the agent's clock; 0 while it has contact. Policies that
+	// are older than the reader's limit are not relied on any more: it denies.
+	OfflineSince  int64 `protobuf:"varint,3,opt,name=offline_since,json=offlineSince,proto3" json:"offline_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -120,17 +123,25 @@ func (x *WatchResponse) GetPolicies() *v1.PolicySet {
 	return nil
 }
 
+func (x *WatchResponse) GetOfflineSince() int64 {
+	if x != nil {
+		return x.OfflineSince
+	}
+	return 0
+}
+
 var File_signet_policy_v1_service_proto protoreflect.FileDescriptor
 
 const file_signet_policy_v1_service_proto_rawDesc = "" +
 	"\n" +
 	"\x1esignet/policy/v1/service.proto\x12\x10signet.policy.v1\x1a\x1dsignet/policy/v1/policy.proto\"&\n" +
 	"\fWatchRequest\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\"i\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\"\x8e\x01\n" +
 	"\rWatchResponse\x12\x1f\n" +
 	"\vservice_ids\x18\x01 \x03(\tR\n" +
 	"serviceIds\x127\n" +
-	"\bpolicies\x18\x02 \x01(\v2\x1b.signet.policy.v1.PolicySetR\bpolicies2V\n" +
+	"\bpolicies\x18\x02 \x01(\v2\x1b.signet.policy.v1.PolicySetR\bpolicies\x12#\n" +
+	"\roffline_since\x18\x03 \x01(\x03R\fofflineSince2V\n" +
 	"\bPolicies\x12J\n" +
 	"\x05Watch\x12\x1e.signet.policy.v1.WatchRequest\x1a\x1f.signet.policy.v1.WatchResponse0\x01BFZDgithub.com/signet-id/signet/api/signet/policy/v1/policyapi;policyapib\x06proto3"
 
