@@ -203,7 +203,13 @@ type group struct {
 	broken             [2]*rule                  // denies that match every caller: [0] enforced, [1] shadow
 	allow, deny        map[string]*trie[callers] // by trust domain
 	jwt                bool                      // some rule asks for a token
+	shared             map[string]*callers       // see maxCopies; by effect and callers
 }
+
+// maxCopies is how much longer than what was written the rules may become by being kept with each of their callers, where
+// they are found fastest. A rule of many callers and many paths would become as long as the product: it is kept once, with
+// all others for exactly these callers.
+const maxCopies = 4
 
 // callers is what holds for the callers of one pattern. Index 0 is what is enforced, 1 what only reports.
 type callers struct {
@@ -212,6 +218,10 @@ type callers struct {
 	items   [2][]item        // HTTP on any path
 	paths   [2]*trie[[]item] // HTTP or gRPC on some paths
 	methods [2]*rule         // the first one that lists methods
+	// audiences are those that some rule asks for, each once.
+	audiences []string
+	asked     map[string]bool
+	shared    []*callers // what holds for these callers and others
 }
 
 // An item is one way in which a rule matches an HTTP request whose path fits.
@@ -237,6 +247,26 @@ func (g *group) add(r *rule) {
 	if *index == nil {
 		*index = make(map[string]*trie[callers])
 	}
+	add := func(c *callers) { c.add(r) }
+	if from, length := len(r.spec.GetFrom()), r.length(); from*length > maxCopies*(from+length) {
+		key := fmt.Sprintf("%t %q", r.deny, r.spec.GetFrom())
+		shared, found := g.shared[key]
+		if !found {
+			if g.shared == nil {
+				g.shared = make(map[string]*callers)
+			}
+			shared = new(callers)
+			g.shared[key] = shared
+		}
+		if shared.add(r); found {
+			return
+		}
+		add = func(c *callers) {
+			if n := len(c.shared); n == 0 || c.shared[n-1] != shared { // unless from names the pattern twice
+				c.shared = append(c.shared, shared)
+			}
+		}
+	}
 	for _, s := range r.spec.GetFrom() {
 		pattern, _ := parseIDPattern(s) // checked by defect
 		t := (*index)[pattern.trustDomain]
@@ -244,8 +274,17 @@ func (g *group) add(r *rule) {
 			t = new(trie[callers])
 			(*index)[pattern.trustDomain] = t
 		}
-		t.at(pattern.segments, pattern.rest).add(r)
+		add(t.at(pattern.segments, pattern.rest))
 	}
+}
+
+// length is how much there is to keep of the rule with each of its callers.
+func (r *rule) length() int {
+	n := 1 + len(r.spec.GetGrpc()) + len(r.spec.GetJwt().GetAudience())
+	for _, m := range r.spec.GetHttp() {
+		n += max(1, len(m.GetPaths()))
+	}
+	return n
 }
 
 func (c *callers) add(r *rule) {
@@ -254,6 +293,15 @@ func (c *callers) add(r *rule) {
 		return // from names the pattern twice
 	}
 	c.rules[s] = append(c.rules[s], r)
+	for _, a := range r.spec.GetJwt().GetAudience() {
+		if c.asked == nil {
+			c.asked = make(map[string]bool)
+		}
+		if !c.asked[a] {
+			c.asked[a] = true
+			c.audiences = append(c.audiences, a)
+		}
+	}
 	if len(r.spec.GetHttp()) == 0 && len(r.spec.GetGrpc()) == 0 {
 		c.open[s] = append(c.open[s], r)
 		return
@@ -273,7 +321,7 @@ func (c *callers) add(r *rule) {
 	}
 	for _, method := range r.spec.GetGrpc() {
 		pattern, _ := parseGRPCMethod(method)
-		if r.deny && pattern.segments[1] == star {
+		if r.deny && pattern.segments[1] == anySegment {
 			pattern = pathPattern{segments: pattern.segments[:1], rest: true}
 		}
 		c.listsMethods(r) // gRPC is POST

@@ -41,6 +41,8 @@ const (
 	ReasonInvalidPeer
 	// ReasonInvalidSVID: the peer's X509-SVID is missing, malformed or expired. Enforcement points give it.
 	ReasonInvalidSVID
+	// ReasonTooManyPatterns: so many patterns with "*" in different places fit the call that not all were looked at.
+	ReasonTooManyPatterns
 )
 
 func (r Reason) String() string {
@@ -75,6 +77,8 @@ func (r Reason) String() string {
 		return "invalid_peer"
 	case ReasonInvalidSVID:
 		return "invalid_svid"
+	case ReasonTooManyPatterns:
+		return "too_many_patterns"
 	}
 	return "unknown"
 }

@@ -159,8 +159,8 @@ func (s *scan) considerHTTP(r *rule, m *policyv1.HTTPMatch) (near int, why strin
 	it := item{rule: r, methods: m.GetMethods()}
 	switch {
 	case r.deny && !s.denies(&it), !r.deny && !s.allows(&it):
-		if s.grpc && len(it.methods) == 0 {
-			return 2, "the call is gRPC, which an http allow covers only if it lists POST"
+		if s.grpcLike && len(it.methods) == 0 {
+			return 2, "the call is gRPC by its content type, which an http allow covers only if it lists POST"
 		}
 		return 2, fmt.Sprintf("the method %q is not among %s", shorten(s.r.Method), list(m.GetMethods()))
 	case len(m.GetPaths()) == 0:
@@ -184,7 +184,7 @@ func (s *scan) considerGRPC(r *rule) (near int, why string) {
 	}
 	for _, method := range r.spec.GetGrpc() {
 		pattern, err := parseGRPCMethod(method)
-		if err == nil && r.deny && pattern.segments[1] == star {
+		if err == nil && r.deny && pattern.segments[1] == anySegment {
 			pattern = pathPattern{segments: pattern.segments[:1], rest: true}
 		}
 		if err == nil && s.pathFits(pattern, r.deny) {
@@ -216,7 +216,7 @@ func (s *scan) pathFits(p pathPattern, wide bool) bool {
 		if wide {
 			have = string(unescape(nil, have))
 		}
-		if segment == star && have == "" || segment != star && segment != have {
+		if segment == anySegment && have == "" || segment != anySegment && segment != have {
 			return false
 		}
 	}
@@ -339,6 +339,8 @@ func (e Explanation) because(o Outcome) string {
 		return "the caller has no SPIFFE ID with a path"
 	case ReasonInvalidSVID:
 		return "the caller's X509-SVID is missing, malformed or expired"
+	case ReasonTooManyPatterns:
+		return `too many patterns with "*" in different places fit the call; write fewer of them`
 	}
 	return o.Reason.String()
 }

@@ -135,7 +135,7 @@ func unescape(buf []byte, segment string) []byte {
 
 // A pathPattern is a parsed pattern for HTTP paths.
 type pathPattern struct {
-	segments []string // without a final "**"; a last empty one is a trailing slash
+	segments []string // without a final "**"; anySegment for "*"; a last empty one is a trailing slash
 	rest     bool
 }
 
@@ -178,6 +178,9 @@ func parseGRPCMethod(s string) (pathPattern, error) {
 		return pathPattern{}, fmt.Errorf("gRPC method %q: %q is not the full name of a service, such as documents.v1.Documents", s, service)
 	case method != star && !isProtoName(method, false):
 		return pathPattern{}, fmt.Errorf("gRPC method %q: %q is not the name of a method; write a name or *", s, method)
+	}
+	if method == star {
+		method = anySegment
 	}
 	return pathPattern{segments: []string{service, method}}, nil
 }

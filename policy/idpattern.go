@@ -13,6 +13,9 @@ const (
 	star     = "*"
 	starStar = "**"
 	scheme   = "spiffe://"
+	// anySegment stands for "*" in parsed patterns. It is nothing that a segment can be, decoded ones included: "%2A" in a
+	// path is a literal asterisk.
+	anySegment = "/"
 	// reserved is the first path segment of the IDs of the CA and its agents. No wildcard of an allow covers it.
 	reserved = "spire"
 )
@@ -20,7 +23,7 @@ const (
 // An idPattern is a parsed pattern for SPIFFE IDs.
 type idPattern struct {
 	trustDomain string
-	segments    []string // without a final "**"
+	segments    []string // without a final "**"; anySegment for "*"
 	rest        bool     // the pattern ends in "**"
 }
 
@@ -49,7 +52,7 @@ func parseIDPattern(s string) (idPattern, error) {
 		return idPattern{}, fmt.Errorf("%q: %w", s, err)
 	}
 	for _, segment := range segments {
-		if segment == star {
+		if segment == anySegment {
 			continue
 		}
 		if _, err := spiffe.ParseID(scheme + td.Name() + "/" + segment); err != nil {
@@ -59,7 +62,8 @@ func parseIDPattern(s string) (idPattern, error) {
 	return idPattern{trustDomain: td.Name(), segments: segments, rest: rest}, nil
 }
 
-// splitPattern cuts the part of a pattern behind its first slash into segments and takes a final "**" off.
+// splitPattern cuts the part of a pattern behind its first slash into segments, takes a final "**" off and writes
+// anySegment for "*".
 func splitPattern(path string) (segments []string, rest bool, err error) {
 	segments = strings.Split(path, "/")
 	for i, segment := range segments {
@@ -68,7 +72,9 @@ func splitPattern(path string) (segments []string, rest bool, err error) {
 			return nil, false, fmt.Errorf("%q can only be the last segment", starStar)
 		case segment == starStar:
 			return segments[:i], true, nil
-		case segment != star && strings.Contains(segment, star):
+		case segment == star:
+			segments[i] = anySegment
+		case strings.Contains(segment, star):
 			return nil, false, fmt.Errorf("segment %q mixes a wildcard with text; a wildcard is a whole segment", segment)
 		}
 	}
@@ -81,7 +87,7 @@ func (p idPattern) literal() bool {
 		return false
 	}
 	for _, segment := range p.segments {
-		if segment == star {
+		if segment == anySegment {
 			return false
 		}
 	}
@@ -94,7 +100,7 @@ func (p idPattern) matches(id spiffeid.ID, wide bool) bool {
 		return false
 	}
 	segments := strings.Split(id.Path()[1:], "/")
-	if !wide && segments[0] == reserved && (len(p.segments) == 0 || p.segments[0] == star) {
+	if !wide && segments[0] == reserved && (len(p.segments) == 0 || p.segments[0] == anySegment) {
 		return false
 	}
 	switch least := len(p.segments); {
@@ -102,7 +108,7 @@ func (p idPattern) matches(id spiffeid.ID, wide bool) bool {
 		return false
 	}
 	for i, segment := range p.segments {
-		if segment != star && segment != segments[i] {
+		if segment != anySegment && segment != segments[i] {
 			return false
 		}
 	}

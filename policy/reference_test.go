@@ -57,15 +57,20 @@ func refPathMatches(pattern, path string, wide bool) bool {
 		}
 		return strings.TrimSuffix(d, "/")
 	}
-	if base, tree := strings.CutSuffix(pattern, "/**"); tree && refPath(decode(base)).MatchString(decode(path)) {
+	const asterisk = "\x01" // one that is no wildcard
+	pattern = regexp.MustCompile(`%2[aA]`).ReplaceAllString(pattern, asterisk)
+	path = strings.ReplaceAll(decode(path), "*", asterisk)
+	if base, tree := strings.CutSuffix(pattern, "/**"); tree && refPath(decode(base)).MatchString(path) {
 		return true
 	}
-	return refPath(decode(pattern)).MatchString(decode(path))
+	return refPath(decode(pattern)).MatchString(path)
 }
 
 var (
-	refEscape = regexp.MustCompile(`%(?:[^0-9A-Fa-f]|.[^0-9A-Fa-f]|.?$)|%(?:[01].|7[fF])|%(?:3[0-9]|4[1-9a-fA-F]|5[0-9aA]|6[1-9a-fA-F]|7[0-9aA])|%(?i:2d|2e|5f|7e|2f|5c|3b|25|23|3f)`)
-	refBytes  = regexp.MustCompile(`^/[!-~]*$`)
+	refEscape   = regexp.MustCompile(`%(?:[^0-9A-Fa-f]|.[^0-9A-Fa-f]|.?$)|%(?:[01].|7[fF])|%(?:3[0-9]|4[1-9a-fA-F]|5[0-9aA]|6[1-9a-fA-F]|7[0-9aA])|%(?i:2d|2e|5f|7e|2f|5c|3b|25|23|3f)`)
+	refGRPC     = regexp.MustCompile(`^application/grpc(\+[A-Za-z0-9!#$&^_.+-]+)?$`)
+	refGRPCLike = regexp.MustCompile(`^application/grpc\+.*[^A-Za-z0-9!#$&^_.+-]`)
+	refBytes    = regexp.MustCompile(`^/[!-~]*$`)
 )
 
 func refPathRefused(path string) bool {
@@ -186,9 +191,10 @@ func refAllows(rule *policyv1.Rule, r *Request) bool {
 		return true
 	}
 	path, _, query := strings.Cut(r.Path, "?")
-	grpc := r.Method == "POST" && len(r.ContentTypes) == 1 && regexp.MustCompile(`^application/grpc(\+.+)?$`).MatchString(r.ContentTypes[0])
+	grpc := r.Method == "POST" && len(r.ContentTypes) == 1 && refGRPC.MatchString(r.ContentTypes[0])
+	like := grpc || r.Method == "POST" && slices.ContainsFunc(r.ContentTypes, refGRPCLike.MatchString)
 	for _, m := range rule.Http {
-		methodFits := slices.Contains(m.Methods, r.Method) || len(m.Methods) == 0 && !grpc
+		methodFits := slices.Contains(m.Methods, r.Method) || len(m.Methods) == 0 && !like
 		pathFits := len(m.Paths) == 0 || path != "*" && slices.ContainsFunc(m.Paths, func(p string) bool { return refPathMatches(p, path, false) })
 		if methodFits && pathFits {
 			return true
@@ -234,7 +240,7 @@ func (d dice) pathPattern(wild bool) string {
 			s += "/*"
 			continue
 		}
-		s += "/" + pick(d, "a", "b", "c.S", "%C3%A9", "%c3%a9", "!", "%21")
+		s += "/" + pick(d, "a", "b", "c.S", "%C3%A9", "%c3%a9", "!", "%21", "%2A")
 	}
 	switch {
 	case wild && d.IntN(4) == 0:
@@ -247,7 +253,11 @@ func (d dice) pathPattern(wild bool) string {
 
 func (d dice) rule() *policyv1.Rule {
 	r := &policyv1.Rule{Effect: pick(d, policyv1.Effect_EFFECT_ALLOW, policyv1.Effect_EFFECT_ALLOW, policyv1.Effect_EFFECT_DENY), Shadow: d.IntN(6) == 0}
-	r.From = some(d, 3, func() string { return d.idPattern(pick(d, "example.org", "example.org", "b.example"), true) })
+	callers, paths := 3, 2
+	if d.IntN(8) == 0 {
+		callers, paths = 20, 20 // kept apart from the rules of few callers
+	}
+	r.From = some(d, callers, func() string { return d.idPattern(pick(d, "example.org", "example.org", "b.example"), true) })
 	switch d.IntN(4) {
 	case 0:
 		r.Http = some(d, 2, func() *policyv1.HTTPMatch {
@@ -256,7 +266,7 @@ func (d dice) rule() *policyv1.Rule {
 				m.Methods = some(d, 2, func() string { return pick(d, "GET", "POST", "OPTIONS") })
 			}
 			if m.Methods == nil || d.IntN(2) == 0 {
-				m.Paths = some(d, 2, func() string { return d.pathPattern(true) })
+				m.Paths = some(d, paths, func() string { return d.pathPattern(true) })
 			}
 			return m
 		})
@@ -305,7 +315,8 @@ func (d dice) request(path string) *Request {
 	r.Path = path
 	if d.IntN(2) == 0 {
 		r.ContentTypes = some(d, 2, func() string {
-			return pick(d, "application/grpc", "application/grpc+proto", "application/grpc-web", "application/json")
+			return pick(d, "application/grpc", "application/grpc+proto", "application/grpc-web", "application/json", "application/grpc;x",
+				"application/grpc+a, b", "application/grpc+")
 		})
 	}
 	r.HasMethodOverride = d.IntN(10) == 0

@@ -7,22 +7,32 @@ import (
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 )
 
+// maxSteps bounds the search for one call. Patterns that put "*" in k different places for services, m for callers and n
+// for paths can make k*m*n steps; those that people write make some tens.
+const maxSteps = 1 << 16
+
 // A scan gathers the rules that match one request. Index 0 of its arrays is what is enforced, 1 what only reports.
 type scan struct {
 	r         *Request
 	might     bool // ask for what could be allowed; nothing but the IDs is known
+	tokens    bool // ask for the audiences of allows only
 	http      bool
 	path      string // without the query
 	judged    string // path as denies read it: without a trailing slash
 	query     bool
 	asterisk  bool // OPTIONS *
 	grpc      bool
+	grpcLike  bool // or could be taken for it
 	fault     pathFault
 	deny      [2]*rule
 	allow     [2]*rule
 	override  [2]*rule // a deny that lists methods, of a request that overrides its own
 	tokenless [2]*rule // an allow that matches but for its token
 	unknown   *rule    // a policy whose mode is not known
+	named     bool     // some policy is enforced
+	shadowed  bool     // some policy or rule only reports
+	steps     int      // nodes of tries that were looked at; more than maxSteps: not all of them
+	audiences []string // of the allows for the peer, if tokens is set; unsorted
 }
 
 func newScan(r *Request) scan {
@@ -37,30 +47,61 @@ func newScan(r *Request) scan {
 	s.fault = checkPath(s.path)
 	s.judged = strings.TrimSuffix(s.path, "/")
 	s.grpc = r.Method == "POST" && len(r.ContentTypes) == 1 && isGRPC(r.ContentTypes[0])
+	s.grpcLike = s.grpc || r.Method == "POST" && slices.ContainsFunc(r.ContentTypes, isGRPCAndMore)
 	return s
 }
 
 // isGRPC reports whether a content type is that of gRPC, exactly as gRPC's own clients write it.
 func isGRPC(contentType string) bool {
 	suffix, found := strings.CutPrefix(contentType, "application/grpc")
-	return found && (suffix == "" || len(suffix) > 1 && suffix[0] == '+')
+	return found && (suffix == "" || len(suffix) > 1 && suffix[0] == '+' && !strings.ContainsFunc(suffix, notInSubtype))
+}
+
+// isGRPCAndMore reports whether a line begins as the content type of gRPC and goes on as none can, as a list that a proxy
+// made of two lines: application/grpc+proto, text/plain. What reads the beginning only takes it for gRPC.
+func isGRPCAndMore(line string) bool {
+	return strings.HasPrefix(line, "application/grpc+") && strings.ContainsFunc(line[len("application/grpc"):], notInSubtype)
+}
+
+// notInSubtype reports whether r cannot be part of the name of a content type. [RFC 6838 §4.2]
+func notInSubtype(r rune) bool {
+	return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("!#$&-^_.+", r))
 }
 
 func (s *scan) group(g *group) {
+	if g == nil {
+		return
+	}
+	td, path := s.r.Peer.TrustDomain().Name(), s.r.Peer.Path()
+	if t := g.allow[td]; t != nil && (g.jwt || !s.tokens) {
+		s.allowers(t, path, true)
+	}
+	if s.tokens {
+		return
+	}
+	s.named, s.shadowed = s.named || g.enforced, s.shadowed || g.shadowed
+	s.unknown = earlier(s.unknown, g.unknown)
 	for i, r := range g.broken {
 		s.denied(i, r)
 	}
-	td, path := s.r.Peer.TrustDomain().Name(), s.r.Peer.Path()
 	if t := g.deny[td]; t != nil {
 		s.deniers(t, path)
 	}
-	if t := g.allow[td]; t != nil {
-		s.allowers(t, path, true)
+}
+
+// tooFar counts a step and reports whether it is one too many. The call is denied then.
+func (s *scan) tooFar() bool {
+	if s.steps <= maxSteps {
+		s.steps++
 	}
+	return s.steps > maxSteps
 }
 
 // deniers finds the denies for a caller, read wide: "**" may also stand for nothing.
 func (s *scan) deniers(t *trie[callers], path string) {
+	if s.tooFar() {
+		return
+	}
 	s.denyBy(t.rest)
 	if path == "" {
 		s.denyBy(t.here)
@@ -70,13 +111,16 @@ func (s *scan) deniers(t *trie[callers], path string) {
 	if t.star != nil {
 		s.deniers(t.star, rest)
 	}
-	if child := t.children[segment]; child != nil {
+	if child := t.next(segment); child != nil {
 		s.deniers(child, rest)
 	}
 }
 
 // allowers finds the allows for a caller, read narrow.
 func (s *scan) allowers(t *trie[callers], path string, first bool) {
+	if s.tooFar() {
+		return
+	}
 	if path == "" {
 		s.allowBy(t.here)
 		return
@@ -88,14 +132,17 @@ func (s *scan) allowers(t *trie[callers], path string, first bool) {
 			s.allowers(t.star, rest, false)
 		}
 	}
-	if child := t.children[segment]; child != nil {
+	if child := t.next(segment); child != nil {
 		s.allowers(child, rest, false)
 	}
 }
 
 func (s *scan) denyBy(c *callers) {
-	if c == nil {
+	if c == nil || s.tooFar() {
 		return
+	}
+	for _, shared := range c.shared {
+		s.denyBy(shared)
 	}
 	for i := range c.rules {
 		if !s.http && !s.might {
@@ -122,6 +169,9 @@ func (s *scan) denyBy(c *callers) {
 }
 
 func (s *scan) denyPath(i int, t *trie[[]item], path string) {
+	if s.tooFar() {
+		return
+	}
 	s.denyItems(i, t.rest)
 	if path == "" {
 		s.denyItems(i, t.here)
@@ -135,7 +185,7 @@ func (s *scan) denyPath(i int, t *trie[[]item], path string) {
 	if strings.IndexByte(segment, '%') >= 0 {
 		child = t.decoded(segment)
 	} else {
-		child = t.children[segment]
+		child = t.next(segment)
 	}
 	if child != nil {
 		s.denyPath(i, child, rest)
@@ -165,7 +215,14 @@ func (s *scan) denies(it *item) bool {
 func (s *scan) denied(i int, r *rule) { s.deny[i] = earlier(s.deny[i], r) }
 
 func (s *scan) allowBy(c *callers) {
-	if c == nil {
+	if c == nil || s.tooFar() {
+		return
+	}
+	for _, shared := range c.shared {
+		s.allowBy(shared)
+	}
+	if s.tokens {
+		s.audiences = append(s.audiences, c.audiences...)
 		return
 	}
 	for i := range c.rules {
@@ -193,6 +250,9 @@ func (s *scan) allowRules(i int, rules []*rule) {
 }
 
 func (s *scan) allowPath(i int, t *trie[[]item], path string) {
+	if s.tooFar() {
+		return
+	}
 	if path == "" {
 		if t.here != nil {
 			s.allowItems(i, *t.here)
@@ -208,7 +268,7 @@ func (s *scan) allowPath(i int, t *trie[[]item], path string) {
 			s.allowPath(i, t.star, rest)
 		}
 	}
-	if child := t.children[segment]; child != nil {
+	if child := t.next(segment); child != nil {
 		s.allowPath(i, child, rest)
 	}
 }
@@ -221,13 +281,13 @@ func (s *scan) allowItems(i int, items []item) {
 	}
 }
 
-// allows reports whether an item of an allow covers the request, whose path fits. A gRPC call is a POST that must be
-// named as one: an item for any method is about HTTP.
+// allows reports whether an item of an allow covers the request, whose path fits. A gRPC call, or what could be taken for
+// one, is a POST that must be named as one: an item for any method is about HTTP.
 func (s *scan) allows(it *item) bool {
 	switch {
 	case it.grpc:
 		return s.grpc && !s.query
-	case s.grpc:
+	case s.grpcLike:
 		return slices.Contains(it.methods, "POST")
 	default:
 		return len(it.methods) == 0 || slices.Contains(it.methods, s.r.Method)
@@ -286,6 +346,8 @@ func (s *scan) outcome(last int, named bool) Outcome {
 		override, tokenless = earlier(override, s.override[1]), earlier(tokenless, s.tokenless[1])
 	}
 	switch {
+	case s.steps > maxSteps:
+		return Outcome{Reason: ReasonTooManyPatterns}
 	case s.unknown != nil:
 		return outcomeOf(false, ReasonUnsupported, s.unknown)
 	case s.http && !s.asterisk && s.fault != pathSound:

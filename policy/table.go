@@ -139,7 +139,7 @@ func (p *parser) testCase(i int, doc strictyaml.Located[caseDoc]) TestCase {
 	}
 	if d.GRPC.Line != 0 {
 		given++
-		if pattern, err := parseGRPCMethod(d.GRPC.Value); err != nil || pattern.segments[1] == star {
+		if pattern, err := parseGRPCMethod(d.GRPC.Value); err != nil || pattern.segments[1] == anySegment {
 			p.fail(d.GRPC, "grpc is %q; write one method as pkg.Service/Method", shorten(d.GRPC.Value))
 		}
 		r.Protocol, r.Method, r.Path, r.ContentTypes = ProtocolHTTP, "POST", "/"+d.GRPC.Value, []string{"application/grpc"}
