@@ -29,6 +29,7 @@ import (
 //	fetchfd FD        the same over an inherited connection
 //	pass SOCKET       connect, hand the connection to a new process that runs fetchfd, and obey
 //	sniff FD MARK     read raw bytes from FD and say whether MARK was among them when it ends
+//	flood SOCKET N    open up to N connections and hold them
 //	idle              say hello and wait
 //
 // and the lines of input: "exec EXE args...", where the argument FD stands for the descriptor of the connection, which
@@ -81,6 +82,18 @@ func child(args []string, in io.Reader, out io.Writer) int {
 		defer keep.Close()
 	case "sniff":
 		go sniff(conn, args[2], out)
+	case "flood":
+		n, _ := strconv.Atoi(args[2])
+		var held []net.Conn
+		for len(held) < n {
+			c, err := net.DialTimeout("unix", args[1], 2*time.Second)
+			if err != nil {
+				break
+			}
+			held = append(held, c)
+			defer c.Close()
+		}
+		fmt.Fprintln(out, "flooded", len(held))
 	case "idle":
 		fmt.Fprintln(out, "hello", os.Getpid())
 	}

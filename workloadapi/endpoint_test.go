@@ -16,6 +16,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	spiffeapi "github.com/spiffe/go-spiffe/v2/workloadapi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -373,6 +374,36 @@ func TestPerUserStreamLimit(t *testing.T) {
 	}
 	if err := first(client.FetchX509SVID(spiffeCtx(t), &workload.X509SVIDRequest{})); err != nil {
 		t.Errorf("after the others have ended: %v", err)
+	}
+}
+
+func TestFloodOfOneUserLeavesDescriptorsToOthers(t *testing.T) {
+	requireRoot(t)
+	a := newAuthority(t, "example.org", "k1")
+	var before unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	few := before
+	few.Cur = 400
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &few); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+			t.Error(err)
+		}
+	})
+	exe := copyOfSelf(t, "workload")
+	e := serveAt(t, filepath.Join(openDir(t), "agent.sock"), newMemory(a, entry{match: everyone, identity: a.identity(t, "/web")}))
+	w := startChild(t, exe, asUser(23001), "flood", e.path, "600")
+	w.want(t, "flooded")
+	ctx := contextWithin(t, 5*time.Second) // before the silent connections of the flood are closed
+	if _, err := e.client(t).FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"a"}}); err != nil {
+		t.Errorf("another user during the flood: %v", err)
+	}
+	if !strings.Contains(e.log.String(), "max_streams") {
+		t.Errorf("that max_streams is more than the descriptors allow was not logged:\n%s", e.log)
 	}
 }
 

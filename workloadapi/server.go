@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
@@ -41,6 +43,9 @@ const (
 
 	// stopTimeout is how long calls may take to end at shutdown before their connections are closed.
 	stopTimeout = 2 * time.Second
+
+	// spareDescriptors are kept free for everything that is not a caller's connection.
+	spareDescriptors = 256
 
 	// attestingPerUID and attestingTotal bound the processes that are looked at simultaneously.
 	attestingPerUID, attestingTotal = 32, 1024
@@ -94,7 +99,8 @@ type Config struct {
 	// Zero sends them at once. [Workload API §4.2]
 	SpreadUpdates time.Duration
 
-	// MaxStreams bounds open calls, and open connections. Zero means 16384.
+	// MaxStreams bounds open calls, and open connections. Zero means 16384. New lowers it, and says so in the log, where
+	// the limit of open files allows less.
 	MaxStreams int
 
 	// MaxStreamsPerUID bounds those of one user, so that one cannot lock out the others. Zero means a quarter of
@@ -221,8 +227,31 @@ func (c *Config) check() error {
 	if c.MaxStreams == 0 {
 		c.MaxStreams = 16384
 	}
+	if err := c.fitDescriptors(); err != nil {
+		return err
+	}
 	if c.MaxStreamsPerUID == 0 {
 		c.MaxStreamsPerUID = max(1, c.MaxStreams/4)
+	}
+	return nil
+}
+
+// fitDescriptors lowers MaxStreams to what the process may open. Otherwise one user's connections, within that user's own
+// limit, could use up all descriptors: nobody else would be let in, and the agent could not reach its CA.
+func (c *Config) fitDescriptors() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("asking for the limit of open files: %w", err)
+	}
+	// A connection costs one descriptor and at most one more for its process.
+	most := 1
+	if limit.Cur > spareDescriptors {
+		most = max(1, int(min(limit.Cur-spareDescriptors, math.MaxInt32)/2))
+	}
+	if c.MaxStreams > most {
+		c.Log.Warn("max_streams is lowered to what the limit of open files allows", "max_streams", c.MaxStreams, "lowered_to", most,
+			"open_files", limit.Cur, "wanted", 2*uint64(c.MaxStreams)+spareDescriptors)
+		c.MaxStreams = most
 	}
 	return nil
 }
