@@ -83,7 +83,8 @@ func (a *Authorizer) Server(next http.Handler, svid x509svid.Source, bundles x50
 }
 
 // Prefilter returns the authorizer for a tlsconfig.MTLSServerConfig of one's own. It admits every peer that some rule
-// might allow: alone it decides nothing. The middleware refuses peers that it has not seen.
+// might allow: alone it decides nothing. The middleware refuses peers that it has not seen, and so those whose TLS session
+// was resumed: set SessionTicketsDisabled in that configuration, as TLSConfig does.
 func (a *Authorizer) Prefilter() tlsconfig.Authorizer { return a.point.Prefilter() }
 
 // Middleware returns a handler that hands on to next what the policies allow. A refused request is answered with status
@@ -112,6 +113,10 @@ func (a *Authorizer) judge(r *http.Request) (policy.Judgement, error) {
 		Method:       r.Method,
 		Path:         r.RequestURI,
 		ContentTypes: r.Header["Content-Type"],
+	}
+	if r.Method == http.MethodConnect && r.URL.Path == "" {
+		// Over HTTP/2 RequestURI is the authority, which may begin with a slash: it is no path for all that.
+		request.Path = ""
 	}
 	for name := range r.Header {
 		request.HasMethodOverride = request.HasMethodOverride || policy.IsMethodOverride(name)

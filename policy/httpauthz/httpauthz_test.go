@@ -265,6 +265,60 @@ func TestMiddlewareRefusesPeersThatThePrefilterHasNotSeen(t *testing.T) {
 	}
 }
 
+func TestMiddlewareRefusesResumedSessions(t *testing.T) {
+	f := start(t, testca.Policies(t, documents), func(f *fixture, a *httpauthz.Authorizer) *tls.Config {
+		return tlsconfig.MTLSServerConfig(f.server, f.ca.X509(), a.Prefilter()) // with session tickets
+	})
+	c := f.client(t, "/web")
+	c.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+	const request = "GET /v1/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+	if response, body, err := f.raw(c, request); err != nil || response.StatusCode != 200 {
+		t.Fatalf("the first session: %v %q %v", response, body, err)
+	}
+	if response, body, err := f.raw(c, request); err != nil || response.StatusCode != http.StatusForbidden || !strings.Contains(body, `"svid_refused"`) {
+		t.Errorf("a resumed session, whose SVID nobody verified: %v %q %v", response, body, err)
+	}
+}
+
+func TestMiddlewareRefusesAnAuthorityThatLooksLikeAPath(t *testing.T) {
+	f := start(t, testca.Policies(t, `{kind: CallPolicy, name: docs, service: /docs, allow: [{from: [/web], http: [{paths: [/v1/**]}]}]}`), nil)
+	c := f.client(t, "/web")
+	c.NextProtos = []string{"h2"}
+	conn, err := tls.Dial("tcp", f.addr, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	// No client of Go's would send such a thing.
+	request := "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, "") + frame(1, 5, 1, field(":method", "CONNECT")+field(":authority", "/v1/a"))
+	if _, err := io.WriteString(conn, request); err != nil {
+		t.Fatal(err)
+	}
+	for header := make([]byte, 9); header[3] != 1; { // until the headers of the response
+		if _, err := io.ReadFull(conn, header); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.CopyN(io.Discard, conn, int64(header[0])<<16|int64(header[1])<<8|int64(header[2])); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if last := f.judgement[len(f.judgement)-1]; len(f.reached) != 0 || last.Decision.Reason != policy.ReasonPath {
+		t.Errorf("reached %q, decided %+v", f.reached, last.Decision)
+	}
+}
+
+// frame is a frame of HTTP/2. [RFC 9113 §4.1]
+func frame(kind, flags, stream byte, payload string) string {
+	return string([]byte{0, byte(len(payload) >> 8), byte(len(payload)), kind, flags, 0, 0, 0, stream}) + payload
+}
+
+// field is a header field as a literal without indexing. [RFC 7541 §6.2.2]
+func field(name, value string) string {
+	return string([]byte{0, byte(len(name))}) + name + string([]byte{byte(len(value))}) + value
+}
+
 func TestMiddlewareRefusesAnSVIDThatExpiredOnTheConnection(t *testing.T) {
 	f := start(t, testca.Policies(t, documents), nil)
 	conn, err := tls.Dial("tcp", f.addr, f.client(t, "/web"))

@@ -35,8 +35,11 @@ type Config struct {
 	Now func() time.Time
 }
 
-// Final returns an authorizer for tlsconfig.MTLSServerConfig that decides each connection. Its error is a
+// Final returns an authorizer for tlsconfig.MTLSServerConfig that decides each full handshake. Its error is a
 // *policy.DeniedError; the peer sees only a TLS alert. Without a source or a service it denies all.
+//
+// Set SessionTicketsDisabled in that configuration, or take it from ServerConfig. crypto/tls asks nobody about a session
+// that is resumed: a peer that is denied since, or whose authority is gone, would get in with an old ticket.
 func Final(policies Source, service spiffeid.ID) tlsconfig.Authorizer {
 	authorize, err := New(Config{Policies: policies, Service: service})
 	if err != nil {
@@ -45,7 +48,7 @@ func Final(policies Source, service spiffeid.ID) tlsconfig.Authorizer {
 	return authorize
 }
 
-// New is Final with a log and a counter. The error names the field that is wrong.
+// New is Final with a log and a counter, and with the same need of SessionTicketsDisabled. The error names the field that is wrong.
 func New(c Config) (tlsconfig.Authorizer, error) {
 	point, err := c.point()
 	if err != nil {

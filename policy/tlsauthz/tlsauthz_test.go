@@ -43,7 +43,7 @@ func TestFinalDecidesConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, server := range map[string]*tls.Config{
-		"with go-spiffe": tlsconfig.MTLSServerConfig(svid, ca.X509(), tlsauthz.Final(testca.Fixed{P: p}, svid.ID)),
+		"with go-spiffe": withoutTickets(tlsconfig.MTLSServerConfig(svid, ca.X509(), tlsauthz.Final(testca.Fixed{P: p}, svid.ID))),
 		"strict":         own,
 	} {
 		for path, want := range map[string]bool{"/web": true, "/half": false, "/out": false, "/http": false, "/token": false, "/none": false} {
@@ -59,6 +59,45 @@ func TestFinalDecidesConnections(t *testing.T) {
 			if !want && (!errors.As(err, &denied) || denied.Judgement.Decision.Allowed) {
 				t.Errorf("%s: %s: the error is %T %v", name, path, err, err)
 			}
+		}
+	}
+}
+
+func withoutTickets(c *tls.Config) *tls.Config {
+	c.SessionTicketsDisabled = true
+	return c
+}
+
+// changing is a source whose policies go away.
+type changing struct{ p *policy.Policies }
+
+func (c *changing) Policies() *policy.Policies { return c.p }
+
+// X509-55: a ticket of an earlier session must not get around a decision.
+func TestResumedSessionsAreDecided(t *testing.T) {
+	ca := testca.New(t, "example.org")
+	svid := ca.SVID(t, "/db", time.Hour)
+	source := &changing{}
+	own, err := tlsauthz.ServerConfig(tlsauthz.Config{Policies: source, Service: svid.ID, Log: slog.New(slog.DiscardHandler)}, svid, ca.X509())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const danger = "with tickets: what the comment of Final warns of"
+	for name, server := range map[string]*tls.Config{
+		danger:                         tlsconfig.MTLSServerConfig(svid, ca.X509(), tlsauthz.Final(source, svid.ID)),
+		"as the comment of Final says": withoutTickets(tlsconfig.MTLSServerConfig(svid, ca.X509(), tlsauthz.Final(source, svid.ID))),
+		"ServerConfig":                 own,
+	} {
+		source.p = testca.Policies(t, documents)
+		client := tlsconfig.MTLSClientConfig(ca.SVID(t, "/web", time.Hour), ca.X509(), tlsconfig.AuthorizeAny())
+		client.ServerName = "db" // sessions are kept by it
+		client.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+		if err := handshake(t, server, client); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		source.p = nil
+		if err := handshake(t, server, client); (err == nil) != (name == danger) {
+			t.Errorf("%s: a peer that is denied by now: %v", name, err)
 		}
 	}
 }

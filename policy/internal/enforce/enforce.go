@@ -101,7 +101,7 @@ func (p *Point) ServerTLS(svid x509svid.Source, bundles x509bundle.Source) *tls.
 	return ServerTLS(svid, bundles, p.Prefilter(), p.config.Now)
 }
 
-// Peer returns the ID of the peer of a connection whose SVID passed the prefilter and is still valid.
+// Peer returns the ID of the peer of a connection whose SVID passed the prefilter in its handshake and is still valid.
 //
 // Without the prefilter the certificate may be anybody's: go-spiffe's configurations switch the checks of crypto/tls off,
 // and so a server that was built without them has certificates as well.
@@ -111,6 +111,10 @@ func (p *Point) Peer(state *tls.ConnectionState) (spiffeid.ID, error) {
 		return spiffeid.ID{}, errors.New("the call did not come over TLS")
 	case len(state.PeerCertificates) == 0:
 		return spiffeid.ID{}, errors.New("the peer sent no X509-SVID")
+	case state.DidResume:
+		// go-spiffe's configurations verify in VerifyPeerCertificate, which crypto/tls does not call then: an authority may
+		// be gone since.
+		return spiffeid.ID{}, errors.New("the TLS session was resumed, so that the X509-SVID was not verified again; set SessionTicketsDisabled in the server's TLS configuration")
 	}
 	leaf := state.PeerCertificates[0]
 	id, err := spiffe.CheckX509SVIDLeaf(leaf)
