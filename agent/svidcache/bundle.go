@@ -2,6 +2,8 @@ package svidcache
 
 import (
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/binary"
@@ -34,6 +36,9 @@ type bundle struct {
 	jwtKnown map[string]struct{} // key ids of JWT authorities that are not tainted
 }
 
+// errTooBig says that a bundle has more authorities than are taken.
+var errTooBig = errors.New("too many authorities")
+
 // readBundle checks what the CA sent. A broken authority is left out and told of (DEC-08); the rest of the bundle stands.
 func readBundle(m *nodev1.Bundle) (b *bundle, skipped []error, err error) {
 	td, err := spiffe.ParseTrustDomain(m.GetTrustDomain())
@@ -41,7 +46,7 @@ func readBundle(m *nodev1.Bundle) (b *bundle, skipped []error, err error) {
 		return nil, nil, err
 	}
 	if n := max(len(m.GetX509Authorities()), len(m.GetJwtAuthorities())); n > maxBundleAuthorities {
-		return nil, nil, fmt.Errorf("the bundle of %q has %d authorities of a kind, more than the %d allowed", td.Name(), n, maxBundleAuthorities)
+		return nil, nil, fmt.Errorf("the bundle of %q has %d authorities of a kind, more than the %d allowed: %w", td.Name(), n, maxBundleAuthorities, errTooBig)
 	}
 	b = &bundle{
 		trustDomain: td, revision: m.GetRevision(), jwt: make(map[string]crypto.PublicKey),
@@ -66,6 +71,11 @@ func readBundle(m *nodev1.Bundle) (b *bundle, skipped []error, err error) {
 	}
 	for i, a := range m.GetJwtAuthorities() {
 		key, err := x509.ParsePKIXPublicKey(a.GetPublicKey())
+		switch key.(type) {
+		case nil, *ecdsa.PublicKey, *rsa.PublicKey:
+		default:
+			err = fmt.Errorf("a %T signs no JWT-SVIDs", key) // [JWT-SVID §2.1]
+		}
 		switch {
 		case err == nil && a.GetKeyId() == "":
 			err = errors.New("it has no key id")

@@ -1,6 +1,8 @@
 package svidcache
 
 import (
+	"crypto/x509"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -329,6 +331,43 @@ func TestBrokenEntriesAreLeftOut(t *testing.T) {
 			t.Errorf("the caller has %q", got)
 		}
 	})
+}
+
+// What a federated trust domain publishes must not keep this node from the rest of the CA's state.
+func TestBrokenForeignBundleIsLeftOut(t *testing.T) {
+	dsaKey, err := base64.StdEncoding.DecodeString("MIIBtjCCASsGByqGSM44BAEwggEeAoGBAIg326VhfNKnHuhXALBSO5WFQujSsI4JhPGP19yoJ/HnnuDaLeOKN0kDv2FDis2pWCgoG2KWTcUCULVosWxXP8FG28pwhcxVt/p1XBguhJnOpaSp94kwxtEcYHDLR6hb/KJj2x6zGAX3C1WOLIiQLueKNJSbZqlW520rAfPg7zhrAhUAnPqnbs4Dybc8Ih8hc+Qhe56jSHUCgYBxog8bMGEb3bfITS+uIFh9KmdSQIhRMmAHfZQPm/ciPIawMd5IRQ8B+nkyCqJGYAn7B+vM5/LMAJvKRNCFRCmzfxu4xWEiI7N+A8IqRIvi2KCA8sbauuvs6x5hrIjhmCSHNMf4C7jF5oJJaIKhGHCF3r/KmFiCDvrnJKrfEg66IgOBhAACgYAkHUx3RpERNMhQF1FYj67u8dYE9Ov5l2Zb+kSHft93k4mY1f8WIr9PXMhr/cNQN2xincErWpFEY+OPpmUAcj3O1z0TYjChRQ0dUe2fVRVxIJRjmxvGxNKrFIcmlvW3UU8aQk6DLSgJBVH+NkFcAiZC/t0BZQXy3oyn7J2HFYvHLA==")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if key, err := x509.ParsePKIXPublicKey(dsaKey); err != nil {
+		t.Fatalf("the test's DSA key: %T, %v", key, err)
+	}
+	for name, spoil := range map[string]func(b *nodev1.Bundle){
+		"a DSA key": func(b *nodev1.Bundle) {
+			b.JwtAuthorities = append(b.JwtAuthorities, &nodev1.JWTAuthority{KeyId: "dsa", PublicKey: dsaKey})
+		},
+		"too many authorities": func(b *nodev1.Bundle) {
+			b.JwtAuthorities = make([]*nodev1.JWTAuthority, maxBundleAuthorities+1)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				w := newWorld(t, nil)
+				e := anEntry("1", "/a", "unix:uid:1")
+				e.FederatesWith = []string{"partner.example"}
+				w.start(e)
+				partner := w.ca.bundle(2, []string{"p1"}, w.ca.active)
+				partner.TrustDomain = "partner.example"
+				spoil(partner)
+				w.change(&nodev1.FollowResponse{Bundles: []*nodev1.Bundle{partner}, Entries: []*nodev1.Entry{anEntry("2", "/b", "unix:uid:1")}})
+				updates, stop := w.watch(caller(1, "unix:uid:1"))
+				defer stop()
+				if got := ids(w.next(updates, 0)); got != "/a /b" {
+					t.Errorf("the caller has %q", got)
+				}
+			})
+		})
+	}
 }
 
 func TestHandedOnIsWhatAllOpenStreamsHave(t *testing.T) {

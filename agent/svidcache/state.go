@@ -1,6 +1,7 @@
 package svidcache
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -49,7 +50,7 @@ func (s *state) next(td spiffeid.TrustDomain, m *nodev1.FollowResponse) (*state,
 	var skipped []error
 
 	touched := n.takeEntries(td, base, m, &skipped)
-	if err := n.takeBundles(base, m, &skipped); err != nil {
+	if err := n.takeBundles(td, base, m, &skipped); err != nil {
 		return nil, change{}, nil, err
 	}
 	own := n.bundles[td]
@@ -107,7 +108,7 @@ func (n *state) takeEntries(td spiffeid.TrustDomain, base *state, m *nodev1.Foll
 	return slices.Compact(touched)
 }
 
-func (n *state) takeBundles(base *state, m *nodev1.FollowResponse, skipped *[]error) error {
+func (n *state) takeBundles(own spiffeid.TrustDomain, base *state, m *nodev1.FollowResponse, skipped *[]error) error {
 	if len(m.GetBundles()) == 0 && len(m.GetRemovedBundles()) == 0 {
 		n.bundles = base.bundles
 		return nil
@@ -125,6 +126,11 @@ func (n *state) takeBundles(base *state, m *nodev1.FollowResponse, skipped *[]er
 	}
 	for _, bm := range m.GetBundles() {
 		b, bad, err := readBundle(bm)
+		if errors.Is(err, errTooBig) && bm.GetTrustDomain() != own.Name() {
+			// The old one stays. What a foreign trust domain publishes must not keep this node from everything else.
+			*skipped = append(*skipped, err)
+			continue
+		}
 		if err != nil {
 			return err
 		}
