@@ -41,7 +41,8 @@ type Options struct {
 	// Addr is the agent's socket, such as unix:///run/signet/agent.sock. Empty means what SPIFFE_ENDPOINT_SOCKET says.
 	Addr string
 	// MaxOffline is how long the last policies hold after the contact to the CA was lost, be it this program's to the agent
-	// or the agent's to its CA; after that every call is denied until it is back. Zero means 24 hours.
+	// or the agent's to its CA, and how long they hold in place of newer ones that cannot be read; after that every call is
+	// denied until that ends. Zero means 24 hours.
 	MaxOffline time.Duration
 	// Log gets the loss and the return of the contact. Nil means slog.Default.
 	Log *slog.Logger
@@ -70,14 +71,18 @@ type state struct {
 	services        []spiffeid.ID
 	lost            time.Time // when the contact to the agent was lost; zero while there is one
 	offline         time.Time // when the agent said that it lost the contact to its CA; zero while it has one
+	refused         time.Time // when the first of the sets came that could not be taken since; zero if none did
 }
 
 // since is from when on the policies have not been up to date; zero if they are.
 func (st *state) since() time.Time {
-	if st.lost.IsZero() || (!st.offline.IsZero() && st.offline.Before(st.lost)) {
-		return st.offline
+	var since time.Time
+	for _, t := range [...]time.Time{st.lost, st.offline, st.refused} {
+		if since.IsZero() || !t.IsZero() && t.Before(since) {
+			since = t
+		}
 	}
-	return st.lost
+	return since
 }
 
 // New connects to the agent and waits for the first policies, until ctx ends. The error then says what went wrong last. A
@@ -130,7 +135,8 @@ func New(ctx context.Context, o Options) (*Source, error) {
 }
 
 // Policies returns the policies of the moment. They deny every call once the contact to the agent, or the agent's to its
-// CA, has been lost for longer than MaxOffline.
+// CA, has been lost for longer than MaxOffline, or the agent has had only newer policies for so long that this program
+// cannot read.
 func (s *Source) Policies() *policy.Policies {
 	st := s.current.Load()
 	if st == nil {
@@ -217,7 +223,7 @@ func (s *Source) watch(ctx context.Context) (received bool, err error) {
 		received = true
 		if err := s.take(response); err != nil {
 			// The old policies stay, and so does the stream: the next set may be one that can be read.
-			s.options.Log.Error("policies of the agent refused; the last ones stay in force", "err", err)
+			s.options.Log.Error("policies of the agent refused; the last ones stay in force for now", "err", err, "max_offline", s.options.MaxOffline)
 			s.refuse(err)
 			s.contact(response)
 		}
@@ -261,11 +267,14 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 	return nil
 }
 
-// contact notes that the agent is there, although its policies are not taken.
+// contact notes that the agent is there, although its policies are not taken: those in force are out of date.
 func (s *Source) contact(r *policyapi.WatchResponse) {
 	if st := s.current.Load(); st != nil {
 		found := *st
 		found.lost, found.offline = time.Time{}, offlineSince(r)
+		if found.refused.IsZero() {
+			found.refused = s.now()
+		}
 		s.current.Store(&found)
 	}
 }

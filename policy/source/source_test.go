@@ -234,6 +234,40 @@ func TestNewerFormat(t *testing.T) {
 	}
 }
 
+// What was taken back on the CA must not hold for ever where the new policies cannot be read.
+func TestRefusedPoliciesDoNotKeepTheOldOnesForEver(t *testing.T) {
+	a := newAgent(t)
+	c := &clock{now: time.Now()}
+	refused := make(refusals, 8)
+	a.send(response(1))
+	s, err := New(t.Context(), Options{Addr: a.addr, Log: slog.New(refused), Now: c.Now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	<-s.Updated()
+	newer := response(2)
+	newer.Policies.Format = policy.Format + 1
+	for range 2 { // the second refusal must not begin the time anew
+		a.send(newer)
+		<-refused
+		await(t, "the refusal", func() bool { return !s.current.Load().refused.IsZero() })
+		if r := decided(t, s); r != policy.ReasonDefaultShadow {
+			t.Errorf("within MaxOffline: %v", r)
+		}
+		c.advance(DefaultMaxOffline / 2)
+	}
+	c.advance(time.Second)
+	if r := decided(t, s); r != policy.ReasonStalePolicy {
+		t.Errorf("policies that were replaced longer than MaxOffline ago: %v", r)
+	}
+	a.send(response(3))
+	<-s.Updated()
+	if r := decided(t, s); r != policy.ReasonDefaultShadow {
+		t.Errorf("readable ones again: %v", r)
+	}
+}
+
 // refusals is told of each error in the log.
 type refusals chan struct{}
 
@@ -307,16 +341,7 @@ func TestDeniesWhenTheAgentIsWithoutItsCAPastMaxOffline(t *testing.T) {
 	unreadable := response(2)
 	unreadable.Policies.Format = policy.Format + 1
 	a.send(unreadable)
-	deadline := time.After(20 * time.Second)
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for !s.current.Load().since().IsZero() {
-		select {
-		case <-deadline:
-			t.Fatal("the return of the CA goes unnoticed")
-		case <-tick.C:
-		}
-	}
+	await(t, "the return of the CA", func() bool { return s.current.Load().offline.IsZero() })
 	want("the CA is back with a newer format", policy.ReasonDefaultShadow)
 	for _, since := range []int64{-1, 1} {
 		r := response(3)
@@ -333,13 +358,19 @@ func TestDeniesWhenTheAgentIsWithoutItsCAPastMaxOffline(t *testing.T) {
 // waitLost waits until the source has noticed the loss of its agent.
 func waitLost(t *testing.T, s *Source) {
 	t.Helper()
+	await(t, "the loss of the agent", func() bool { return !s.current.Load().lost.IsZero() })
+}
+
+// await waits until something is noticed that is not reported.
+func await(t *testing.T, what string, noticed func() bool) {
+	t.Helper()
 	deadline := time.After(20 * time.Second)
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
-	for s.current.Load().lost.IsZero() {
+	for !noticed() {
 		select {
 		case <-deadline:
-			t.Fatal("the loss of the agent goes unnoticed")
+			t.Fatal(what + " goes unnoticed")
 		case <-tick.C:
 		}
 	}
