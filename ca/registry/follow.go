@@ -1,0 +1,524 @@
+package registry
+
+import (
+	"context"
+	"hash/fnv"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/ca/store"
+)
+
+// itemKey names a thing that an agent can hold.
+type itemKey struct {
+	kind byte // 'e' entry, 'p' policy, 'b' bundle
+	name string
+}
+
+// itemVersion changes whenever the thing must be sent again.
+type itemVersion struct {
+	rev  store.Revision
+	part uint64 // policies: which of its services concern the agent
+}
+
+// A Delta is what changed for one agent between two revisions.
+type Delta struct {
+	From, To        store.Revision
+	Snapshot        bool
+	Entries         []*Entry
+	RemovedEntries  []EntryID
+	Policies        []*policyv1.Policy // with only those services that concern the agent
+	RemovedPolicies []string
+	Defaults        *policyv1.DefaultsMode // nil: unchanged
+	OwnBundle       bool                   // the own trust domain's bundle must be sent
+	Bundles         []*Bundle
+	RemovedBundles  []spiffeid.TrustDomain
+}
+
+func (d *Delta) empty() bool {
+	return !d.Snapshot && len(d.Entries)+len(d.RemovedEntries)+len(d.Policies)+len(d.RemovedPolicies)+len(d.Bundles)+len(d.RemovedBundles) == 0 &&
+		d.Defaults == nil && !d.OwnBundle
+}
+
+// Bounds of what is remembered for agents, connected or not.
+const (
+	maxRemovalsKept = 4096
+	maxDirty        = 4096
+	keepDetached    = 10 * time.Minute
+)
+
+// held is what an agent was last sent, and enough history to continue from a revision that it acknowledged earlier.
+type held struct {
+	at, since store.Revision // last sent; history reaches back to since
+	items     map[itemKey]heldItem
+	ids       map[spiffeid.ID]int // SPIFFE IDs of the entries it holds, with their number
+	feds      map[spiffeid.TrustDomain]int
+	entries   map[EntryID]*Entry
+	removed   []removal
+	defaults  policyv1.DefaultsMode
+	defSentAt store.Revision
+	ownSentAt store.Revision
+	detached  time.Time // zero while followed
+}
+
+type heldItem struct {
+	version itemVersion
+	sentAt  store.Revision
+}
+
+type removal struct {
+	key    itemKey
+	sentAt store.Revision
+}
+
+// followers knows which agents follow this replica and what changed for them. Its lock is taken inside Registry.mu
+// or alone, never the other way round.
+type followers struct {
+	mu      sync.Mutex
+	active  map[*Follower]struct{}
+	byRoot  map[spiffeid.ID]map[*Follower]struct{}
+	byAgent map[spiffeid.ID]map[*Follower]struct{}
+	kept    map[spiffeid.ID]*held
+}
+
+func (f *followers) init() {
+	f.active = map[*Follower]struct{}{}
+	f.byRoot = map[spiffeid.ID]map[*Follower]struct{}{}
+	f.byAgent = map[spiffeid.ID]map[*Follower]struct{}{}
+	f.kept = map[spiffeid.ID]*held{}
+}
+
+// A Follower tells one stream of one agent what changes for it. It belongs to one goroutine, except Wake.
+type Follower struct {
+	r     *Registry
+	agent spiffeid.ID
+	held  *held
+	wake  chan struct{} // one slot: look again
+
+	// guarded by followers.mu
+	roots   map[spiffeid.ID]bool
+	dirty   map[EntryID]struct{}
+	full    bool // dirty does not say everything: compare the whole scope
+	policy  bool
+	bundles bool
+	own     bool
+	node    bool
+}
+
+// Follow begins to follow for an agent that holds revision rev of epoch; rev 0, or a revision that the history does
+// not reach, begins with a snapshot. Close must be called. Only one follower of an agent continues its history: a
+// second one begins with a snapshot.
+func (r *Registry) Follow(agent spiffeid.ID, rev store.Revision, sameEpoch bool) *Follower {
+	f := &Follower{r: r, agent: agent, wake: make(chan struct{}, 1), full: true, own: true, policy: true, bundles: true}
+	fs := &r.follow
+	r.mu.RLock()
+	roots := r.ix.roots(r.c.TrustDomain, agent, r.c.Now())
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	r.mu.RUnlock()
+	now := r.c.Now()
+	for id, h := range fs.kept {
+		if !h.detached.IsZero() && now.Sub(h.detached).Abs() > keepDetached {
+			delete(fs.kept, id)
+		}
+	}
+	if h := fs.kept[agent]; h != nil && sameEpoch && rev > 0 && !h.detached.IsZero() && h.since <= rev && rev <= h.at {
+		h.detached = time.Time{}
+		h.rewind(rev)
+		f.held = h
+		delete(fs.kept, agent)
+	}
+	fs.active[f] = struct{}{}
+	put(fs.byAgent, agent, f, struct{}{})
+	f.setRoots(roots)
+	f.wake <- struct{}{}
+	return f
+}
+
+// rewind makes h say what the agent held at rev: everything sent later counts as not sent.
+func (h *held) rewind(rev store.Revision) {
+	for k, it := range h.items {
+		if it.sentAt > rev {
+			it.version = itemVersion{rev: -1}
+			h.items[k] = it
+		}
+	}
+	for _, rm := range h.removed {
+		if _, back := h.items[rm.key]; rm.sentAt > rev && !back {
+			h.items[rm.key] = heldItem{version: itemVersion{rev: -1}, sentAt: rm.sentAt}
+		}
+	}
+	if h.defSentAt > rev {
+		h.defaults = -1
+	}
+	h.at = rev
+}
+
+// setRoots registers f under its roots. followers.mu is held.
+func (f *Follower) setRoots(roots map[spiffeid.ID]bool) {
+	fs := &f.r.follow
+	for id := range f.roots {
+		drop(fs.byRoot, id, f)
+	}
+	f.roots = roots
+	for id := range roots {
+		put(fs.byRoot, id, f, struct{}{})
+	}
+}
+
+// Close ends following. What the agent holds is remembered for a while, so that it can continue.
+func (f *Follower) Close() {
+	fs := &f.r.follow
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f.setRoots(nil)
+	delete(fs.active, f)
+	drop(fs.byAgent, f.agent, f)
+	if f.held != nil {
+		f.held.detached = f.r.c.Now()
+		fs.kept[f.agent] = f.held
+	}
+}
+
+// Wake is signalled when something may have changed for the agent, or for the node itself.
+func (f *Follower) Wake() <-chan struct{} { return f.wake }
+
+func (f *Follower) signal() {
+	select {
+	case f.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Followers counts the streams that are followed now.
+func (r *Registry) Followers() int {
+	r.follow.mu.Lock()
+	defer r.follow.mu.Unlock()
+	return len(r.follow.active)
+}
+
+// OwnBundleChanged tells every follower that the trust domain's own bundle is another one.
+func (r *Registry) OwnBundleChanged() {
+	r.follow.mu.Lock()
+	defer r.follow.mu.Unlock()
+	for f := range r.follow.active {
+		f.own = true
+		f.signal()
+	}
+}
+
+func (fs *followers) markAll() {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	for f := range fs.active {
+		f.full, f.policy, f.bundles, f.node = true, true, true, true
+		f.signal()
+	}
+}
+
+// mark tells the followers what a batch changed. Registry.mu is held.
+func (fs *followers) mark(ix *index, ch *changes) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	for _, id := range ch.nodes {
+		for f := range fs.byAgent[id] {
+			f.node = true
+			f.signal()
+		}
+	}
+	if ch.roots {
+		for f := range fs.active {
+			f.full = true
+			f.signal()
+		}
+	}
+	parents := map[spiffeid.ID]bool{}
+	if len(ch.entries) > 1 {
+		for _, c := range ch.entries {
+			if c.old != nil {
+				parents[c.old.ParentID] = true
+			}
+		}
+	}
+	for _, c := range ch.entries {
+		for _, e := range []*Entry{c.old, c.new} {
+			if e == nil {
+				continue
+			}
+			// An entry that others descend from moves them all, also those that left in the same batch.
+			moves := len(ix.byParent[e.SPIFFEID]) > 0 || parents[e.SPIFFEID]
+			for up := range ix.ascend(e, time.Time{}) {
+				for f := range fs.byRoot[up] {
+					if f.full = f.full || moves || len(f.dirty) >= maxDirty; !f.full {
+						if f.dirty == nil {
+							f.dirty = map[EntryID]struct{}{}
+						}
+						f.dirty[e.ID] = struct{}{}
+					}
+					f.signal()
+				}
+			}
+		}
+	}
+	if len(ch.policies) > 0 || ch.defaults {
+		for f := range fs.active {
+			f.policy = true
+			f.signal()
+		}
+	}
+	if len(ch.bundles) > 0 {
+		for f := range fs.active {
+			f.bundles = true
+			f.signal()
+		}
+	}
+}
+
+// take returns and forgets what was marked.
+func (f *Follower) take() (m struct {
+	dirty                            map[EntryID]struct{}
+	full, policy, bundles, own, node bool
+}) {
+	fs := &f.r.follow
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	m.dirty, m.full, m.policy, m.bundles, m.own, m.node = f.dirty, f.full, f.policy, f.bundles, f.own, f.node
+	f.dirty, f.full, f.policy, f.bundles, f.own, f.node = nil, false, false, false, false, false
+	return m
+}
+
+// Next returns what changed since the last call, and nil if nothing did. It does not block. With force it returns an
+// empty Delta that moves the revision on instead of nil.
+func (f *Follower) Next(force bool) *Delta {
+	m := f.take()
+	now := f.r.c.Now()
+	f.r.mu.RLock()
+	defer f.r.mu.RUnlock()
+	ix := f.r.ix
+	d := &Delta{To: ix.revision}
+	h := f.held
+	if h == nil {
+		h = &held{since: ix.revision, items: map[itemKey]heldItem{}, ids: map[spiffeid.ID]int{},
+			feds: map[spiffeid.TrustDomain]int{}, entries: map[EntryID]*Entry{}, defaults: -1}
+		f.held, d.Snapshot, m.full, m.own = h, true, true, true
+	}
+	d.From = h.at
+	if d.Snapshot {
+		d.From = 0
+	}
+	if m.node && !m.full {
+		// A node whose selectors changed has other roots; renewals of its SVID change none.
+		if !equalRoots(f.roots, ix.roots(f.r.c.TrustDomain, f.agent, now)) {
+			m.full = true
+		}
+	}
+	before := len(h.ids) + len(h.feds)
+	changedIDs := m.full
+	if m.full {
+		roots := ix.roots(f.r.c.TrustDomain, f.agent, now)
+		f.r.follow.mu.Lock()
+		f.setRoots(roots)
+		f.r.follow.mu.Unlock()
+		scope := map[EntryID]*Entry{}
+		ix.descend(roots, now, func(e *Entry) { scope[e.ID] = e })
+		for id := range h.entries {
+			if scope[id] == nil {
+				f.dropEntry(h, d, id)
+			}
+		}
+		for k := range h.items { // rewound removals
+			if k.kind == 'e' && scope[EntryID(k.name)] == nil {
+				f.dropEntry(h, d, EntryID(k.name))
+			}
+		}
+		for _, e := range scope {
+			f.holdEntry(h, d, e)
+		}
+	} else {
+		for id := range m.dirty {
+			e := ix.entries[id]
+			if e != nil && !e.alias() && !e.Expired(now) && f.inScope(ix, e, now) {
+				f.holdEntry(h, d, e)
+			} else {
+				f.dropEntry(h, d, id)
+			}
+		}
+		changedIDs = len(d.Entries)+len(d.RemovedEntries) > 0 || before != len(h.ids)+len(h.feds)
+	}
+	if changedIDs || m.policy {
+		f.policies(ix, h, d)
+	}
+	if changedIDs || m.bundles {
+		f.foreignBundles(ix, h, d)
+	}
+	if m.own {
+		d.OwnBundle = true
+		h.ownSentAt = d.To
+	}
+	if d.empty() && !force {
+		return nil
+	}
+	h.at = d.To
+	if n := len(h.removed) - maxRemovalsKept; n > 0 {
+		h.since = h.removed[n-1].sentAt
+		h.removed = slices.Clone(h.removed[n:])
+	}
+	slices.SortFunc(d.Entries, func(a, b *Entry) int { return a.CreatedAt.Compare(b.CreatedAt) })
+	return d
+}
+
+func equalRoots(a, b map[spiffeid.ID]bool) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for id := range a {
+		if !b[id] {
+			return false
+		}
+	}
+	return true
+}
+
+func (f *Follower) inScope(ix *index, e *Entry, now time.Time) bool {
+	for up := range ix.ascend(e, now) {
+		if f.roots[up] {
+			return true
+		}
+	}
+	return false
+}
+
+func (f *Follower) holdEntry(h *held, d *Delta, e *Entry) {
+	if old := h.entries[e.ID]; old != nil {
+		h.count(old, -1)
+	}
+	h.entries[e.ID] = e
+	h.count(e, +1)
+	if h.hold(itemKey{'e', string(e.ID)}, itemVersion{rev: e.Revision}, d.To) {
+		d.Entries = append(d.Entries, e)
+	}
+}
+
+func (f *Follower) dropEntry(h *held, d *Delta, id EntryID) {
+	if old := h.entries[id]; old != nil {
+		h.count(old, -1)
+		delete(h.entries, id)
+	}
+	if h.drop(itemKey{'e', string(id)}, d.To) {
+		d.RemovedEntries = append(d.RemovedEntries, id)
+	}
+}
+
+func (h *held) count(e *Entry, n int) {
+	if h.ids[e.SPIFFEID] += n; h.ids[e.SPIFFEID] == 0 {
+		delete(h.ids, e.SPIFFEID)
+	}
+	for _, td := range e.FederatesWith {
+		if h.feds[td] += n; h.feds[td] == 0 {
+			delete(h.feds, td)
+		}
+	}
+}
+
+// hold notes that the agent is sent this version; false if it has it.
+func (h *held) hold(k itemKey, v itemVersion, at store.Revision) bool {
+	if have, ok := h.items[k]; ok && have.version == v {
+		return false
+	}
+	h.items[k] = heldItem{v, at}
+	return true
+}
+
+func (h *held) drop(k itemKey, at store.Revision) bool {
+	if _, ok := h.items[k]; !ok {
+		return false
+	}
+	delete(h.items, k)
+	h.removed = append(h.removed, removal{k, at})
+	return true
+}
+
+func (f *Follower) policies(ix *index, h *held, d *Delta) {
+	concern := map[string]*Policy{}
+	for id := range h.ids {
+		for name, p := range ix.exact[id.String()] {
+			concern[name] = p
+		}
+	}
+	for name, p := range ix.wild {
+		concern[name] = p
+	}
+	for name, p := range concern {
+		services := servicesOf(p, h.ids)
+		if services == nil {
+			delete(concern, name)
+			continue
+		}
+		sum := fnv.New64a()
+		for _, s := range services {
+			sum.Write([]byte(s))
+			sum.Write([]byte{0})
+		}
+		if h.hold(itemKey{'p', name}, itemVersion{p.Revision, sum.Sum64()}, d.To) {
+			d.Policies = append(d.Policies, cut(p.Compiled, services))
+		}
+	}
+	for k := range h.items {
+		if k.kind == 'p' && concern[k.name] == nil && h.drop(k, d.To) {
+			d.RemovedPolicies = append(d.RemovedPolicies, k.name)
+		}
+	}
+	mode := policyv1.DefaultsMode_DEFAULTS_MODE_DENY
+	if ix.defaults != nil {
+		mode = ix.defaults.Mode
+	}
+	if h.defaults != mode || d.Snapshot {
+		h.defaults, h.defSentAt = mode, d.To
+		d.Defaults = &mode
+	}
+}
+
+// cut returns p with other services. What it shares with p is not changed by anybody.
+func cut(p *policyv1.Policy, services []string) *policyv1.Policy {
+	return &policyv1.Policy{Name: p.Name, Revision: p.Revision, Services: services, Mode: p.Mode, Rules: p.Rules, File: p.File, Line: p.Line}
+}
+
+func (f *Follower) foreignBundles(ix *index, h *held, d *Delta) {
+	for td := range h.feds {
+		if b := ix.bundles[td]; b != nil && h.hold(itemKey{'b', td.Name()}, itemVersion{rev: b.Revision}, d.To) {
+			d.Bundles = append(d.Bundles, b)
+		}
+	}
+	for k := range h.items {
+		if k.kind != 'b' {
+			continue
+		}
+		td, err := spiffeid.TrustDomainFromString(k.name)
+		if err != nil || h.feds[td] == 0 || ix.bundles[td] == nil {
+			if h.drop(k, d.To) {
+				d.RemovedBundles = append(d.RemovedBundles, td)
+			}
+		}
+	}
+}
+
+// Held returns how many entries the agent holds by what it was sent.
+func (f *Follower) Held() int {
+	if f.held == nil {
+		return 0
+	}
+	return len(f.held.entries)
+}
+
+// AwaitBarrier makes the index hold everything that was committed before the call; the next Next shows it.
+func (f *Follower) AwaitBarrier(ctx context.Context) error {
+	_, err := f.r.Barrier(ctx)
+	return err
+}
+
+// Restart forgets what the agent was sent: the next Delta is a snapshot.
+func (f *Follower) Restart() { f.held = nil }

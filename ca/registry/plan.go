@@ -1,0 +1,462 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/policy"
+)
+
+// An Action is what apply does with one resource.
+type Action int
+
+// The actions.
+const (
+	Unchanged Action = iota
+	Create
+	Change
+	Delete
+)
+
+// A PlannedChange is one line of a plan.
+type PlannedChange struct {
+	Action      Action
+	Kind, Name  string
+	Differences []string
+}
+
+// A Plan says what applying documents does.
+type Plan struct {
+	Changes  []PlannedChange
+	Revision store.Revision
+	// Lockouts names services that lose their last allow by this plan.
+	Lockouts []string
+
+	checks  []store.Check
+	writes  []store.Write
+	entries []*Entry // that it writes
+}
+
+// Options of Plan and Apply.
+type Options struct {
+	Prune bool
+	// PlannedAt, if not 0, refuses with ErrConflict what was changed after that revision.
+	PlannedAt store.Revision
+}
+
+// ErrTooMany means that a set is larger than one commit.
+var ErrTooMany = fmt.Errorf("more than %d documents or changes in one apply; send them in chunks", MaxDocuments)
+
+// Plan checks documents as a whole and works out what applying them would change. It changes nothing.
+func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
+	if len(docs) > MaxDocuments {
+		return nil, ErrTooMany
+	}
+	var errs []error
+	var all []*resource
+	seen, similar := map[string]string{}, map[string]string{}
+	for _, doc := range docs {
+		x, err := r.parseResource(doc)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		id := x.key()
+		if first, twice := seen[id]; twice {
+			errs = append(errs, fmt.Errorf("%s: %s %q is in %s already", where(doc, "name"), x.kind, x.name, first))
+			continue
+		}
+		seen[id] = where(doc, "name")
+		if x.entry != nil {
+			if first, twice := similar[x.entry.similar()]; twice {
+				errs = append(errs, fmt.Errorf("%s: Identity %q is the same registration as Identity %q: one spiffeID, one `on`, one `match`", where(doc, "name"), x.name, first))
+			}
+			similar[x.entry.similar()] = x.name
+		}
+		all = append(all, x)
+	}
+	if len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	p := &Plan{Revision: r.ix.revision}
+	goes := func(key string) bool { return o.Prune && seen[key] == "" }
+	for _, x := range all {
+		if err := r.planOne(p, x, o, goes); err != nil {
+			return nil, err
+		}
+	}
+	if o.Prune {
+		r.planPrune(p, all)
+	}
+	if len(p.writes) > store.MaxWrites {
+		return nil, ErrTooMany
+	}
+	p.Lockouts = r.lockouts(all, p)
+	return p, nil
+}
+
+// current returns the stored form of a resource. mu is held.
+func (ix *index) current(kind, name string) (doc *Document, rev store.Revision, created time.Time, entry *Entry) {
+	switch kind {
+	case KindIdentity:
+		if e := ix.entries[EntryID(identityPrefix+name)]; e != nil {
+			return e.Identity, e.Revision, e.CreatedAt, e
+		}
+	case KindCallPolicy:
+		if p := ix.policies[name]; p != nil {
+			return &p.Document, p.Revision, p.CreatedAt, nil
+		}
+	case KindPolicyDefaults:
+		if d := ix.defaults; d != nil && (name == "" || d.Document.Name == name) {
+			return &d.Document, d.Revision, d.CreatedAt, nil
+		}
+	}
+	return nil, 0, time.Time{}, nil
+}
+
+// planOne adds what one document changes. goes tells which resources, by key, the same plan deletes. mu is held.
+func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string) bool) error {
+	name := x.name
+	if x.kind == KindPolicyDefaults {
+		name = "" // there is at most one, whatever its name
+	}
+	doc, rev, created, old := r.ix.current(x.kind, name)
+	if o.PlannedAt != 0 && rev > o.PlannedAt {
+		return fmt.Errorf("%s %q: %w", x.kind, x.name, ErrConflict)
+	}
+	if x.entry != nil {
+		id, ok := r.ix.similar[x.entry.similar()]
+		if ok && id != x.entry.ID && r.ix.entries[id].Identity != nil && !goes(entryPrefix+string(id)) {
+			return fmt.Errorf("%s:%d: Identity %q is the same registration as Identity %q: one spiffeID, one `on`, one `match`", x.doc.File, x.doc.Line, x.name, r.ix.entries[id].Identity.Name)
+		}
+	}
+	ch := PlannedChange{Kind: x.kind, Name: x.name, Action: Create}
+	if doc == nil {
+		created = r.c.Now().Truncate(time.Second)
+	} else {
+		ch.Action, ch.Differences = r.compare(x, old, doc)
+	}
+	p.Changes = append(p.Changes, ch)
+	if ch.Action == Unchanged {
+		return nil
+	}
+	b, err := x.encode(created)
+	if err != nil {
+		return err
+	}
+	p.checks = append(p.checks, store.Check{Key: x.key(), Modified: rev})
+	p.writes = append(p.writes, store.Write{Key: x.key(), Value: b})
+	if x.entry != nil {
+		p.entries = append(p.entries, x.entry)
+	}
+	return nil
+}
+
+// compare tells whether a document differs from the stored one, and how. A CallPolicy whose rules moved to another
+// line is a change: explanations name lines.
+func (r *Registry) compare(x *resource, old *Entry, doc *Document) (Action, []string) {
+	samePlace := doc.File == x.doc.File && doc.Line == x.doc.Line
+	if samePlace && string(doc.Content) == string(x.doc.Content) {
+		return Unchanged, nil
+	}
+	diffs := r.differences(x, old, doc)
+	switch {
+	case len(diffs) > 0:
+		return Change, diffs
+	case samePlace && x.kind != KindCallPolicy:
+		return Unchanged, nil
+	}
+	return Change, []string{"only its text or place changed"}
+}
+
+func (x *resource) encode(created time.Time) ([]byte, error) {
+	if x.entry != nil {
+		x.entry.CreatedAt = created
+		return x.entry.encode()
+	}
+	rec := policyRecord{V: recordVersion, Document: document{x.doc.Name, string(x.doc.Content), x.doc.File, x.doc.Line}, Mode: int32(x.mode), CreatedAt: unix(created)}
+	if x.compiled != nil {
+		b, err := proto.Marshal(x.compiled)
+		if err != nil {
+			return nil, err
+		}
+		rec.Compiled, rec.Mode = b, 0
+	}
+	return marshal(rec)
+}
+
+// differences lists what applying x changes, a line each.
+func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string {
+	var out []string
+	diff := func(field string, a, b any) {
+		if as, bs := fmt.Sprint(a), fmt.Sprint(b); as != bs {
+			out = append(out, fmt.Sprintf("%s: %s -> %s", field, as, bs))
+		}
+	}
+	switch {
+	case x.entry != nil && old != nil:
+		n := x.entry
+		diff("spiffeID", old.SPIFFEID, n.SPIFFEID)
+		diff("match", selectorStrings(old.Selectors), selectorStrings(n.Selectors))
+		diff("on", selectorStrings(old.On), selectorStrings(n.On))
+		diff("x509TTL", old.X509TTL, n.X509TTL)
+		diff("jwtTTL", old.JWTTTL, n.JWTTTL)
+		diff("dnsNames", old.DNSNames, n.DNSNames)
+		diff("federatesWith", old.FederatesWith, n.FederatesWith)
+		diff("hint", old.Hint, n.Hint)
+		diff("admin", old.Admin, n.Admin)
+		diff("jwtIncludeJTI", old.JWTIncludeJTI, n.JWTIncludeJTI)
+		diff("expiresAt", old.ExpiresAt, n.ExpiresAt)
+	case x.compiled != nil:
+		was := r.ix.policies[x.name].Compiled
+		diff("service", was.Services, x.compiled.Services)
+		diff("mode", was.Mode, x.compiled.Mode)
+		a, b := ruleLines(was), ruleLines(x.compiled)
+		for _, s := range a {
+			if !slices.Contains(b, s) {
+				out = append(out, "- "+s)
+			}
+		}
+		for _, s := range b {
+			if !slices.Contains(a, s) {
+				out = append(out, "+ "+s)
+			}
+		}
+	case x.kind == KindPolicyDefaults:
+		diff("name", doc.Name, x.name)
+		diff("mode", r.ix.defaults.Mode, x.mode)
+	}
+	return out
+}
+
+// ruleLines prints each rule of a policy without its place.
+func ruleLines(p *policyv1.Policy) []string {
+	var out []string
+	for _, rule := range p.Rules {
+		s := strings.ToLower(strings.TrimPrefix(rule.Effect.String(), "EFFECT_")) + " from " + strings.Join(rule.From, ", ")
+		for _, h := range rule.Http {
+			s += fmt.Sprintf(" http methods=%v paths=%v", h.Methods, h.Paths)
+		}
+		if len(rule.Grpc) > 0 {
+			s += " grpc " + strings.Join(rule.Grpc, ", ")
+		}
+		if rule.Jwt != nil {
+			s += fmt.Sprintf(" jwt audience=%v subject=%v", rule.Jwt.Audience, rule.Jwt.Subject)
+		}
+		if rule.Shadow {
+			s += " (shadow)"
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
+func (r *Registry) planPrune(p *Plan, all []*resource) {
+	named, kinds := map[string]bool{}, map[string]bool{}
+	for _, x := range all {
+		named[x.key()], kinds[x.kind] = true, true
+	}
+	remove := func(kind, name, key string, rev store.Revision) {
+		if kinds[kind] && !named[key] {
+			p.Changes = append(p.Changes, PlannedChange{Action: Delete, Kind: kind, Name: name})
+			p.checks = append(p.checks, store.Check{Key: key, Modified: rev})
+			p.writes = append(p.writes, store.Write{Key: key, Delete: true})
+		}
+	}
+	for id, e := range r.ix.entries {
+		if e.Identity != nil {
+			remove(KindIdentity, e.Identity.Name, entryPrefix+string(id), e.Revision)
+		}
+	}
+	for name, pol := range r.ix.policies {
+		remove(KindCallPolicy, name, policyPrefix+name, pol.Revision)
+	}
+	slices.SortStableFunc(p.Changes, func(a, b PlannedChange) int {
+		if (a.Action == Delete) != (b.Action == Delete) {
+			if a.Action == Delete {
+				return 1
+			}
+			return -1
+		}
+		if a.Action != Delete {
+			return 0
+		}
+		return strings.Compare(a.Kind+a.Name, b.Kind+b.Name)
+	})
+}
+
+// lockouts returns the services that some enforced rule allows now and none would after the plan. mu is held.
+func (r *Registry) lockouts(all []*resource, p *Plan) []string {
+	gone := map[string]bool{}
+	for _, w := range p.writes {
+		if name, ok := strings.CutPrefix(w.Key, policyPrefix); ok {
+			gone[name] = true
+		}
+	}
+	after := map[string]bool{}
+	for name, pol := range r.ix.policies {
+		if !gone[name] {
+			allows(pol.Compiled, after)
+		}
+	}
+	for _, x := range all {
+		if x.compiled != nil && gone[x.name] {
+			allows(x.compiled, after)
+		}
+	}
+	var out []string
+	for name := range gone {
+		old := r.ix.policies[name]
+		if old == nil {
+			continue
+		}
+		before := map[string]bool{}
+		allows(old.Compiled, before)
+		for s := range before {
+			if !after[s] && !slices.Contains(out, s) && r.live(s) {
+				out = append(out, s)
+			}
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+func allows(p *policyv1.Policy, into map[string]bool) {
+	for _, rule := range p.Rules {
+		if p.Mode == policyv1.Mode_MODE_ENFORCE && !rule.Shadow && rule.Effect == policyv1.Effect_EFFECT_ALLOW {
+			for _, s := range p.Services {
+				into[s] = true
+			}
+		}
+	}
+}
+
+// live tells whether some entry issues an ID that the service pattern names, so that somebody may be calling it.
+func (r *Registry) live(service string) bool {
+	for id := range r.ix.byID {
+		if policy.ServiceMatches(service, id) {
+			return true
+		}
+	}
+	return false
+}
+
+// Apply commits a plan: all of it, or nothing with ErrConflict if a resource was changed after planning.
+func (r *Registry) Apply(ctx context.Context, p *Plan) (store.Revision, error) {
+	if len(p.writes) == 0 {
+		return p.Revision, nil
+	}
+	r.amu.Lock()
+	defer r.amu.Unlock()
+	if err := r.stillAlone(p); err != nil {
+		return 0, err
+	}
+	return r.commit(ctx, p.checks, p.writes)
+}
+
+// stillAlone refuses a plan if what it registers was registered under another name after planning. amu is held.
+func (r *Registry) stillAlone(p *Plan) error {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, e := range p.entries {
+		id, ok := r.ix.similar[e.similar()]
+		if !ok || id == e.ID || r.ix.entries[id].Identity == nil || slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == entryPrefix+string(id) }) {
+			continue
+		}
+		return fmt.Errorf("Identity %q is the same registration as Identity %q: %w", e.Identity.Name, r.ix.entries[id].Identity.Name, ErrConflict)
+	}
+	return nil
+}
+
+// A Resource is a stored document.
+type Resource struct {
+	Kind      string
+	Document  Document
+	EntryID   EntryID
+	CreatedAt time.Time
+	Revision  store.Revision
+}
+
+// Resources returns the documents of a kind in order of name, or the one of that name.
+func (r *Registry) Resources(kind, name string) ([]Resource, error) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	var names []string
+	switch kind {
+	case KindIdentity:
+		for _, e := range r.ix.entries {
+			if e.Identity != nil {
+				names = append(names, e.Identity.Name)
+			}
+		}
+	case KindCallPolicy:
+		for n := range r.ix.policies {
+			names = append(names, n)
+		}
+	case KindPolicyDefaults:
+		if d := r.ix.defaults; d != nil {
+			names = append(names, d.Document.Name)
+		}
+	default:
+		return nil, invalid("kind", kind, "is not one of %s, %s, %s", KindIdentity, KindCallPolicy, KindPolicyDefaults)
+	}
+	slices.Sort(names)
+	var out []Resource
+	for _, n := range names {
+		if name != "" && n != name {
+			continue
+		}
+		doc, rev, created, e := r.ix.current(kind, n)
+		res := Resource{Kind: kind, Document: *doc, CreatedAt: created, Revision: rev}
+		if e != nil {
+			res.EntryID = e.ID
+		}
+		out = append(out, res)
+	}
+	if name != "" && len(out) == 0 {
+		return nil, fmt.Errorf("%s %q: %w", kind, clip(name), ErrNotFound)
+	}
+	return out, nil
+}
+
+// PlanDelete plans the removal of one resource.
+func (r *Registry) PlanDelete(kind, name string) (*Plan, error) {
+	if _, err := r.Resources(kind, name); err != nil {
+		return nil, err
+	}
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	_, rev, _, _ := r.ix.current(kind, name)
+	key := (&resource{kind: kind, name: name}).key()
+	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{{Action: Delete, Kind: kind, Name: name}},
+		checks: []store.Check{{Key: key, Modified: rev}}, writes: []store.Write{{Key: key, Delete: true}}}
+	p.Lockouts = r.lockouts(nil, p)
+	return p, nil
+}
+
+// PolicySet returns all policies in compiled form, in order of name. It must not be changed.
+func (r *Registry) PolicySet(epoch string) *policyv1.PolicySet {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	set := &policyv1.PolicySet{Format: policy.Format, TrustDomain: r.c.TrustDomain.Name(), Epoch: epoch, Revision: int64(r.ix.revision), Defaults: policyv1.DefaultsMode_DEFAULTS_MODE_DENY}
+	if r.ix.defaults != nil {
+		set.Defaults = r.ix.defaults.Mode
+	}
+	for _, p := range r.ix.policies {
+		set.Policies = append(set.Policies, p.Compiled)
+	}
+	slices.SortFunc(set.Policies, func(a, b *policyv1.Policy) int { return strings.Compare(a.Name, b.Name) })
+	return set
+}
