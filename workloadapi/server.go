@@ -210,7 +210,7 @@ func (c *Config) check() error {
 	case c.MaxStreams < 0 || c.MaxStreamsPerUID < 0:
 		return fmt.Errorf("MaxStreams %d and MaxStreamsPerUID %d: must not be negative", c.MaxStreams, c.MaxStreamsPerUID)
 	case c.Mode&^os.ModePerm != 0:
-		return fmt.Errorf("Mode %v: only permission bits, such as 0777", c.Mode)
+		return fmt.Errorf("socket mode (Mode) %v: only permission bits, such as 0777", c.Mode)
 	}
 	if c.Mode == 0 {
 		c.Mode = 0o777
