@@ -375,7 +375,7 @@ func (r *Registry) stillAlone(p *Plan) error {
 		if !ok || id == e.ID || r.ix.entries[id].Identity == nil || slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == entryPrefix+string(id) }) {
 			continue
 		}
-		return fmt.Errorf("Identity %q is the same registration as Identity %q: %w", e.Identity.Name, r.ix.entries[id].Identity.Name, ErrConflict)
+		return fmt.Errorf("two Identities are one registration, %q and %q: %w", e.Identity.Name, r.ix.entries[id].Identity.Name, ErrConflict)
 	}
 	return nil
 }
