@@ -29,9 +29,9 @@ func (f pathFault) String() string {
 	case pathSound:
 		return "sound"
 	case pathTooLong:
-		return fmt.Sprintf("longer than %d bytes", maxPath)
+		return fmt.Sprintf("is longer than %d bytes", maxPath)
 	case pathNotOrigin:
-		return `not in origin form: it must begin with "/"`
+		return `is not in origin form: it must begin with "/"`
 	case pathBadByte:
 		return `has a byte outside of 0x21 to 0x7E, or a raw backslash, ";" or "#"`
 	case pathBadEscape:
@@ -148,7 +148,7 @@ func parsePathPattern(s string) (pathPattern, error) {
 		return pathPattern{}, fmt.Errorf("path %q has a query; queries are not judged, remove everything from the \"?\" on", s)
 	}
 	if fault := checkPath(s); fault != pathSound {
-		return pathPattern{}, fmt.Errorf("path %q can never match: such a path is refused, it is %s", shorten(s), strings.Replace(fault.String(), "has ", "with ", 1))
+		return pathPattern{}, fmt.Errorf("path %q can never match: such a path is refused, because it %s", shorten(s), fault)
 	}
 	segments, rest, err := splitPattern(s[1:])
 	if err != nil {

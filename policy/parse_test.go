@@ -133,6 +133,24 @@ func TestParsePolicyRefuses(t *testing.T) {
 	}
 }
 
+func TestParsePolicyReportsANullOnceAndWhereItIs(t *testing.T) {
+	for rule, want := range map[string]string{
+		"- {from: [/a], http: [~]}":            "p.yaml:5:25: http[0] is empty (null)",
+		"- ":                                   "p.yaml:5:4: allow[0] is empty (null)",
+		"- from:":                              "p.yaml:5:10: from is empty (null)",
+		"- {from: [/a], http: [{methods: ~}]}": "p.yaml:5:35: methods is empty (null)",
+		"- {from: [/a], jwt: ~}":               "p.yaml:5:23: jwt is empty (null)",
+		"- {from: [/a], when: ~}":              "p.yaml:5:24: when is empty (null)",
+		"- {from: [/a], http: [{paths: [/a//b]}]}":    `p.yaml:5:34: path "/a//b" can never match: such a path is refused, because it has an empty segment`,
+		"- {from: [/a], http: [{paths: ['/a%2Fb']}]}": `p.yaml:5:34: path "/a%2Fb" can never match: such a path is refused, because it escapes a letter`,
+	} {
+		_, err := parse("kind: CallPolicy\nname: x\nservice: /s\nallow:\n  " + rule)
+		if got := fmt.Sprint(err); !strings.HasPrefix(got, want) || strings.Contains(got, "\n") {
+			t.Errorf("%s: got\n%s\nwant %s", rule, got, want)
+		}
+	}
+}
+
 func TestParsePolicyReportsAllMistakes(t *testing.T) {
 	_, err := parse("kind: CallPolicy\nservice: /a*\nmode: off\nallow:\n  - from: /x\n    when: a\n  - http: [{methods: [get]}]\n")
 	want := []string{"p.yaml:1:1: name is missing", "p.yaml:2:10: ", "p.yaml:3:7: mode is", "p.yaml:5:11: from is the string", "p.yaml:6:11: when needs", "p.yaml:7:5: from is missing", "p.yaml:7:23: method"}

@@ -129,20 +129,12 @@ func (a *app) checkDocuments(docs []strictyaml.Document, td spiffeid.TrustDomain
 	}
 	var mistakes []error
 	for _, doc := range docs {
-		kind, line, column, ok := doc.Field("kind")
-		if !ok {
-			line, column = doc.Line, 1
-		}
 		var err error
-		switch kind {
-		case policy.KindCallPolicy, policy.KindPolicyDefaults: // all at once, below
+		switch kind, _, _, _ := doc.Field("kind"); kind { // others all at once, below
 		case policy.KindPolicyTest:
 			_, err = policy.ParseTests(doc)
 		case registry.KindIdentity:
 			_, err = registry.ParseIdentity(doc, td)
-		default:
-			err = fmt.Errorf("%s:%d:%d: kind is %q; it must be %s, %s, %s or %s", doc.File, line, column, kind,
-				registry.KindIdentity, policy.KindCallPolicy, policy.KindPolicyDefaults, policy.KindPolicyTest)
 		}
 		if err != nil {
 			mistakes = append(mistakes, err)

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/spiffe"
@@ -37,13 +39,32 @@ func livePolicies(ctx context.Context, c *caConn) (*policy.Policies, spiffeid.Tr
 	return compiled, td, err
 }
 
-// compileDocuments compiles the policies among docs.
+// compileDocuments compiles the policies among docs. A document of no known kind is a mistake: it may be a policy that
+// somebody relies on.
 func compileDocuments(docs []strictyaml.Document, td spiffeid.TrustDomain) (*policy.Policies, error) {
 	set, err := policy.Check(docs, td)
-	if err != nil {
+	if err := errors.Join(checkKinds(docs), err); err != nil {
 		return nil, err
 	}
 	return policy.Compile(set)
+}
+
+// checkKinds says which documents are of no known kind.
+func checkKinds(docs []strictyaml.Document) error {
+	var mistakes []error
+	for _, doc := range docs {
+		kind, line, column, ok := doc.Field("kind")
+		if !ok {
+			line, column = doc.Line, 1
+		}
+		switch kind {
+		case registry.KindIdentity, policy.KindCallPolicy, policy.KindPolicyDefaults, policy.KindPolicyTest:
+		default:
+			mistakes = append(mistakes, fmt.Errorf("%s:%d:%d: kind is %q; it must be %s, %s, %s or %s", doc.File, line, column, kind,
+				registry.KindIdentity, policy.KindCallPolicy, policy.KindPolicyDefaults, policy.KindPolicyTest))
+		}
+	}
+	return errors.Join(mistakes...)
 }
 
 func (a *app) policyCheckCommand() *cobra.Command {
@@ -209,6 +230,9 @@ func (a *app) readTables(cmd *cobra.Command, files []string, live bool) ([]table
 	for _, name := range names {
 		docs, err := a.documentsFrom(cmd, []string{name})
 		if err != nil {
+			return nil, err
+		}
+		if err := checkKinds(docs); err != nil {
 			return nil, err
 		}
 		for _, doc := range docs {

@@ -70,6 +70,9 @@ func (d decoder) value(n *yaml.Node, v reflect.Value, name string) {
 		return
 	}
 	if n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" {
+		if v.CanAddr() && v.Addr().Type().Implements(locatorType) {
+			v.Addr().Interface().(locator).locate(n.Line, n.Column) // it is there, although it cannot be read
+		}
 		d.add(n.Line, n.Column, "%s is empty (null); give it a value or remove it", name)
 		return
 	}
