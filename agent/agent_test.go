@@ -25,6 +25,7 @@ import (
 	"github.com/signet-id/signet/agent/internal/faultca"
 	"github.com/signet-id/signet/agent/nodeattest"
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	endpoint "github.com/signet-id/signet/workloadapi"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -328,6 +329,43 @@ func TestBrokenRecordIsSetAside(t *testing.T) {
 	kept, err := os.ReadFile(path + ".refused")
 	if err != nil || string(kept) != `{"v":99}` {
 		t.Errorf("what was set aside is %q, %v", kept, err)
+	}
+}
+
+// What enforcement points are told when the CA is lost: policy/source denies by it after max_offline. [DESIGN §7]
+func TestLossOfTheCAIsToldWithItsTime(t *testing.T) {
+	r := newRig(t)
+	a, _ := r.run()
+	r.ready(a)
+	r.log.await(t, "in sync with the CA")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	updates, err := a.cache.Watch(ctx, endpoint.Caller{PID: 1, UID: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		cancel()
+		for range updates { // until the cache has let go
+		}
+	}()
+	next := func() endpoint.Update {
+		t.Helper()
+		select {
+		case u := <-updates:
+			return u
+		case <-time.After(20 * time.Second):
+			t.Fatal("no update came")
+			return endpoint.Update{}
+		}
+	}
+	if u := next(); !u.Offline.IsZero() {
+		t.Errorf("in contact, and offline since %s", u.Offline)
+	}
+	before := time.Now()
+	r.ca.Stop()
+	if u := next(); u.Offline.Before(before) || u.Offline.After(time.Now()) {
+		t.Errorf("the CA was lost after %s, and the agent is offline since %s", before, u.Offline)
 	}
 }
 

@@ -259,6 +259,61 @@ func TestOutOfStepAsksForASnapshot(t *testing.T) {
 	}
 }
 
+// A CA that lies, or is broken, changes nothing: what is held stays, and the agent comes back for more.
+func TestNonsenseOnFollowChangesNothing(t *testing.T) {
+	huge := &nodev1.FollowResponse{Epoch: "e", From: 1, To: 2, Entries: []*nodev1.Entry{{Id: "1", SpiffeId: strings.Repeat("x", maxMessageBytes)}}}
+	for name, tt := range map[string]struct {
+		send []*nodev1.FollowResponse
+		want string
+	}{
+		"differences inside a snapshot": {[]*nodev1.FollowResponse{{Epoch: "f", To: 9, Snapshot: true}, {Epoch: "e", From: 1, To: 2}}, "before the snapshot"},
+		"two snapshots in one":          {[]*nodev1.FollowResponse{{Epoch: "f", To: 9, Snapshot: true}, {Epoch: "f", To: 8, Snapshot: true, Complete: true}}, "mixed parts"},
+		"snapshots of two epochs":       {[]*nodev1.FollowResponse{{Epoch: "f", To: 9, Snapshot: true}, {Epoch: "g", To: 9, Snapshot: true, Complete: true}}, "mixed parts"},
+		"half a snapshot":               {[]*nodev1.FollowResponse{{Epoch: "f", To: 9, Snapshot: true}}, "ended Follow"},
+		"a huge message":                {[]*nodev1.FollowResponse{huge}, "larger than max"},
+		"a newer format later":          {[]*nodev1.FollowResponse{{Format: Format + 1, Epoch: "e", From: 1, To: 2}}, "update the agent"},
+		"a newer format in a snapshot":  {[]*nodev1.FollowResponse{{Epoch: "f", To: 9, Snapshot: true}, {Format: Format + 1, Epoch: "f", To: 9, Snapshot: true, Complete: true}}, "update the agent"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ca := faultca.Start(t, "/spire/server")
+			hellos := make(chan *nodev1.FollowRequest_Hello, 10)
+			lie := true
+			ca.Follow = func(s nodev1.Node_FollowServer, _ string) error {
+				hello, err := s.Recv()
+				if err != nil {
+					return err
+				}
+				hellos <- hello.GetHello()
+				if !lie {
+					<-s.Context().Done()
+					return nil
+				}
+				lie = false
+				for _, m := range append([]*nodev1.FollowResponse{{Epoch: "e", To: 1, Snapshot: true, Complete: true}}, tt.send...) {
+					if err := s.Send(m); err != nil {
+						return err
+					}
+				}
+				return nil
+			}
+			x := run(t, ca)
+			wait(t, "the first hello", hellos)
+			wait(t, "the snapshot", x.f.news)
+			if h := wait(t, "the second hello", hellos); h.GetEpoch() != "e" || h.GetRevision() != 1 {
+				t.Errorf("the second hello holds %q/%d, want e/1", h.GetEpoch(), h.GetRevision())
+			}
+			if len(x.f.news) != 0 {
+				t.Error("nonsense was applied")
+			}
+			x.client.mu.Lock()
+			defer x.client.mu.Unlock()
+			if err := x.client.lastErr; err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("the connection ended with %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
 func TestHelloSaysWhatIsHeldAfterALostConnection(t *testing.T) {
 	ca := faultca.Start(t, "/spire/server")
 	hellos := make(chan *nodev1.FollowRequest_Hello, 10)
