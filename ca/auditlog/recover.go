@@ -124,6 +124,9 @@ func frame(text []byte) (seq uint64, ok bool) {
 	return seq, true
 }
 
+// maxTorn is the most that a crash can leave unfinished, one group. More than that was in part acknowledged.
+const maxTorn = maxCallBytes + maxGroupBytes + MaxAppend*maxHead
+
 // resume makes w go on at the end of file n. If that file is of no use for it, w gets no file.
 func (l *Log) resume(w *writer, n uint64) error {
 	path := filepath.Join(l.cfg.Dir, fileName(n))
@@ -131,20 +134,22 @@ func (l *Log) resume(w *writer, n uint64) error {
 	if err != nil {
 		return err
 	}
-	if t.size > t.good {
+	torn := t.size - t.good
+	if torn > 0 && torn <= maxTorn {
 		if err := setAside(path, t.good, t.size); err != nil {
 			return err
 		}
 		l.cfg.Log.Warn("set aside the end of an audit log file that a crash cut off, it was never acknowledged",
-			"file", path, "bytes", t.size-t.good, "to", path+tornSuffix)
+			"file", path, "bytes", torn, "to", path+tornSuffix)
 	}
 	switch {
-	case !t.hasHeader && t.records == 0:
+	case !t.hasHeader && t.records == 0 && torn <= maxTorn:
 		// The crash came while the file was begun.
 		w.next = n
 		return durable.Remove(path)
-	case !t.hasHeader || t.header.File != n || len(t.bad) > 0:
-		l.cfg.Log.Error("an audit log file is damaged, it is left as it is and a new one begun", "file", path, "lines", t.bad, "header_damaged", !t.hasHeader || t.header.File != n)
+	case !t.hasHeader || t.header.File != n || len(t.bad) > 0 || torn > maxTorn:
+		l.cfg.Log.Error("an audit log file is damaged, it is left as it is and a new one begun", "file", path, "lines", t.bad,
+			"header_damaged", !t.hasHeader || t.header.File != n, "end_damaged_bytes", torn)
 		w.newest = t.newest
 		w.next = n + 1
 		return w.begin()
@@ -164,7 +169,7 @@ func setAside(path string, good, size int64) error {
 		return err
 	}
 	defer f.Close()
-	torn, err := io.ReadAll(io.NewSectionReader(f, good, min(size-good, maxCallBytes+maxGroupBytes)))
+	torn, err := io.ReadAll(io.NewSectionReader(f, good, size-good))
 	if err != nil {
 		return err
 	}

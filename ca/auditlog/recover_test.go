@@ -86,6 +86,26 @@ func TestUnwrittenBlocksAtTheEndAreSetAside(t *testing.T) {
 	}
 }
 
+// A crash leaves at most one group unfinished. Where more is missing, acknowledged records are, and nothing is cut off.
+func TestDamageAtTheEndBeyondOneGroupIsKept(t *testing.T) {
+	dir, path, data := written(t, 3)
+	size := int64(len(data)) + maxTorn + 1
+	if err := os.Truncate(path, size); err != nil {
+		t.Fatal(err)
+	}
+	l := openLog(t, Config{Dir: dir, Log: slog.New(slog.DiscardHandler)})
+	appendAll(t, l, Record{Event: "after"})
+	if c := l.Checkpoint(); c.Seq != 4 {
+		t.Errorf("the record appended has the number %d, want 4", c.Seq)
+	}
+	if info, err := os.Stat(path); err != nil || info.Size() != size {
+		t.Errorf("the damaged file has %d bytes, %v; want %d", info.Size(), err, size)
+	}
+	if _, err := l.Verify(t.Context()); !errors.Is(err, ErrMalformed) || !strings.Contains(err.Error(), "audit-00000001") {
+		t.Errorf("Verify = %v, want the damaged file named", err)
+	}
+}
+
 func TestDamageInTheMiddleIsKeptAndReported(t *testing.T) {
 	dir, path, data := written(t, 5)
 	lines := bytes.SplitAfter(data, []byte{'\n'})

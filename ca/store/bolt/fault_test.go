@@ -247,7 +247,7 @@ func FuzzDamage(f *testing.F) {
 	for at := 0; at < used; at += 1499 {
 		f.Add(uint32(at), byte(1), uint32(at/2), byte(0x80))
 	}
-	for page := 0; page < used; page += 4096 {
+	for page := 0; page < used; page = max(page*2, page+4096) {
 		for at := 0; at < 80; at += 8 { // header, meta page, first elements
 			f.Add(uint32(page+at), byte(3), uint32(0), byte(0))
 		}
