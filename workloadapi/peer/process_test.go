@@ -24,6 +24,9 @@ import (
 const childEnv = "SIGNET_TEST_PEER"
 
 func TestMain(m *testing.M) {
+	if socket := os.Getenv(pinChildEnv); socket != "" {
+		connectAndWait(socket)
+	}
 	switch os.Getenv(childEnv) {
 	case "":
 		goleak.VerifyTestMain(m)

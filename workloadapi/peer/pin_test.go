@@ -1,0 +1,351 @@
+package peer
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const pinChildEnv = "SIGNET_TEST_PIN"
+
+// connectAndWait makes the test binary, as a child, connect to the named socket, say so, and wait for its input to end.
+func connectAndWait(socket string) {
+	if socket != "-" {
+		if _, err := net.Dial("unix", socket); err != nil {
+			fmt.Println("error", err)
+			os.Exit(1)
+		}
+	}
+	fmt.Println("ready")
+	io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
+}
+
+func newTable(t testing.TB, c Config) *Table {
+	t.Helper()
+	table, err := NewTable(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := table.Close(); err != nil {
+			t.Error(err)
+		}
+		if len(table.pins) != 0 || len(table.byPID) != 0 || table.conns != 0 || len(table.uidConns) != 0 {
+			t.Errorf("after Close: %d pins, %d connections", len(table.pins), table.conns)
+		}
+	})
+	return table
+}
+
+func newListener(t testing.TB) *net.UnixListener {
+	t.Helper()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: filepath.Join(t.TempDir(), "s")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// A pinCaller is a child that holds a connection.
+type pinCaller struct {
+	cmd   *exec.Cmd
+	stdin io.Closer
+}
+
+func pinStartCaller(t testing.TB, socket string) *pinCaller {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), pinChildEnv+"="+socket)
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	c := &pinCaller{cmd: cmd, stdin: stdin}
+	t.Cleanup(c.end)
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "ready\n" {
+		t.Fatalf("child: %q, %v", line, err)
+	}
+	return c
+}
+
+// end kills the child and reaps it, so that its process id is free.
+func (c *pinCaller) end() {
+	c.stdin.Close()
+	c.cmd.Process.Kill()
+	c.cmd.Wait()
+}
+
+func (c *pinCaller) pid() int32 { return int32(c.cmd.Process.Pid) }
+
+func pinAccept(t testing.TB, l *net.UnixListener) *net.UnixConn {
+	t.Helper()
+	l.SetDeadline(time.Now().Add(10 * time.Second))
+	c, err := l.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// identify makes a process of an accepted connection, which is closed with the test.
+func identify(t testing.TB, table *Table, raw net.Conn) *Process {
+	t.Helper()
+	c, info, err := table.identify(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	if info.Err != nil {
+		t.Fatal(info.Err)
+	}
+	return info.Process
+}
+
+func waitGone(t testing.TB, p *Process) {
+	t.Helper()
+	select {
+	case <-p.Done():
+	case <-time.After(10 * time.Second):
+		t.Fatal("the end of the process was not noticed")
+	}
+}
+
+func bothKernels(t *testing.T, f func(t *testing.T, table *Table)) {
+	for _, old := range []bool{false, true} {
+		t.Run(fmt.Sprintf("without SO_PEERPIDFD %t", old), func(t *testing.T) {
+			table := newTable(t, Config{})
+			table.noPeerPIDFD = old
+			f(t, table)
+		})
+	}
+}
+
+func TestWEP_19_KernelSaysWhoConnected(t *testing.T) {
+	bothKernels(t, func(t *testing.T, table *Table) {
+		l := newListener(t)
+		child := pinStartCaller(t, l.Addr().String())
+		p := identify(t, table, pinAccept(t, l))
+		if p.PID != child.pid() || p.UID != uint32(os.Geteuid()) || p.GID != uint32(os.Getegid()) {
+			t.Errorf("process %d of %d:%d, want %d of %d:%d", p.PID, p.UID, p.GID, child.pid(), os.Geteuid(), os.Getegid())
+		}
+		s, err := p.Snapshot()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var self unix.Stat_t
+		if err := unix.Stat("/proc/self/exe", &self); err != nil {
+			t.Fatal(err)
+		}
+		if s.EffectiveUID != uint32(os.Geteuid()) || s.Executable != FileOf(&self) || s.StartTime == 0 {
+			t.Errorf("snapshot %+v", s)
+		}
+		again, err := p.Snapshot()
+		if err != nil || !again.Equal(s) {
+			t.Errorf("a second snapshot differs: %+v, %v", again, err)
+		}
+		child.end()
+		waitGone(t, p)
+		if _, err := p.Snapshot(); !errors.Is(err, ErrGone) {
+			t.Errorf("snapshot of an ended process: %v, want ErrGone", err)
+		}
+	})
+}
+
+func TestWEP_21_ZombieHasEnded(t *testing.T) {
+	table, l := newTable(t, Config{}), newListener(t)
+	child := pinStartCaller(t, l.Addr().String())
+	p := identify(t, table, pinAccept(t, l))
+	if err := child.cmd.Process.Kill(); err != nil { // and not reaped
+		t.Fatal(err)
+	}
+	waitGone(t, p)
+	if err := p.Alive(); !errors.Is(err, ErrGone) {
+		t.Errorf("Alive of a zombie = %v, want ErrGone", err)
+	}
+}
+
+// reusePID starts children until one has the process id.
+func reusePID(t *testing.T, pid int32) *pinCaller {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to choose a process id")
+	}
+	for range 200 {
+		if err := os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(strconv.Itoa(int(pid)-1)), 0); err != nil {
+			t.Fatal(err)
+		}
+		c := pinStartCaller(t, "-")
+		if c.pid() == pid {
+			return c
+		}
+		c.end()
+	}
+	t.Fatalf("process id %d could not be had again", pid)
+	return nil
+}
+
+func TestWEP_21_PIDReusedBetweenConnectAndIdentification(t *testing.T) {
+	table, l := newTable(t, Config{}), newListener(t)
+	first := pinStartCaller(t, l.Addr().String())
+	raw := pinAccept(t, l)
+	defer raw.Close()
+	first.end()
+	second := reusePID(t, first.pid())
+	_, info, err := table.identify(raw)
+	if !errors.Is(err, ErrGone) {
+		t.Errorf("the connection of an ended process, whose id process %d has now: %+v, %v; want ErrGone", second.pid(), info, err)
+	}
+}
+
+func TestWEP_21_PIDReusedAfterIdentification(t *testing.T) {
+	bothKernels(t, func(t *testing.T, table *Table) {
+		l := newListener(t)
+		first := pinStartCaller(t, l.Addr().String())
+		p := identify(t, table, pinAccept(t, l))
+		first.end()
+		second := reusePID(t, first.pid())
+		if _, err := p.Snapshot(); !errors.Is(err, ErrGone) {
+			t.Errorf("snapshot of an ended process, whose id process %d has now: %v, want ErrGone", second.pid(), err)
+		}
+		// The process that has the id now is another one, with a pin of its own.
+		other, err := table.Open(second.pid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer other.Close()
+		if other.ID() == p.ID() {
+			t.Error("two processes share a pin because they had the same process id")
+		}
+	})
+}
+
+func TestWEP_22_ConnectionsCloseWithTheirProcess(t *testing.T) {
+	table, l := newTable(t, Config{}), newListener(t)
+	child := pinStartCaller(t, l.Addr().String())
+	raw := pinAccept(t, l)
+	p := identify(t, table, raw)
+	child.end()
+	waitGone(t, p)
+	raw.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := raw.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("read on the connection of an ended process: %v, want it closed", err)
+	}
+}
+
+func TestOnePinForOneProcess(t *testing.T) {
+	bothKernels(t, func(t *testing.T, table *Table) {
+		l := newListener(t)
+		var conns []net.Conn
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		ids := map[uint64]int{}
+		for range 20 {
+			c, err := net.Dial("unix", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			raw := pinAccept(t, l)
+			wg.Go(func() {
+				wrapped, info, err := table.identify(raw)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				conns = append(conns, wrapped)
+				ids[info.Process.ID()]++
+			})
+		}
+		wg.Wait()
+		if len(ids) != 1 || len(table.pins) != 1 {
+			t.Errorf("%d pins for one process, want 1", len(ids))
+		}
+		p, err := table.Open(int32(os.Getpid()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range conns {
+			c.Close()
+			c.Close() // twice is once
+		}
+		if err := p.Alive(); err != nil {
+			t.Errorf("Alive while one use is left: %v", err)
+		}
+		p.Close()
+		if err := p.Alive(); !errors.Is(err, ErrGone) {
+			t.Errorf("Alive after the last use: %v, want ErrGone", err)
+		}
+	})
+}
+
+func TestConnectionLimits(t *testing.T) {
+	table, l := newTable(t, Config{MaxConnections: 3, MaxConnectionsPerUID: 2}), newListener(t)
+	take := func() (net.Conn, error) {
+		c, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		wrapped, _, err := table.identify(pinAccept(t, l))
+		return wrapped, err
+	}
+	one, err := take()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := take(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := take(); err == nil || !strings.Contains(err.Error(), "limit for one user") {
+		t.Errorf("the third connection of a user who may have two: %v", err)
+	}
+	one.Close()
+	if _, err := take(); err != nil {
+		t.Errorf("after one was closed: %v", err)
+	}
+}
+
+func TestForeignSocketsAndProcessesRefused(t *testing.T) {
+	table := newTable(t, Config{})
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	if _, _, err := table.Credentials().ServerHandshake(a); err == nil {
+		t.Error("a connection that is no Unix socket was taken")
+	}
+	if _, err := table.Open(0); err == nil {
+		t.Error("process id 0 was opened")
+	}
+	child := pinStartCaller(t, "-")
+	child.end()
+	if _, err := table.Open(child.pid()); !errors.Is(err, ErrGone) {
+		t.Errorf("Open of an ended process: %v, want ErrGone", err)
+	}
+	if _, err := FromContext(context.Background()); err == nil {
+		t.Error("a context without a connection has a process")
+	}
+}
