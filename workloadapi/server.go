@@ -224,10 +224,12 @@ func (c *Config) check() error {
 	if c.IssueWait == 0 {
 		c.IssueWait = 10 * time.Second
 	}
+	level := slog.LevelWarn
 	if c.MaxStreams == 0 {
 		c.MaxStreams = 16384
+		level = slog.LevelInfo // nobody asked for so many
 	}
-	if err := c.fitDescriptors(); err != nil {
+	if err := c.fitDescriptors(level); err != nil {
 		return err
 	}
 	if c.MaxStreamsPerUID == 0 {
@@ -238,7 +240,7 @@ func (c *Config) check() error {
 
 // fitDescriptors lowers MaxStreams to what the process may open. Otherwise one user's connections, within that user's own
 // limit, could use up all descriptors: nobody else would be let in, and the agent could not reach its CA.
-func (c *Config) fitDescriptors() error {
+func (c *Config) fitDescriptors(level slog.Level) error {
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return fmt.Errorf("asking for the limit of open files: %w", err)
@@ -249,8 +251,8 @@ func (c *Config) fitDescriptors() error {
 		most = max(1, int(min(limit.Cur-spareDescriptors, math.MaxInt32)/2))
 	}
 	if c.MaxStreams > most {
-		c.Log.Warn("max_streams is lowered to what the limit of open files allows", "max_streams", c.MaxStreams, "lowered_to", most,
-			"open_files", limit.Cur, "wanted", 2*uint64(c.MaxStreams)+spareDescriptors)
+		c.Log.Log(context.Background(), level, "max_streams is lowered to what the limit of open files allows", "max_streams", c.MaxStreams,
+			"lowered_to", most, "open_files", limit.Cur, "wanted", 2*uint64(c.MaxStreams)+spareDescriptors)
 		c.MaxStreams = most
 	}
 	return nil

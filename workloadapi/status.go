@@ -87,5 +87,5 @@ func noIdentityText(ctx context.Context) string {
 	if err != nil {
 		return ErrNoIdentity.Error()
 	}
-	return fmt.Sprintf("%v: no registration entry for this node matches process %d of uid %d (signet why %d shows the nearest)", ErrNoIdentity, p.PID, p.UID, p.PID)
+	return fmt.Sprintf("%v: no registration entry for this node matches process %d of uid %d (signet entry list shows what there is)", ErrNoIdentity, p.PID, p.UID)
 }
