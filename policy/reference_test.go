@@ -69,7 +69,7 @@ func refPathMatches(pattern, path string, wide bool) bool {
 var (
 	refEscape   = regexp.MustCompile(`%(?:[^0-9A-Fa-f]|.[^0-9A-Fa-f]|.?$)|%(?:[01].|7[fF])|%(?:3[0-9]|4[1-9a-fA-F]|5[0-9aA]|6[1-9a-fA-F]|7[0-9aA])|%(?i:2d|2e|5f|7e|2f|5c|3b|25|23|3f)`)
 	refGRPC     = regexp.MustCompile(`^application/grpc(\+[A-Za-z0-9!#$&^_.+-]+)?$`)
-	refGRPCLike = regexp.MustCompile(`^application/grpc\+.*[^A-Za-z0-9!#$&^_.+-]`)
+	refGRPCLike = regexp.MustCompile(`^application/grpc(;|$|\+.*[^A-Za-z0-9!#$&^_.+-]|\+[A-Za-z0-9!#$&^_.+-]+$)`)
 	refBytes    = regexp.MustCompile(`^/[!-~]*$`)
 )
 

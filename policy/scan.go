@@ -47,7 +47,7 @@ func newScan(r *Request) scan {
 	s.fault = checkPath(s.path)
 	s.judged = strings.TrimSuffix(s.path, "/")
 	s.grpc = r.Method == "POST" && len(r.ContentTypes) == 1 && isGRPC(r.ContentTypes[0])
-	s.grpcLike = s.grpc || r.Method == "POST" && slices.ContainsFunc(r.ContentTypes, isGRPCAndMore)
+	s.grpcLike = r.Method == "POST" && slices.ContainsFunc(r.ContentTypes, func(line string) bool { return isGRPC(line) || isGRPCAndMore(line) })
 	return s
 }
 
@@ -57,10 +57,11 @@ func isGRPC(contentType string) bool {
 	return found && (suffix == "" || len(suffix) > 1 && suffix[0] == '+' && !strings.ContainsFunc(suffix, notInSubtype))
 }
 
-// isGRPCAndMore reports whether a line begins as the content type of gRPC and goes on as none can, as a list that a proxy
-// made of two lines: application/grpc+proto, text/plain. What reads the beginning only takes it for gRPC.
+// isGRPCAndMore reports whether a line begins as the content type of gRPC and goes on as gRPC's own clients never write
+// it: with parameters, or as a list that a proxy made of two lines (application/grpc+proto, text/plain). What reads the
+// beginning only takes it for gRPC.
 func isGRPCAndMore(line string) bool {
-	return strings.HasPrefix(line, "application/grpc+") && strings.ContainsFunc(line[len("application/grpc"):], notInSubtype)
+	return strings.HasPrefix(line, "application/grpc;") || strings.HasPrefix(line, "application/grpc+") && strings.ContainsFunc(line[len("application/grpc"):], notInSubtype)
 }
 
 // notInSubtype reports whether r cannot be part of the name of a content type. [RFC 6838 §4.2]
