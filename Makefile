@@ -19,7 +19,7 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build demo test check fmt-check vet staticcheck race fuzz modules docs generate generated bench release clean tools
+.PHONY: all build demo test check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale release clean tools
 
 all: build
 
@@ -42,6 +42,7 @@ fmt-check:
 
 vet:
 	go vet ./...
+	go vet -tags scale ./test/scale
 
 staticcheck: bin/tools/.made
 	bin/tools/staticcheck ./...
@@ -75,6 +76,10 @@ generated: bin/tools/.made
 
 bench: bin/tools/.made
 	tools/bench.sh
+
+# Thousands of entries, streams and agents; docs/performance.md has the figures.
+scale:
+	go test -tags scale -count=1 -timeout 10m -v ./test/scale
 
 # Static binaries for linux, the same bytes from the same commit: every one is built twice, in two places.
 release:
