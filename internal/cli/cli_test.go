@@ -168,6 +168,18 @@ func FuzzEscape(f *testing.F) {
 	})
 }
 
+// TestYAMLForOldParsers: what YAML 1.1 takes for a truth value, a number or a default is quoted.
+func TestYAMLForOldParsers(t *testing.T) {
+	for _, s := range []string{"y", "Yes", "ON", "n", "no", "off", "=", "1:30", "-190:20:30.15", "true", "null", "~", "<<", "0x1f", "2026-01-01"} {
+		if text, err := encodeYAML(map[string]string{"hint": s}); err != nil || text != "hint: \""+s+"\"\n" {
+			t.Errorf("%q is %q, %v; want it in quotes", s, text, err)
+		}
+	}
+	if text, err := encodeYAML(map[string]string{"selector": "unix:uid:0"}); err != nil || text != "selector: unix:uid:0\n" {
+		t.Errorf("a selector is %q, %v", text, err)
+	}
+}
+
 func TestPrintError(t *testing.T) {
 	var b bytes.Buffer
 	printError(&b, false, withHint(&remoteError{doing: "applying", message: "a.yaml:1:1: x\na.yaml:2:1: \x1by\n"}, "say %s", "please"))

@@ -258,9 +258,17 @@ func encodeYAML(v any) (string, error) {
 	return escapeEncoded(b.String(), true), nil
 }
 
+// yaml11 holds the words that are strings in YAML 1.2 and something else in 1.1, which many parsers still read.
+var yaml11 = map[string]bool{"y": true, "yes": true, "on": true, "n": true, "no": true, "off": true, "=": true}
+
+// base60 tells whether YAML 1.1 reads s as a number such as 1:30, which is 90 there.
+func base60(s string) bool {
+	return strings.Contains(s, ":") && strings.Trim(s, "0123456789:._+-") == ""
+}
+
 func blockStyle(n *yaml.Node) {
 	n.Style &^= yaml.FlowStyle | yaml.DoubleQuotedStyle
-	if n.Kind == yaml.ScalarNode && n.Tag == "!!str" && strings.ContainsFunc(n.Value, func(r rune) bool { return !unicode.IsPrint(r) }) {
+	if n.Kind == yaml.ScalarNode && n.Tag == "!!str" && (yaml11[strings.ToLower(n.Value)] || base60(n.Value) || strings.ContainsFunc(n.Value, func(r rune) bool { return !unicode.IsPrint(r) })) {
 		n.Style |= yaml.DoubleQuotedStyle
 	}
 	for _, c := range n.Content {
