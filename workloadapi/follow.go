@@ -137,10 +137,16 @@ type Stream struct {
 	Spread bool
 }
 
+// clientLimit is what gRPC's clients take in one message unless they are told otherwise.
+const clientLimit = 4 << 20
+
 // A Message is one rendered update.
 type Message struct {
 	// Digest is the same if and only if the message is.
 	Digest [sha256.Size]byte
+
+	// Size is its length in bytes.
+	Size int
 
 	// Send writes the message to the stream.
 	Send func() error
@@ -156,7 +162,7 @@ func Show[M any](m *M, ss grpc.ServerStreamingServer[M]) (Message, error) {
 	if err != nil {
 		return Message{}, fmt.Errorf("encoding a %T: %w", m, err)
 	}
-	return Message{Digest: sha256.Sum256(raw), Send: func() error { return ss.Send(m) }}, nil
+	return Message{Digest: sha256.Sum256(raw), Size: len(raw), Send: func() error { return ss.Send(m) }}, nil
 }
 
 // Follow serves a stream: the caller's state at once, and again whenever the message would differ from the last one. It
@@ -288,6 +294,11 @@ func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) er
 	if !f.started || m.Digest != f.last {
 		if err := m.Send(); err != nil {
 			return fmt.Errorf("%w: %w", errUnsent, err)
+		}
+		if m.Size > clientLimit && !f.started {
+			f.log.LogAttrs(ctx, slog.LevelWarn, "a message is larger than clients take by default: its caller matches too many registration entries",
+				slog.String("method", f.Method), slog.Int("bytes", m.Size), slog.Int("identities", len(u.Identities)),
+				slog.Int64("pid", int64(f.caller.PID)), slog.Uint64("uid", uint64(f.caller.UID)))
 		}
 		if f.cfg.OnPush != nil {
 			f.cfg.OnPush(f.Method)

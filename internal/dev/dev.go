@@ -26,6 +26,7 @@ import (
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/internal/durable"
+	"github.com/signet-id/signet/internal/version"
 )
 
 // Config says what to run. The zero value of a field is its default.
@@ -187,7 +188,7 @@ func (i *Instance) writeFiles(addr string, doc []byte) error {
 func (i *Instance) startAgent(ctx context.Context) error {
 	dir := filepath.Join(i.c.Dir, "agent")
 	c := agent.Config{TrustDomain: i.c.TrustDomain, ServerAddress: i.CAAddr(), DataDir: dir, SocketPath: i.AgentSocket(),
-		TrustBundlePath: i.BundlePath(), JoinTokenFile: filepath.Join(i.c.Dir, "join.token"), Now: i.c.Now, Log: i.c.Log}
+		Version: version.String(), TrustBundlePath: i.BundlePath(), JoinTokenFile: filepath.Join(i.c.Dir, "join.token"), Version: version.String(), Now: i.c.Now, Log: i.c.Log}
 	if err := i.freshToken(ctx, c.JoinTokenFile); err != nil {
 		return err
 	}
