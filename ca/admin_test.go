@@ -116,6 +116,9 @@ func TestEntriesPerItemStatus(t *testing.T) {
 	if n := len(h.audit("entry.create")); n != len(tests) {
 		t.Errorf("%d audit records of entry.create, want %d", n, len(tests))
 	}
+	if id := "spiffe://" + foreign.SpiffeId.TrustDomain + foreign.SpiffeId.Path; !slices.ContainsFunc(h.audit("entry.create"), func(r map[string]any) bool { return r["subject"] == id }) {
+		t.Errorf("no audit record of entry.create names %s whole", id)
+	}
 }
 
 func (h *harness) audit(events ...string) (out []map[string]any) {
@@ -303,6 +306,15 @@ func TestApplyPlansChecksAndCommitsAsOne(t *testing.T) {
 	two := good + "---\nkind: CallPolicy\nname: p\nservice: /web\nallow: [{from: [/caller]}]\n"
 	if got := actions(h.apply(two)); !slices.Equal(got, []string{"CREATE Identity/web", "CREATE CallPolicy/p"}) {
 		t.Errorf("first apply: %v", got)
+	}
+	// The audit log tells what was granted, not only that a document was applied.
+	for i, want := range []string{"parent_id:spiffe://example.org/spire/signet/nodes/any", "rules:[allow from spiffe://example.org/caller]"} {
+		if got := fmt.Sprint(h.audit("resource.create")[i]["details"]); !strings.Contains(got, want) {
+			t.Errorf("audit record of the first apply: %s; want %q", got, want)
+		}
+	}
+	if got := fmt.Sprint(h.audit("resource.create")[0]["details"]); !strings.Contains(got, "spiffe_id:spiffe://example.org/web") || !strings.Contains(got, "selectors:[unix:uid:1]") {
+		t.Errorf("audit record of the Identity: %s; want its SPIFFE ID and selectors", got)
 	}
 	rev := h.ca.reg.Revision()
 	if got := actions(h.apply(two)); !slices.Equal(got, []string{"UNCHANGED Identity/web", "UNCHANGED CallPolicy/p"}) || h.ca.reg.Revision() != rev {

@@ -195,7 +195,7 @@ func (a *API) BatchCreateEntry(ctx context.Context, req *entryv1.BatchCreateEntr
 		e.ID = registry.EntryID(in.Id)
 		if err := a.fill(e, in, nil); err != nil {
 			out.Results[i] = &entryv1.BatchCreateEntryResponse_Result{Status: a.itemStatus(err)}
-			records = append(records, a.record(ctx, "entry.create", clip(in.SpiffeId.GetPath()), err, nil))
+			records = append(records, a.record(ctx, "entry.create", clip(givenID(in.SpiffeId)), err, nil))
 			continue
 		}
 		entries, index, subjects = append(entries, e), append(index, i), append(subjects, e.SPIFFEID.String())
@@ -428,6 +428,14 @@ func readToken(token string) (string, error) {
 		return "", bad
 	}
 	return string(b[len(tokenPrefix):]), nil
+}
+
+// givenID is an ID as the caller gave it, right or wrong, for the record of a refusal.
+func givenID(id *types.SPIFFEID) string {
+	if id.GetTrustDomain() == "" {
+		return id.GetPath()
+	}
+	return "spiffe://" + id.GetTrustDomain() + id.GetPath()
 }
 
 func clip(s string) string {

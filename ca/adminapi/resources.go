@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -109,7 +110,15 @@ func (a *API) commit(ctx context.Context, event string, p *registry.Plan, class 
 		if c.Action == registry.Unchanged {
 			continue
 		}
-		records = append(records, a.record(ctx, "resource."+actionNames[c.Action], c.Kind+"/"+c.Name, err, map[string]any{"revision": int64(rev), "differences": bounded(c.Differences)}))
+		details := map[string]any{"revision": int64(rev), "differences": bounded(c.Differences)}
+		if c.Entry != nil {
+			details["spiffe_id"] = c.Entry.SPIFFEID.String()
+			maps.Copy(details, entryDetails(c.Entry))
+		}
+		if c.Rules != nil {
+			details["rules"] = bounded(c.Rules)
+		}
+		records = append(records, a.record(ctx, "resource."+actionNames[c.Action], c.Kind+"/"+c.Name, err, details))
 	}
 	a.outcome(ctx, class, records...)
 	if err != nil {

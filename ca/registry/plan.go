@@ -32,6 +32,11 @@ type PlannedChange struct {
 	Action      Action
 	Kind, Name  string
 	Differences []string
+
+	// Entry is what an Identity stands for: the new one, or the deleted one.
+	Entry *Entry
+	// Rules are those of a CallPolicy, a line each: the new ones, or the deleted ones.
+	Rules []string
 }
 
 // A Plan says what applying documents does.
@@ -141,11 +146,14 @@ func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string
 			return fmt.Errorf("%s:%d: Identity %q is the same registration as Identity %q: one spiffeID, one `on`, one `match`", x.doc.File, x.doc.Line, x.name, r.ix.entries[id].Identity.Name)
 		}
 	}
-	ch := PlannedChange{Kind: x.kind, Name: x.name, Action: Create}
+	ch := PlannedChange{Kind: x.kind, Name: x.name, Action: Create, Entry: x.entry}
 	if doc == nil {
 		created = r.c.Now().Truncate(time.Second)
 	} else {
 		ch.Action, ch.Differences = r.compare(x, old, doc)
+	}
+	if ch.Action != Unchanged {
+		ch.Rules = ruleLines(x.compiled)
 	}
 	p.Changes = append(p.Changes, ch)
 	if ch.Action == Unchanged {
@@ -240,10 +248,10 @@ func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string 
 	return out
 }
 
-// ruleLines prints each rule of a policy without its place.
+// ruleLines prints each rule of a policy without its place. A nil policy has none.
 func ruleLines(p *policyv1.Policy) []string {
 	var out []string
-	for _, rule := range p.Rules {
+	for _, rule := range p.GetRules() {
 		s := strings.ToLower(strings.TrimPrefix(rule.Effect.String(), "EFFECT_")) + " from " + strings.Join(rule.From, ", ")
 		for _, h := range rule.Http {
 			s += fmt.Sprintf(" http methods=%v paths=%v", h.Methods, h.Paths)
@@ -262,6 +270,16 @@ func ruleLines(p *policyv1.Policy) []string {
 	return out
 }
 
+// deletion is the change that deletes a resource. mu is held.
+func (ix *index) deletion(kind, name string) PlannedChange {
+	ch := PlannedChange{Action: Delete, Kind: kind, Name: name}
+	_, _, _, ch.Entry = ix.current(kind, name)
+	if p := ix.policies[name]; kind == KindCallPolicy && p != nil {
+		ch.Rules = ruleLines(p.Compiled)
+	}
+	return ch
+}
+
 func (r *Registry) planPrune(p *Plan, all []*resource) {
 	named, kinds := map[string]bool{}, map[string]bool{}
 	for _, x := range all {
@@ -269,7 +287,7 @@ func (r *Registry) planPrune(p *Plan, all []*resource) {
 	}
 	remove := func(kind, name, key string, rev store.Revision) {
 		if kinds[kind] && !named[key] {
-			p.Changes = append(p.Changes, PlannedChange{Action: Delete, Kind: kind, Name: name})
+			p.Changes = append(p.Changes, r.ix.deletion(kind, name))
 			p.checks = append(p.checks, store.Check{Key: key, Modified: rev})
 			p.writes = append(p.writes, store.Write{Key: key, Delete: true})
 		}
@@ -440,7 +458,7 @@ func (r *Registry) PlanDelete(kind, name string) (*Plan, error) {
 	defer r.mu.RUnlock()
 	_, rev, _, _ := r.ix.current(kind, name)
 	key := (&resource{kind: kind, name: name}).key()
-	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{{Action: Delete, Kind: kind, Name: name}},
+	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{r.ix.deletion(kind, name)},
 		checks: []store.Check{{Key: key, Modified: rev}}, writes: []store.Write{{Key: key, Delete: true}}}
 	p.Lockouts = r.lockouts(nil, p)
 	return p, nil
