@@ -188,7 +188,7 @@ func (i *Instance) writeFiles(addr string, doc []byte) error {
 func (i *Instance) startAgent(ctx context.Context) error {
 	dir := filepath.Join(i.c.Dir, "agent")
 	c := agent.Config{TrustDomain: i.c.TrustDomain, ServerAddress: i.CAAddr(), DataDir: dir, SocketPath: i.AgentSocket(),
-		Version: version.String(), TrustBundlePath: i.BundlePath(), JoinTokenFile: filepath.Join(i.c.Dir, "join.token"), Version: version.String(), Now: i.c.Now, Log: i.c.Log}
+		TrustBundlePath: i.BundlePath(), JoinTokenFile: filepath.Join(i.c.Dir, "join.token"), Version: version.String(), Now: i.c.Now, Log: i.c.Log}
 	if err := i.freshToken(ctx, c.JoinTokenFile); err != nil {
 		return err
 	}
