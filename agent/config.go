@@ -127,6 +127,8 @@ func (c *Config) Check() error {
 		bad("server_address", "missing; give the CA's host:port, such as ca.example.org:8081")
 	} else if host, port, err := splitAddress(c.ServerAddress); err != nil || host == "" || port == "" {
 		bad("server_address", "%q is not host:port, such as ca.example.org:8081", c.ServerAddress)
+	} else if _, err := net.LookupPort("tcp", port); err != nil {
+		bad("server_address", "%q has no port of 1 to 65535", c.ServerAddress)
 	} else {
 		c.ServerAddress = net.JoinHostPort(host, port)
 	}
@@ -149,6 +151,8 @@ func (c *Config) Check() error {
 		host, port, err := net.SplitHostPort(c.Metrics.Listen)
 		if err != nil || port == "" {
 			bad("metrics.listen", "%q is not host:port, such as 127.0.0.1:9989", c.Metrics.Listen)
+		} else if _, err := net.LookupPort("tcp", port); err != nil {
+			bad("metrics.listen", "%q has no port of 0 to 65535", c.Metrics.Listen)
 		} else if host == "" {
 			c.Metrics.Listen = net.JoinHostPort("127.0.0.1", port)
 		}

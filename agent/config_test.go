@@ -33,6 +33,8 @@ func TestConfigCheck(t *testing.T) {
 		{name: "a trust domain no certificate can carry", change: func(c *Config) { c.TrustDomain = "a..b" }, want: "trust_domain: "},
 		{name: "no server", change: func(c *Config) { c.ServerAddress = "" }, want: "server_address: missing"},
 		{name: "server with a scheme", change: func(c *Config) { c.ServerAddress = "https://ca:8081/x" }, want: `server_address: "https://ca:8081/x" is not host:port`},
+		{name: "server on a port that cannot be", change: func(c *Config) { c.ServerAddress = "ca:99999" }, want: `server_address: "ca:99999" has no port of 1 to 65535`},
+		{name: "metrics on a port that cannot be", change: func(c *Config) { c.Metrics.Listen = "127.0.0.1:65536" }, want: `metrics.listen: "127.0.0.1:65536" has no port of 0 to 65535`},
 		{name: "relative data_dir", change: func(c *Config) { c.DataDir = "data" }, want: `data_dir: "data" must be absolute`},
 		{name: "long socket", change: func(c *Config) { c.SocketPath = "/" + strings.Repeat("s", 107) }, want: "socket_path: "},
 		{name: "token without a pin", change: func(c *Config) { c.JoinToken = "plain" }, want: "join_token: carries no authority pin"},

@@ -137,6 +137,8 @@ func (c *Config) Check() error {
 	}
 	if _, port, err := net.SplitHostPort(c.Listen); err != nil || port == "" {
 		bad("listen", "%q is not host:port, such as :8081 or 10.0.0.5:8081", c.Listen)
+	} else if _, err := net.LookupPort("tcp", port); err != nil {
+		bad("listen", "%q has no port of 0 to 65535", c.Listen)
 	}
 	if c.DataDir == "" {
 		bad("data_dir", "missing; name a directory for the store and the audit log")
@@ -187,8 +189,10 @@ func (c *Config) Check() error {
 		c.Audit.Dir = filepath.Join(c.DataDir, "audit")
 	}
 	if c.Metrics.Listen != "" {
-		if _, _, err := net.SplitHostPort(c.Metrics.Listen); err != nil {
+		if _, port, err := net.SplitHostPort(c.Metrics.Listen); err != nil {
 			bad("metrics.listen", "%q is not host:port, such as 127.0.0.1:9988", c.Metrics.Listen)
+		} else if _, err := net.LookupPort("tcp", port); err != nil {
+			bad("metrics.listen", "%q has no port of 0 to 65535", c.Metrics.Listen)
 		}
 	}
 	if _, err := c.Logging.level(); err != nil {
