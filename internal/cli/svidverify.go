@@ -53,6 +53,9 @@ A bundle does not say whose it is. --trust-domain does; without it the IDs in th
 		}
 		var v verdict
 		if text := strings.TrimSpace(string(data)); isToken(text) && strings.Count(text, ".") >= 2 {
+			if len(audience) == 0 {
+				return usagef("--audience is missing: a JWT-SVID is valid for its audience only")
+			}
 			v, err = a.verifyToken(text, bundle, audience)
 		} else {
 			v, err = a.verifyChain(data, bundle)
@@ -80,9 +83,6 @@ func (a *app) verifyChain(data []byte, bundle *spiffebundle.Bundle) (verdict, er
 }
 
 func (a *app) verifyToken(token string, bundle *spiffebundle.Bundle, audience []string) (verdict, error) {
-	if len(audience) == 0 {
-		return verdict{}, usagef("--audience is missing: a JWT-SVID is valid for its audience only")
-	}
 	svid, err := spiffe.ValidateJWTSVID(token, bundle, audience, spiffe.JWTOptions{Now: a.now()})
 	if err != nil {
 		return verdict{}, err
