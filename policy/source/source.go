@@ -18,6 +18,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 
 	"github.com/signet-id/signet/api/signet/policy/v1/policyapi"
@@ -26,6 +27,10 @@ import (
 )
 
 const (
+	// keepaliveTime and keepaliveTimeout find an agent that does not answer any more although its socket is open.
+	keepaliveTime    = time.Minute
+	keepaliveTimeout = 20 * time.Second
+
 	// DefaultMaxOffline is how long policies hold without an agent.
 	DefaultMaxOffline = 24 * time.Hour
 
@@ -110,6 +115,8 @@ func New(ctx context.Context, o Options) (*Source, error) {
 			return (&net.Dialer{}).DialContext(ctx, network, address)
 		}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResponse)),
+		// An agent that is stopped keeps its connections open; it counts as lost all the same.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("connecting to the agent at %s: %w", address, err)
