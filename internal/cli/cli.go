@@ -7,11 +7,13 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -38,10 +40,14 @@ type app struct {
 // or failed, 2 wrong usage. It returns when the command has ended or, for commands that run until told, soon after ctx
 // ends. It never ends the process.
 func Main(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, color: isTerminal(stdout), now: time.Now}
+	out := &resultWriter{w: stdout}
+	a := &app{stdin: stdin, stdout: out, stderr: stderr, color: isTerminal(stdout), now: time.Now}
 	root := a.rootCommand()
 	root.SetArgs(args)
 	err := root.ExecuteContext(ctx)
+	if err == nil {
+		err = out.failed()
+	}
 	if err == nil {
 		return exitDone
 	}
@@ -51,6 +57,32 @@ func Main(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io
 		return exitUsage
 	}
 	return exitFailed
+}
+
+// resultWriter is stdout. It keeps the first error, so that no command says "done" whose result nobody got.
+type resultWriter struct {
+	w   io.Writer
+	mu  sync.Mutex
+	err error // guarded by mu
+}
+
+func (r *resultWriter) Write(b []byte) (int, error) {
+	n, err := r.w.Write(b)
+	if err != nil {
+		r.mu.Lock()
+		r.err = cmp.Or(r.err, err)
+		r.mu.Unlock()
+	}
+	return n, err
+}
+
+func (r *resultWriter) failed() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err == nil {
+		return nil
+	}
+	return fmt.Errorf("writing the result: %w", r.err)
 }
 
 // NewRootCommand returns the whole command tree, for the generator of docs/reference/cli.md. The commands write to

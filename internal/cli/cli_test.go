@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode"
@@ -166,6 +167,21 @@ func FuzzEscape(f *testing.F) {
 			}
 		}
 	})
+}
+
+type fullDisk struct{}
+
+func (fullDisk) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
+
+// TestResultThatCannotBeWritten: a command whose result is lost has not done what it says.
+func TestResultThatCannotBeWritten(t *testing.T) {
+	for _, args := range [][]string{{"version"}, {"version", "-o", "json"}, {"--help"}, {"completion", "bash"}} {
+		var errs bytes.Buffer
+		status := Main(context.Background(), args, strings.NewReader(""), fullDisk{}, &errs)
+		if status != exitFailed || !strings.Contains(errs.String(), "no space left on device") {
+			t.Errorf("signet %q on a full disk = %d, %q; want %d and why", args, status, errs.String(), exitFailed)
+		}
+	}
 }
 
 // TestYAMLForOldParsers: what YAML 1.1 takes for a truth value, a number or a default is quoted.

@@ -48,7 +48,11 @@ particular, and leaves nothing behind. The exit status is 0 if every check passe
 
 // showsUnicode tells whether stdout is a terminal whose locale has UTF-8.
 func showsUnicode(a *app) bool {
-	f, ok := a.stdout.(*os.File)
+	out, ok := a.stdout.(*resultWriter)
+	if !ok {
+		return false
+	}
+	f, ok := out.w.(*os.File)
 	if !ok {
 		return false
 	}
