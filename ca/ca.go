@@ -98,7 +98,11 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	if ca.audit, err = auditlog.Open(auditlog.Config{Dir: c.Audit.Dir, Reserve: c.Audit.Reserve, MaxFileBytes: c.Audit.MaxFileBytes, Keep: c.Audit.Keep, Now: c.Now, Log: ca.log}); err != nil {
 		return ca, err
 	}
-	seal, err := c.Seal.open()
+	sealed, err := authority.Sealed(ctx, ca.store)
+	if err != nil {
+		return ca, err
+	}
+	seal, err := c.Seal.open(sealed)
 	if err != nil {
 		return ca, err
 	}
@@ -144,7 +148,9 @@ func (b bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bund
 	return parsed.X509Bundle(), nil
 }
 
-func (s Seal) open() (*keys.SealKey, error) {
+// open reads the seal key. It makes one only for a store in which nothing is sealed yet: a new key opens no old store,
+// and would lie where the lost one has to be put back.
+func (s Seal) open(sealed bool) (*keys.SealKey, error) {
 	switch {
 	case s.SystemdCredential != "":
 		k, err := keys.LoadSystemdCredential(s.SystemdCredential)
@@ -152,7 +158,7 @@ func (s Seal) open() (*keys.SealKey, error) {
 			return nil, fmt.Errorf("seal.systemd_credential: %w", err)
 		}
 		return k, nil
-	case s.Create:
+	case s.Create && !sealed:
 		if err := durable.MkdirAll(filepath.Dir(s.KeyFile), 0o700); err != nil {
 			return nil, fmt.Errorf("seal.key_file: %w", err)
 		}
@@ -163,6 +169,9 @@ func (s Seal) open() (*keys.SealKey, error) {
 		return k, nil
 	}
 	k, err := keys.LoadSealKey(s.KeyFile)
+	if errors.Is(err, os.ErrNotExist) && sealed {
+		return nil, fmt.Errorf("seal.key_file: %w; the keys in the store are sealed with it: put it back", err)
+	}
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("seal.key_file: %w (set seal.create: true for the first start)", err)
 	}

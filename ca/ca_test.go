@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -454,5 +455,27 @@ func TestNothingAcknowledgedIsLostOverRestart(t *testing.T) {
 	c.AdminSocket.Path = filepath.Join(t.TempDir(), "x.sock")
 	if _, err := New(t.Context(), c); err == nil || !strings.Contains(err.Error(), "another CA") {
 		t.Errorf("two CAs on one data directory: %v", err)
+	}
+}
+
+// TestLostSealKeyIsNotReplaced: seal.create is for the first start, and stays in configurations after it.
+func TestLostSealKeyIsNotReplaced(t *testing.T) {
+	dir := t.TempDir()
+	c := Config{TrustDomain: "example.org", Listen: "127.0.0.1:0", DataDir: dir, AdminSocket: AdminSocket{Path: filepath.Join(dir, "s")}, Seal: Seal{KeyFile: filepath.Join(dir, "seal.key"), Create: true}}
+	first, err := New(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_ = first.Run(ctx)
+	if err := os.Rename(c.Seal.KeyFile, c.Seal.KeyFile+".lost"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(t.Context(), c); err == nil || !strings.Contains(err.Error(), "put it back") {
+		t.Errorf("New without the seal key: %v; want that it has to be put back", err)
+	}
+	if _, err := os.Stat(c.Seal.KeyFile); !os.IsNotExist(err) {
+		t.Errorf("a new seal key lies where the lost one has to be put back (%v)", err)
 	}
 }

@@ -52,6 +52,11 @@ func (a *API) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequest)
 		return fail(err)
 	}
 	subject = id.String()
+	if ttl := time.Duration(req.Ttl) * time.Second; ttl > 0 {
+		if err := a.c.Authority.CheckTTL(ttl); err != nil {
+			return fail(&registry.ValidationError{Field: "ttl", Problem: err.Error()})
+		}
+	}
 	prepared, err := a.c.Authority.CheckX509(authority.X509Request{ID: id, PublicKey: key, TTL: time.Duration(req.Ttl) * time.Second, DNSNames: csr.DNSNames})
 	if err != nil {
 		return fail(err)
@@ -86,6 +91,11 @@ func (a *API) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRequest) (
 	}
 	if req.Ttl < 0 {
 		return fail(&registry.ValidationError{Field: "ttl", Problem: "must not be negative; 0 means the default"})
+	}
+	if ttl := time.Duration(req.Ttl) * time.Second; ttl > 0 {
+		if err := a.c.Authority.CheckJWTTTL(ttl); err != nil {
+			return fail(&registry.ValidationError{Field: "ttl", Problem: err.Error()})
+		}
 	}
 	svid, err := a.c.Authority.SignJWT(ctx, authority.JWTRequest{ID: id, Audience: req.Audience, TTL: time.Duration(req.Ttl) * time.Second})
 	if err != nil {

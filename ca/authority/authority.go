@@ -209,6 +209,16 @@ func Open(ctx context.Context, c Config) (*Set, error) {
 	return nil, errors.New("the store forgets the authorities as soon as they are written to it")
 }
 
+// Sealed tells whether the store holds authorities already, whose keys a seal key seals.
+func Sealed(ctx context.Context, st store.Store) (bool, error) {
+	found := errors.New("found")
+	_, err := st.List(ctx, keyPrefix, 0, func(store.Item) error { return found })
+	if errors.Is(err, found) {
+		return true, nil
+	}
+	return false, err
+}
+
 // Health returns nil if the Set can sign both kinds of SVIDs now, or else why it cannot.
 func (s *Set) Health() error {
 	if _, err := s.activeX509(s.config.Now()); err != nil {

@@ -260,7 +260,7 @@ func ruleLines(p *policyv1.Policy) []string {
 			s += " grpc " + strings.Join(rule.Grpc, ", ")
 		}
 		if rule.Jwt != nil {
-			s += fmt.Sprintf(" jwt audience=%v subject=%v", rule.Jwt.Audience, rule.Jwt.Subject)
+			s += fmt.Sprintf(" jwt audience=%v subject=%s", rule.Jwt.Audience, strings.ToLower(strings.TrimPrefix(rule.Jwt.Subject.String(), "SUBJECT_BINDING_")))
 		}
 		if rule.Shadow {
 			s += " (shadow)"
