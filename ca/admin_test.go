@@ -403,6 +403,9 @@ func TestAgentLifeAndAdminOverTCP(t *testing.T) {
 		t.Errorf("status: %v %v", st, err)
 	}
 	_ = follow(t, hello(t, a, "", 0))
+	if n, err := h.ca.reg.Node(a.id); err != nil || n.Version != "9.8.7" {
+		t.Errorf("the agent's version: %v %v", n, err)
+	}
 	if st, err := admin.ListAgentStatus(t.Context(), &adminv1.ListAgentStatusRequest{AgentId: a.id.String()}); err != nil || !st.Agents[0].Connected {
 		t.Errorf("status while following: %v %v", st, err)
 	}

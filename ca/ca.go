@@ -84,12 +84,19 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	}()
 	ca.log = ca.logger()
 	ca.reconfigured.Store(&c)
+	if err := ca.bind(); err != nil {
+		return ca, err
+	}
 	if err := durable.MkdirAll(c.DataDir, 0o750); err != nil {
 		return ca, fmt.Errorf("data_dir: %w", err)
 	}
 	ca.metrics = newMetrics(ca)
 	if ca.bolt, err = bolt.Open(bolt.Config{Dir: filepath.Join(c.DataDir, "store"), Log: ca.log}); err != nil {
 		return ca, err
+	}
+	// The store's lock keeps a second CA on this data directory from taking the socket away.
+	if ca.socket, err = ca.listenAdmin(); err != nil {
+		return ca, fmt.Errorf("admin_socket: %w", err)
 	}
 	ca.store = ca.metrics.timed(ca.bolt)
 	if err := ca.checkTrustDomain(ctx); err != nil {
@@ -125,7 +132,8 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Refused: ca.refused, Now: c.Now, Log: ca.log}
 	ca.node = nodeapi.New(nodeapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
-	return ca, ca.listen()
+	ca.makeServers()
+	return ca, nil
 }
 
 // bundles are what client certificates must chain to: the own authorities for agents and admins, those of foreign trust
@@ -260,20 +268,23 @@ const (
 	maxIdle = 5 * time.Minute
 )
 
-func (ca *CA) listen() error {
+// bind takes the TCP addresses before anything is made: a CA that cannot serve leaves nothing behind.
+func (ca *CA) bind() error {
 	var err error
 	lc := net.ListenConfig{}
 	if ca.port, err = lc.Listen(context.Background(), "tcp", ca.c.Listen); err != nil {
 		return fmt.Errorf("listen: %w", err)
-	}
-	if ca.socket, err = ca.listenAdmin(); err != nil {
-		return fmt.Errorf("admin_socket: %w", err)
 	}
 	if ca.c.Metrics.Listen != "" {
 		if ca.web, err = lc.Listen(context.Background(), "tcp", ca.c.Metrics.Listen); err != nil {
 			return fmt.Errorf("metrics.listen: %w", err)
 		}
 	}
+	return nil
+}
+
+// makeServers makes what will serve on the addresses.
+func (ca *CA) makeServers() {
 	ca.health = health.NewServer()
 	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Epoch: ca.store.Epoch(),
 		Version: version.String(), Following: ca.following, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
@@ -288,7 +299,6 @@ func (ca *CA) listen() error {
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
 	register(ca.tcp, ca.node, admin, liveHealth{ca.health, ca})
 	register(ca.local, ca.node, admin, liveHealth{ca.health, ca})
-	return nil
 }
 
 func (ca *CA) following() map[spiffeid.ID]adminapi.Following {

@@ -331,7 +331,7 @@ func hello(t *testing.T, a *testAgent, epoch string, rev int64) nodev1.Node_Foll
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Send(&nodev1.FollowRequest{Message: &nodev1.FollowRequest_Hello_{Hello: &nodev1.FollowRequest_Hello{Format: 1, Epoch: epoch, Revision: rev}}}); err != nil {
+	if err := s.Send(&nodev1.FollowRequest{Message: &nodev1.FollowRequest_Hello_{Hello: &nodev1.FollowRequest_Hello{Format: 1, Epoch: epoch, Revision: rev, AgentVersion: "9.8.7"}}}); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -477,5 +477,24 @@ func TestLostSealKeyIsNotReplaced(t *testing.T) {
 	}
 	if _, err := os.Stat(c.Seal.KeyFile); !os.IsNotExist(err) {
 		t.Errorf("a new seal key lies where the lost one has to be put back (%v)", err)
+	}
+}
+
+// TestNothingIsMadeWhenAnAddressIsTaken: a CA that cannot serve leaves nothing behind.
+func TestNothingIsMadeWhenAnAddressIsTaken(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dir := filepath.Join(t.TempDir(), "data")
+	c := config(dir)
+	c.Listen = l.Addr().String()
+	c.AdminSocket.Path = filepath.Join(t.TempDir(), "x.sock")
+	if _, err := New(t.Context(), c); err == nil || !strings.Contains(err.Error(), "listen:") {
+		t.Errorf("New on a taken port: %v", err)
+	}
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("data_dir was made all the same: %v", err)
 	}
 }

@@ -93,6 +93,7 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 		return status.Errorf(codes.FailedPrecondition, "format %d is older than this CA speaks (%d); upgrade the agent", hello.Format, FollowFormat)
 	}
 	st := &followState{cancel: cancel, version: clip(hello.AgentVersion), address: c.Address}
+	a.noteVersion(ctx, c.Node, st.version)
 	a.enter(c.ID, st)
 	defer a.leave(c.ID, st)
 
@@ -134,6 +135,18 @@ var (
 	errReplaced = status.Error(codes.Aborted, "a newer Follow stream of this agent replaced this one")
 	errStopping = status.Error(codes.Unavailable, "the CA is shutting down")
 )
+
+// noteVersion keeps what version the agent is, for lists of agents. It is a write per upgrade, and not worth a refusal.
+func (a *API) noteVersion(ctx context.Context, n *registry.Node, version string) {
+	if n == nil || n.Version == version {
+		return
+	}
+	changed := *n
+	changed.Version = version
+	if err := a.c.Registry.PutNode(store.WithReserve(ctx), &changed, nil); err != nil && ctx.Err() == nil {
+		a.c.Log.Info("the agent's version was not noted", "node_id", n.ID.String(), "err", err)
+	}
+}
 
 // enter registers a stream. A second stream of the same agent ends the first: the agent reconnected faster than its
 // old connection was found dead.
