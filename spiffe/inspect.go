@@ -65,6 +65,9 @@ func InspectX509SVID(chain []*x509.Certificate, now time.Time) []Finding {
 	}
 	id, errs := leafErrors(chain[0])
 	f.refuse(errs...)
+	if uris, err := uriSANs(chain[0]); err == nil && len(uris) == 1 {
+		f.furtherFaults(uris[0])
+	}
 	f.leaf(chain[0])
 	for i, cert := range chain {
 		f.validity(i, cert, now)
@@ -122,6 +125,13 @@ func (f *findings) intermediate(i int, cert, child *x509.Certificate, td spiffei
 	}
 	if len(child.AuthorityKeyId) == 0 || !bytes.Equal(child.AuthorityKeyId, cert.SubjectKeyId) {
 		f.warn("X509-26", "authority key id of the certificate before it is not the subject key id of %s", name)
+	}
+}
+
+// furtherFaults adds what else is wrong with an ID whose first fault stands already.
+func (f *findings) furtherFaults(id string) {
+	if faults := idFaults(id); len(faults) > 1 {
+		f.refuse(faults[1:]...)
 	}
 }
 
@@ -217,6 +227,9 @@ func InspectJWTSVID(token string, now time.Time) (header, claims map[string]any,
 	}
 	svid, errs := readClaims(claims, false)
 	f.refuse(errs...)
+	if sub, ok := claims["sub"].(string); ok {
+		f.furtherFaults(sub)
+	}
 	for _, err := range svid.checkTime(now, DefaultJWTLeeway) {
 		if RowOf(err) == "JWT-18" && svid.Expiry.IsZero() {
 			continue // exp is missing or malformed, which is a finding already
