@@ -3,6 +3,7 @@ package ca
 import (
 	"context"
 	"crypto/ecdsa"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -98,6 +99,42 @@ func TestNodeKeyIsDeadAfterEvictAndBan(t *testing.T) {
 		}
 		if _, err := recovery(t.Context(), anon, a.id, a.key, csr(t, a.key)); code(err) != codes.PermissionDenied {
 			t.Errorf("after the %s: %v", kill, err)
+		}
+	}
+}
+
+// TestExpiredJoinToken: a token past its end lets nobody in, neither a new key nor the one that used it before and
+// never came back, and the refusal is logged without the token.
+func TestExpiredJoinToken(t *testing.T) {
+	var offset atomic.Int64
+	c := config(t.TempDir())
+	c.Now = func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
+	h := start(t, c)
+	unused, used := h.token(), h.token()
+	k := key(t)
+	if _, err := attest(t.Context(), h.dial(nil, nil), used, csr(t, k)); err != nil {
+		t.Fatal(err)
+	}
+	offset.Store(int64(11 * time.Minute)) // tokens last ten
+	anon := h.dial(nil, nil)
+	for name, tt := range map[string]struct {
+		token string
+		key   *ecdsa.PrivateKey
+	}{"unused": {unused, key(t)}, "used by this key": {used, k}} {
+		_, err := attest(t.Context(), anon, tt.token, csr(t, tt.key))
+		if code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "join token expired") {
+			t.Errorf("%s: %v, want InvalidArgument that says expired", name, err)
+		}
+	}
+	refused := h.audit("agent.attest")
+	if len(refused) != 2 {
+		t.Errorf("%d refusals in the audit log, want 2", len(refused))
+	}
+	for _, r := range refused {
+		for _, token := range []string{unused, used} {
+			if strings.Contains(fmt.Sprint(r), strings.Split(token, ".")[1]) {
+				t.Error("the audit log holds a token's secret")
+			}
 		}
 	}
 }
