@@ -2,6 +2,7 @@ package authority
 
 import (
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -10,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -21,15 +23,119 @@ import (
 // maxCommonNameBytes is ub-common-name of RFC 5280 appendix A.1.
 const maxCommonNameBytes = 64
 
+// A creation is a new authority whose key exists and whose record is not in the store yet. Whoever asked for it commits
+// checks and writes together with what the new authority changes (the index at least). If that commit never happens, the
+// key is not lost: a key in this process is forgotten, and one in a key store is found again by the intent that was
+// committed before it was made, and used for the next authority of that kind.
+type creation struct {
+	id     string
+	checks []store.Check
+	writes []store.Write
+}
+
+// create makes an authority of the given use with a new key. An X.509 authority signs itself; one that an upstream CA
+// signs is made with makeKey and recordX509.
+func (s *Set) create(ctx context.Context, use keys.Use, generation uint64, state State) (creation, error) {
+	made, err := s.makeKey(ctx, use, generation)
+	if err != nil {
+		return creation{}, err
+	}
+	if use == keys.UseJWT {
+		return s.recordJWT(made, state)
+	}
+	der, err := selfSign(made.key, s.config.TrustDomain, s.config.Now(), s.config.X509Lifetime)
+	if err != nil {
+		return creation{}, err
+	}
+	return s.recordX509(made, state, der)
+}
+
+// A madeKey is a key that was made for the authority of one generation and belongs to no record yet.
+type madeKey struct {
+	key        *keys.Key
+	use        keys.Use
+	generation uint64
+
+	// checks and writes are committed with the record of the authority.
+	checks []store.Check
+	writes []store.Write
+}
+
+// makeKey makes a key for an authority of the given use and generation.
+func (s *Set) makeKey(ctx context.Context, use keys.Use, generation uint64) (madeKey, error) {
+	key, err := keys.Generate(ctx)
+	if err != nil {
+		return madeKey{}, err
+	}
+	return madeKey{key: key, use: use, generation: generation}, nil
+}
+
+// stored returns the key in the form in which a record holds it.
+func (s *Set) stored(made madeKey, id string) (keys.Stored, error) {
+	return made.key.Seal(s.config.Seal, keys.Binding{TrustDomain: s.config.TrustDomain, Use: made.use, AuthorityID: id, Generation: made.generation})
+}
+
+// recorded returns what to commit for the record of a new authority, which must not be there yet.
+func (made madeKey) recorded(prefix, id string, record any) (creation, error) {
+	value, err := json.Marshal(record)
+	if err != nil {
+		return creation{}, err
+	}
+	key := prefix + id
+	return creation{
+		id:     id,
+		checks: append([]store.Check{{Key: key}}, made.checks...),
+		writes: append([]store.Write{{Key: key, Value: value}}, made.writes...),
+	}, nil
+}
+
+// recordX509 returns the X.509 authority of a new key and its certificate, which it checks.
+func (s *Set) recordX509(made madeKey, state State, der []byte) (creation, error) {
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return creation{}, fmt.Errorf("reading back the new x509 authority: %w", err)
+	}
+	if err := checkAuthorityCertificate(cert, s.config.TrustDomain); err != nil {
+		return creation{}, fmt.Errorf("reading back the new x509 authority: %w", err)
+	}
+	if public, ok := made.key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(cert.PublicKey) {
+		return creation{}, errors.New("the certificate of the new x509 authority is for another key")
+	}
+	id := hex.EncodeToString(cert.SubjectKeyId)
+	stored, err := s.stored(made, id)
+	if err != nil {
+		return creation{}, err
+	}
+	return made.recorded(keyX509Prefix, id, x509Record{Version: recordVersion, ID: id, Generation: made.generation, State: state, Certificate: der, Key: stored})
+}
+
+// recordJWT returns the JWT authority of a new key.
+func (s *Set) recordJWT(made madeKey, state State) (creation, error) {
+	spki, err := x509.MarshalPKIXPublicKey(made.key.Public())
+	if err != nil {
+		return creation{}, fmt.Errorf("encoding the new jwt authority: %w", err)
+	}
+	id := jwtKeyID(spki)
+	stored, err := s.stored(made, id)
+	if err != nil {
+		return creation{}, err
+	}
+	now := s.config.Now().UTC().Truncate(time.Second)
+	return made.recorded(keyJWTPrefix, id, jwtRecord{
+		Version: recordVersion, ID: id, Generation: made.generation, State: state,
+		NotBefore: now.Add(-Backdate), NotAfter: now.Add(s.config.JWTLifetime), PublicKey: spki, Key: stored,
+	})
+}
+
 // makeFirst makes the first authorities and commits them together with the index, provided that there is no index yet. A
 // crash leaves all of it or nothing, and of two replicas one wins. Losing is no error: the caller lists again.
 func (s *Set) makeFirst(ctx context.Context) error {
 	const first = 1
-	x, err := s.newX509(ctx, first, StateActive)
+	x, err := s.create(ctx, keys.UseX509, first, StateActive)
 	if err != nil {
 		return err
 	}
-	j, err := s.newJWT(ctx, first, StateActive)
+	j, err := s.create(ctx, keys.UseJWT, first, StateActive)
 	if err != nil {
 		return err
 	}
@@ -37,11 +143,8 @@ func (s *Set) makeFirst(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	writes := []store.Write{{Key: keyIndex, Value: index}, x, j}
-	var checks []store.Check
-	for _, w := range writes {
-		checks = append(checks, store.Check{Key: w.Key})
-	}
+	checks := slices.Concat([]store.Check{{Key: keyIndex}}, x.checks, j.checks)
+	writes := slices.Concat([]store.Write{{Key: keyIndex, Value: index}}, x.writes, j.writes)
 	_, err = s.config.Store.Commit(ctx, checks, writes)
 	var conflict *store.ConflictError
 	switch {
@@ -50,57 +153,8 @@ func (s *Set) makeFirst(ctx context.Context) error {
 	case err != nil:
 		return fmt.Errorf("writing the first authorities to the store: %w", err)
 	}
-	s.config.Log.Info("made the first authorities", "trust_domain", s.config.TrustDomain.Name(), "x509_authority", x.Key, "jwt_authority", j.Key)
+	s.config.Log.Info("made the first authorities", "trust_domain", s.config.TrustDomain.Name(), "x509_authority", x.id, "jwt_authority", j.id)
 	return nil
-}
-
-// newX509 makes a key and a self-signed certificate, and returns the record to be written.
-func (s *Set) newX509(ctx context.Context, generation uint64, state State) (store.Write, error) {
-	key, err := keys.Generate(ctx)
-	if err != nil {
-		return store.Write{}, err
-	}
-	der, err := selfSign(key, s.config.TrustDomain, s.config.Now(), s.config.X509Lifetime)
-	if err != nil {
-		return store.Write{}, err
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return store.Write{}, fmt.Errorf("reading back the new x509 authority: %w", err)
-	}
-	if err := checkAuthorityCertificate(cert, s.config.TrustDomain); err != nil {
-		return store.Write{}, fmt.Errorf("reading back the new x509 authority: %w", err)
-	}
-	id := hex.EncodeToString(cert.SubjectKeyId)
-	stored, err := key.Seal(s.config.Seal, keys.Binding{TrustDomain: s.config.TrustDomain, Use: keys.UseX509, AuthorityID: id, Generation: generation})
-	if err != nil {
-		return store.Write{}, err
-	}
-	value, err := json.Marshal(x509Record{Version: recordVersion, ID: id, Generation: generation, State: state, Certificate: der, Key: stored})
-	return store.Write{Key: keyX509Prefix + id, Value: value}, err
-}
-
-// newJWT makes a key, and returns the record to be written.
-func (s *Set) newJWT(ctx context.Context, generation uint64, state State) (store.Write, error) {
-	key, err := keys.Generate(ctx)
-	if err != nil {
-		return store.Write{}, err
-	}
-	spki, err := x509.MarshalPKIXPublicKey(key.Public())
-	if err != nil {
-		return store.Write{}, fmt.Errorf("encoding the new jwt authority: %w", err)
-	}
-	id := jwtKeyID(spki)
-	stored, err := key.Seal(s.config.Seal, keys.Binding{TrustDomain: s.config.TrustDomain, Use: keys.UseJWT, AuthorityID: id, Generation: generation})
-	if err != nil {
-		return store.Write{}, err
-	}
-	now := s.config.Now().UTC().Truncate(time.Second)
-	value, err := json.Marshal(jwtRecord{
-		Version: recordVersion, ID: id, Generation: generation, State: state,
-		NotBefore: now.Add(-Backdate), NotAfter: now.Add(s.config.JWTLifetime), PublicKey: spki, Key: stored,
-	})
-	return store.Write{Key: keyJWTPrefix + id, Value: value}, err
 }
 
 // selfSign returns the certificate of an X.509 authority: an SVID of the trust domain itself (no path), with keyCertSign and

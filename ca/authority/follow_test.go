@@ -83,20 +83,20 @@ func (f *follower) moved(key string, state State) store.Write {
 // newX509 returns the writes that add a prepared X.509 authority of the second generation, and its key.
 func (f *follower) newX509() (writes []store.Write, key string) {
 	f.t.Helper()
-	w, err := f.set.newX509(f.t.Context(), 2, StatePrepared)
+	made, err := f.set.create(f.t.Context(), keys.UseX509, 2, StatePrepared)
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	return []store.Write{w, f.changed(keyIndex, "x509_generation", 2)}, w.Key
+	return append(made.writes, f.changed(keyIndex, "x509_generation", 2)), made.writes[0].Key
 }
 
 func (f *follower) newJWT() (writes []store.Write, key string) {
 	f.t.Helper()
-	w, err := f.set.newJWT(f.t.Context(), 2, StatePrepared)
+	made, err := f.set.create(f.t.Context(), keys.UseJWT, 2, StatePrepared)
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	return []store.Write{w, f.changed(keyIndex, "jwt_generation", 2)}, w.Key
+	return append(made.writes, f.changed(keyIndex, "jwt_generation", 2)), made.writes[0].Key
 }
 
 func (f *follower) must(err error) {
