@@ -20,7 +20,8 @@ import (
 
 // serverSVID is the CA's own X509-SVID, spiffe://TD/spire/server, signed by the trust domain's active authority and
 // renewed at half life or when the authority changes. The authority's certificate goes along in the handshake, so that
-// a node which holds nothing but a pin can find the pinned key. [DESIGN §4]
+// a node which holds nothing but a pin can find the pinned key, and so do those that lead back to earlier authorities,
+// for nodes that were away while the authority changed. [DESIGN §4, §7]
 type serverSVID struct {
 	id    spiffeid.ID
 	set   *authority.Set
@@ -81,12 +82,7 @@ func (s *serverSVID) renew(now time.Time, pin string) error {
 	if err != nil {
 		return err
 	}
-	chain := svid.Chain
-	for _, a := range s.set.Bundle().X509 {
-		if a.ID == svid.AuthorityID {
-			chain = append(chain[:len(chain):len(chain)], a.Certificate.Raw)
-		}
-	}
+	chain := append(svid.Chain[:len(svid.Chain):len(svid.Chain)], s.set.Introduction()...)
 	s.cert = &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf}
 	s.pin, s.half, s.end = pin, now.Add(svid.NotAfter.Sub(now)/2), svid.NotAfter
 	return nil

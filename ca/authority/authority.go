@@ -179,8 +179,10 @@ type Set struct {
 	// signatures counts, to pick the sample for self-checks.
 	signatures atomic.Uint64
 
-	// mu makes Load and Observe one after the other. No signature waits for it.
-	mu sync.Mutex
+	// mu makes Load and Observe one after the other. No signature waits for it. It guards moved, which is closed and replaced
+	// with each new snapshot.
+	mu    sync.Mutex
+	moved chan struct{}
 }
 
 // Open loads the trust domain's authorities from the store, or makes the first ones if the store has none. Of several
@@ -192,7 +194,7 @@ func Open(ctx context.Context, c Config) (*Set, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
-	s := &Set{config: c}
+	s := &Set{config: c, moved: make(chan struct{})}
 	// Whoever loses the commit of the first ones finds the winner's in the next round.
 	for range 2 {
 		items, err := s.list(ctx)
@@ -277,8 +279,9 @@ func (s *Set) activeJWT(now time.Time) (*jwtAuthority, error) {
 	if a == nil {
 		return nil, fmt.Errorf("jwt: %w", ErrNoActive)
 	}
-	if !now.Before(a.expiresAt) {
-		return nil, fmt.Errorf("jwt authority %s ended at %s: %w", a.id, a.expiresAt.UTC().Format(time.RFC3339), ErrExpired)
+	if now.Before(a.notBefore) || !now.Before(a.expiresAt) {
+		return nil, fmt.Errorf("jwt authority %s is valid from %s to %s: %w", a.id,
+			a.notBefore.UTC().Format(time.RFC3339), a.expiresAt.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	return a, nil
 }

@@ -106,7 +106,17 @@ func (s *Set) recordX509(made madeKey, state State, der []byte) (creation, error
 	if err != nil {
 		return creation{}, err
 	}
-	return made.recorded(keyX509Prefix, id, x509Record{Version: recordVersion, ID: id, Generation: made.generation, State: state, Certificate: der, Key: stored})
+	return made.recorded(keyX509Prefix, id, x509Record{Version: recordVersion, ID: id, Generation: made.generation, State: state, Certificate: der, Key: stored,
+		Cross: s.crossSign(cert), life: s.born(state)})
+}
+
+// born is the life of an authority that is made now, in its first state.
+func (s *Set) born(state State) life {
+	l := life{PreparedAt: s.config.Now().UTC().Truncate(time.Second)}
+	if state == StateActive {
+		l.ActivatedAt = l.PreparedAt
+	}
+	return l
 }
 
 // recordJWT returns the JWT authority of a new key.
@@ -123,7 +133,7 @@ func (s *Set) recordJWT(made madeKey, state State) (creation, error) {
 	now := s.config.Now().UTC().Truncate(time.Second)
 	return made.recorded(keyJWTPrefix, id, jwtRecord{
 		Version: recordVersion, ID: id, Generation: made.generation, State: state,
-		NotBefore: now.Add(-Backdate), NotAfter: now.Add(s.config.JWTLifetime), PublicKey: spki, Key: stored,
+		NotBefore: now.Add(-Backdate), NotAfter: now.Add(s.config.JWTLifetime), PublicKey: spki, Key: stored, life: s.born(state),
 	})
 }
 

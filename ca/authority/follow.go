@@ -34,8 +34,10 @@ type x509Authority struct {
 	generation  uint64
 	state       State
 	certificate *x509.Certificate
-	key         *keys.Key     // nil unless state.signs()
-	template    *leafTemplate // nil unless the key is a P-256 key in this process
+	life        life
+	cross       *x509.Certificate // nil if there is none
+	key         *keys.Key         // nil unless state.signs()
+	template    *leafTemplate     // nil unless the key is a P-256 key in this process
 }
 
 // A jwtAuthority is one JWT authority. Its fields are never changed.
@@ -44,7 +46,9 @@ type jwtAuthority struct {
 	generation uint64
 	state      State
 	public     crypto.PublicKey
+	notBefore  time.Time
 	expiresAt  time.Time
+	life       life
 	key        *keys.Key  // nil unless state.signs()
 	signer     *jwtSigner // nil unless state.signs()
 }
@@ -119,6 +123,8 @@ func (s *Set) publish(old, next *snapshot) error {
 		}
 	}
 	s.current.Store(next)
+	close(s.moved)
+	s.moved = make(chan struct{})
 	s.logChanges(old, next)
 	return nil
 }
@@ -161,7 +167,12 @@ func (s *Set) readX509(item store.Item, known *x509Authority) (*x509Authority, e
 	if err != nil {
 		return nil, err
 	}
-	a := &x509Authority{id: r.ID, generation: r.Generation, state: r.State, certificate: cert}
+	a := &x509Authority{id: r.ID, generation: r.Generation, state: r.State, certificate: cert, life: r.life}
+	if len(r.Cross) > 0 {
+		if a.cross, err = x509.ParseCertificate(r.Cross); err != nil {
+			return nil, fmt.Errorf("record %q: cross_certificate: %w", item.Key, err)
+		}
+	}
 	if !r.State.signs() {
 		return a, nil
 	}
@@ -182,7 +193,7 @@ func (s *Set) readJWT(item store.Item, known *jwtAuthority) (*jwtAuthority, erro
 	if err != nil {
 		return nil, err
 	}
-	a := &jwtAuthority{id: r.ID, generation: r.Generation, state: r.State, public: public, expiresAt: r.NotAfter}
+	a := &jwtAuthority{id: r.ID, generation: r.Generation, state: r.State, public: public, notBefore: r.NotBefore, expiresAt: r.NotAfter, life: r.life}
 	if !r.State.signs() {
 		return a, nil
 	}

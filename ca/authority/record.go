@@ -92,6 +92,11 @@ type x509Record struct {
 	State       State       `json:"state"`
 	Certificate []byte      `json:"certificate"` // DER
 	Key         keys.Stored `json:"key"`
+
+	// Cross is the same authority signed by the one that was active when it was prepared, DER. It may be absent.
+	Cross []byte `json:"cross_certificate,omitempty"`
+
+	life
 }
 
 type jwtRecord struct {
@@ -103,6 +108,8 @@ type jwtRecord struct {
 	NotAfter   time.Time   `json:"not_after"`
 	PublicKey  []byte      `json:"public_key"` // SPKI
 	Key        keys.Stored `json:"key"`
+
+	life
 }
 
 // decode reads one record. A version newer than understood is refused before anything else is looked at: its meaning may
