@@ -45,6 +45,8 @@ type Config struct {
 	// Logging says what is logged to standard error.
 	Logging Logging `yaml:"log"`
 
+	// SyncPage is how many entries a message to a SPIRE agent holds at most, for tests of paging. 0: 500, as at SPIRE.
+	SyncPage int `yaml:"-"`
 	// Now tells the time. Nil: time.Now.
 	Now func() time.Time `yaml:"-"`
 	// Log replaces the logger that Logging describes.

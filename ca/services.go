@@ -59,6 +59,7 @@ type (
 	}
 	entryService struct {
 		otherEntry
+		nodeAPI
 		adminAPI
 	}
 )
@@ -70,6 +71,10 @@ func methods() map[string]access.Kind {
 		agentv1.Agent_AttestAgent_FullMethodName:                         access.Anyone,
 		agentv1.Agent_RenewAgent_FullMethodName:                          access.Agent,
 		bundlev1.Bundle_GetBundle_FullMethodName:                         access.Anyone,
+		entryv1.Entry_GetAuthorizedEntries_FullMethodName:                access.Agent,
+		entryv1.Entry_SyncAuthorizedEntries_FullMethodName:               access.Agent,
+		svidv1.SVID_BatchNewX509SVID_FullMethodName:                      access.Agent,
+		svidv1.SVID_BatchNewWITSVID_FullMethodName:                       access.Agent,
 		svidv1.SVID_NewJWTSVID_FullMethodName:                            access.Agent,
 		nodev1.Node_IssueX509SVIDs_FullMethodName:                        access.Agent,
 		nodev1.Node_IssueJWTSVIDs_FullMethodName:                         access.Agent,
@@ -127,7 +132,7 @@ func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1
 	agentv1.RegisterAgentServer(s, &agentService{nodeAPI: n, adminAPI: a})
 	bundlev1.RegisterBundleServer(s, &bundleService{nodeAPI: n, adminAPI: a})
 	svidv1.RegisterSVIDServer(s, &svidService{nodeAPI: n, adminAPI: a})
-	entryv1.RegisterEntryServer(s, &entryService{adminAPI: a})
+	entryv1.RegisterEntryServer(s, &entryService{nodeAPI: n, adminAPI: a})
 	nodev1.RegisterNodeServer(s, node)
 	adminv1.RegisterAdminServer(s, &adminapi.AdminServer{API: admin})
 	healthv1.RegisterHealthServer(s, h)

@@ -23,6 +23,7 @@ import (
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/spireproto"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -192,9 +193,7 @@ func (a *API) ownID(field string, id *types.SPIFFEID) (spiffeid.ID, error) {
 	return out, nil
 }
 
-func protoID(id spiffeid.ID) *types.SPIFFEID {
-	return &types.SPIFFEID{TrustDomain: id.TrustDomain().Name(), Path: id.Path()}
-}
+func protoID(id spiffeid.ID) *types.SPIFFEID { return spireproto.ID(id) }
 
 // Bounds of lists.
 const (

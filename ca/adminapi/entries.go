@@ -16,6 +16,7 @@ import (
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/spireproto"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -23,65 +24,10 @@ import (
 // maxBatch bounds the batch RPCs for entries.
 const maxBatch = 1000
 
-// allFields is a mask with everything on.
-var allFields = &types.EntryMask{SpiffeId: true, ParentId: true, Selectors: true, X509SvidTtl: true, FederatesWith: true, Admin: true,
-	Downstream: true, ExpiresAt: true, DnsNames: true, RevisionNumber: true, StoreSvid: true, JwtSvidTtl: true, Hint: true, CreatedAt: true, AdditionalAttributes: true}
-
-func protoEntry(e *registry.Entry, m *types.EntryMask) *types.Entry {
-	if m == nil {
-		m = allFields
-	}
-	out := &types.Entry{Id: string(e.ID)}
-	if m.SpiffeId {
-		out.SpiffeId = protoID(e.SPIFFEID)
-	}
-	if m.ParentId {
-		out.ParentId = protoID(e.ParentID)
-	}
-	if m.Selectors {
-		for _, s := range e.Selectors {
-			out.Selectors = append(out.Selectors, &types.Selector{Type: s.Type, Value: s.Value})
-		}
-	}
-	if m.X509SvidTtl {
-		out.X509SvidTtl = int32(e.X509TTL / time.Second)
-	}
-	if m.JwtSvidTtl {
-		out.JwtSvidTtl = int32(e.JWTTTL / time.Second)
-	}
-	if m.FederatesWith {
-		for _, td := range e.FederatesWith {
-			out.FederatesWith = append(out.FederatesWith, td.Name())
-		}
-	}
-	if m.ExpiresAt && !e.ExpiresAt.IsZero() {
-		out.ExpiresAt = e.ExpiresAt.Unix()
-	}
-	if m.DnsNames {
-		out.DnsNames = e.DNSNames
-	}
-	if m.RevisionNumber {
-		out.RevisionNumber = int64(e.Revision)
-	}
-	if m.CreatedAt {
-		out.CreatedAt = e.CreatedAt.Unix()
-	}
-	if m.Hint {
-		out.Hint = e.Hint
-	}
-	out.Admin = m.Admin && e.Admin
-	out.Downstream = m.Downstream && e.Downstream
-	out.StoreSvid = m.StoreSvid && e.StoreSVID
-	if m.AdditionalAttributes && (e.NoX509Prefetch || e.JWTIncludeJTI) {
-		out.AdditionalAttributes = &types.Entry_AdditionalAttributes{DisableX509SvidPrefetch: e.NoX509Prefetch, JwtSvidIncludeJti: e.JWTIncludeJTI}
-	}
-	return out
-}
-
 // fill sets those fields of e that the mask names from in. Nil is all.
 func (a *API) fill(e *registry.Entry, in *types.Entry, m *types.EntryMask) error {
 	if m == nil {
-		m = allFields
+		m = spireproto.AllEntryFields()
 	}
 	var err error
 	if m.SpiffeId {
@@ -212,7 +158,7 @@ func (a *API) BatchCreateEntry(ctx context.Context, req *entryv1.BatchCreateEntr
 			shown = x.Existing // SPIRE returns what stands in the way
 		}
 		if shown != nil && (res.Err == nil || shown != res.Entry) {
-			r.Entry = protoEntry(shown, req.OutputMask)
+			r.Entry = spireproto.Entry(shown, req.OutputMask)
 		}
 		out.Results[index[j]] = r
 		records = append(records, a.record(ctx, "entry.create", entries[j].SPIFFEID.String(), res.Err, entryDetails(entries[j])))
@@ -243,7 +189,7 @@ func (a *API) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchUpdateEntr
 		r := &entryv1.BatchUpdateEntryResponse_Result{Status: a.itemStatus(err)}
 		subject, details := clip(in.Id), map[string]any(nil)
 		if err == nil {
-			r.Entry = protoEntry(e, req.OutputMask)
+			r.Entry = spireproto.Entry(e, req.OutputMask)
 			subject, details = e.SPIFFEID.String(), entryDetails(e)
 		}
 		out.Results = append(out.Results, r)
@@ -289,7 +235,7 @@ func (a *API) GetEntry(_ context.Context, req *entryv1.GetEntryRequest) (*types.
 	if err != nil {
 		return nil, status.Errorf(codes.NotFound, "entry %q not found", clip(req.Id))
 	}
-	return protoEntry(e, req.OutputMask), nil
+	return spireproto.Entry(e, req.OutputMask), nil
 }
 
 // ListEntries returns a page of matching entries in order of ID. [SPIRE-PROTOCOL §14]
@@ -313,7 +259,7 @@ func (a *API) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*
 	out := &entryv1.ListEntriesResponse{}
 	sum := 0
 	for i, e := range page {
-		m := protoEntry(e, req.OutputMask)
+		m := spireproto.Entry(e, req.OutputMask)
 		if sum += proto.Size(m); req.PageSize > 0 && i > 0 && sum > maxPageBytes {
 			out.NextPageToken = writeToken(string(page[i-1].ID))
 			return out, nil

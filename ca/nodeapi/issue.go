@@ -2,6 +2,7 @@ package nodeapi
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"runtime"
 	"slices"
@@ -25,61 +26,144 @@ import (
 // MaxBatch is the most SVIDs one RPC signs. [SPIRE-PROTOCOL §6, §11]
 const MaxBatch = 500
 
+// From how many items on the work on them is spread over the processors: verifying a CSR takes longer than to start a
+// goroutine; public keys only have to be read.
+const (
+	parallelCSRs = 4
+	parallelKeys = 32
+	parallelJWTs = 32
+)
+
 // IssueX509SVIDs signs an X509-SVID per item by public key. The agent made the keys itself and is authenticated by its
 // SVID: it acts as registration authority, and the audit log says so. [DESIGN §6]
 func (a *API) IssueX509SVIDs(ctx context.Context, req *nodev1.IssueX509SVIDsRequest) (*nodev1.IssueX509SVIDsResponse, error) {
-	c := access.From(ctx)
 	ids := make([]registry.EntryID, len(req.Items))
 	for i, it := range req.Items {
 		ids[i] = registry.EntryID(it.GetEntryId())
 	}
-	entries, err := a.authorizedEntries(ctx, c, ids)
+	issued, err := a.issueX509(ctx, "items", ids, x509Issue{by: "public_key", parallelFrom: parallelKeys,
+		key: func(i int, _ *registry.Entry) (crypto.PublicKey, error) {
+			return authority.ParsePublicKey(req.Items[i].GetPublicKey())
+		}})
 	if err != nil {
 		return nil, err
 	}
 	out := &nodev1.IssueX509SVIDsResponse{Results: make([]*nodev1.IssueX509SVIDsResponse_Result, len(req.Items))}
-	prepared := make([]authority.PreparedX509, 0, len(req.Items))
-	index := make([]int, 0, len(req.Items))
+	for i, x := range issued {
+		if x.err != nil {
+			out.Results[i] = &nodev1.IssueX509SVIDsResponse_Result{Code: int32(x.err.Code()), Message: x.err.Message()}
+			continue
+		}
+		out.Results[i] = &nodev1.IssueX509SVIDsResponse_Result{CertChain: x.svid.Chain, NotBefore: x.svid.NotBefore.Unix(),
+			NotAfter: x.svid.NotAfter.Unix(), EntryRevision: int64(x.entry.Revision)}
+	}
+	return out, nil
+}
+
+// BatchNewX509SVID signs an X509-SVID per item by CSR, as SPIRE's agents ask for them. The CSR proves possession of its
+// key and carries nothing else into the SVID; one that asks for another SPIFFE ID is refused. [SPIRE-PROTOCOL §6, X509-27]
+func (a *API) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
+	ids := make([]registry.EntryID, len(req.Params))
+	for i, p := range req.Params {
+		ids[i] = registry.EntryID(p.GetEntryId())
+	}
+	issued, err := a.issueX509(ctx, "params", ids, x509Issue{by: "csr", parallelFrom: parallelCSRs, check: func(i int) error {
+		switch p := req.Params[i]; {
+		case p.GetEntryId() == "":
+			return status.Error(codes.InvalidArgument, "malformed param: missing entry ID")
+		case len(p.GetCsr()) == 0:
+			return status.Error(codes.InvalidArgument, "malformed param: missing CSR")
+		}
+		return nil
+	}, key: func(i int, e *registry.Entry) (crypto.PublicKey, error) {
+		return authority.CheckCSR(req.Params[i].Csr, e.SPIFFEID)
+	}})
+	if err != nil {
+		return nil, err
+	}
+	out := &svidv1.BatchNewX509SVIDResponse{Results: make([]*svidv1.BatchNewX509SVIDResponse_Result, len(req.Params))}
+	for i, x := range issued {
+		if x.err != nil {
+			out.Results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: &types.Status{Code: int32(x.err.Code()), Message: x.err.Message()}}
+			continue
+		}
+		// The status is there on success, too: SPIRE's agents read it without looking.
+		out.Results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: &types.Status{Code: int32(codes.OK), Message: "OK"}, Svid: joinChain(x.svid, x.entry.SPIFFEID)}
+	}
+	return out, nil
+}
+
+// x509Issue says how a batch of X509-SVIDs comes by its keys.
+type x509Issue struct {
+	// by is what the audit log calls it.
+	by string
+	// check refuses an item for its form, before its entry is looked at; nil: there is nothing to refuse.
+	check func(i int) error
+	// key returns what item i, for entry e, is issued for. It is called from several goroutines.
+	key func(i int, e *registry.Entry) (crypto.PublicKey, error)
+	// parallelFrom is the number of items from which key is called in parallel.
+	parallelFrom int
+}
+
+// An issuedX509 is what became of one item: an SVID for an entry, or a status that is not OK.
+type issuedX509 struct {
+	entry *registry.Entry
+	svid  *authority.X509SVID
+	err   *status.Status
+}
+
+// issueX509 signs what the calling agent may have of ids, and returns an outcome for each. field is what the request
+// calls them. When it returns, what was issued is in the audit log.
+func (a *API) issueX509(ctx context.Context, field string, ids []registry.EntryID, how x509Issue) ([]issuedX509, error) {
+	c := access.From(ctx)
+	entries, err := a.authorizedEntries(ctx, c, field, ids)
+	if err != nil {
+		return nil, err
+	}
+	checked, errs := make([]authority.PreparedX509, len(ids)), make([]error, len(ids))
+	spread(len(ids), how.parallelFrom, func(i int) {
+		if how.check != nil {
+			if errs[i] = how.check(i); errs[i] != nil {
+				return
+			}
+		}
+		e := entries[i]
+		if e == nil {
+			errs[i] = registry.ErrNotFound
+			return
+		}
+		if errs[i] = ctx.Err(); errs[i] != nil {
+			return // nobody waits for it any more
+		}
+		var key crypto.PublicKey
+		if key, errs[i] = how.key(i, e); errs[i] == nil {
+			checked[i], errs[i] = a.c.Authority.CheckX509(authority.X509Request{ID: e.SPIFFEID, PublicKey: key, TTL: e.X509TTL, DNSNames: e.DNSNames})
+		}
+	})
+	prepared, index := make([]authority.PreparedX509, 0, len(ids)), make([]int, 0, len(ids))
+	for i, err := range errs {
+		if err == nil {
+			prepared, index = append(prepared, checked[i]), append(index, i)
+		}
+	}
+	svids, signErrs := a.c.Authority.SignX509Batch(ctx, prepared)
+	out := make([]issuedX509, len(ids))
+	for j, i := range index {
+		out[i].entry, out[i].svid, errs[i] = entries[i], svids[j], signErrs[j]
+	}
 	now := a.c.Now()
 	var records, refusals []auditlog.Record
-	refuse := func(i int, err error) {
-		st := status.Convert(a.toStatus(err))
-		out.Results[i] = &nodev1.IssueX509SVIDsResponse_Result{Code: int32(st.Code()), Message: st.Message()}
-		refusals = append(refusals, auditlog.Record{Time: now, Event: "x509svid.refused", Actor: c.ID.String(), ActorKind: "agent",
-			Subject: clip(req.Items[i].GetEntryId()), Outcome: auditlog.Refused, Details: map[string]any{"reason": st.Message()}})
-	}
-	for i, it := range req.Items {
-		if entries[i] == nil {
-			refuse(i, registry.ErrNotFound)
-			continue
-		}
-		key, err := authority.ParsePublicKey(it.GetPublicKey())
+	for i, err := range errs {
 		if err != nil {
-			refuse(i, err)
+			out[i] = issuedX509{err: status.Convert(a.toStatus(err))}
+			refusals = append(refusals, auditlog.Record{Time: now, Event: "x509svid.refused", Actor: c.ID.String(), ActorKind: "agent",
+				Subject: clip(string(ids[i])), Outcome: auditlog.Refused, Details: map[string]any{"reason": out[i].err.Message()}})
 			continue
 		}
-		e := entries[i]
-		p, err := a.c.Authority.CheckX509(authority.X509Request{ID: e.SPIFFEID, PublicKey: key, TTL: e.X509TTL, DNSNames: e.DNSNames})
-		if err != nil {
-			refuse(i, err)
-			continue
-		}
-		prepared = append(prepared, p)
-		index = append(index, i)
-	}
-	svids, errs := a.c.Authority.SignX509Batch(ctx, prepared)
-	for j, svid := range svids {
-		i := index[j]
-		if errs[j] != nil {
-			refuse(i, errs[j])
-			continue
-		}
-		e := entries[i]
-		out.Results[i] = &nodev1.IssueX509SVIDsResponse_Result{CertChain: svid.Chain, NotBefore: svid.NotBefore.Unix(),
-			NotAfter: svid.NotAfter.Unix(), EntryRevision: int64(e.Revision)}
+		e, svid := out[i].entry, out[i].svid
 		records = append(records, auditlog.Record{Time: now, Event: "x509svid.issued", Actor: c.ID.String(), ActorKind: "agent",
 			Subject: e.SPIFFEID.String(), Outcome: auditlog.Done, Details: map[string]any{
-				"entry_id": string(e.ID), "serial": svid.SerialNumber, "not_after": svid.NotAfter.Unix(), "authority": svid.AuthorityID, "by": "public_key"}})
+				"entry_id": string(e.ID), "serial": svid.SerialNumber, "not_after": svid.NotAfter.Unix(), "authority": svid.AuthorityID, "by": how.by}})
 	}
 	if err := a.audit(ctx, auditlog.Essential, records...); err != nil {
 		return nil, a.toStatus(err) // nothing leaves unlogged
@@ -140,7 +224,7 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 	for i, it := range req.Items {
 		ids[i] = registry.EntryID(it.GetEntryId())
 	}
-	entries, err := a.authorizedEntries(ctx, c, ids)
+	entries, err := a.authorizedEntries(ctx, c, "items", ids)
 	if err != nil {
 		return nil, err
 	}
@@ -164,7 +248,7 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 		records[i] = JWTRecord(now, c, entries[i].SPIFFEID.String(), req.Items[i].GetAudience(), svid)
 		records[i].Details["entry_id"] = string(entries[i].ID)
 	}
-	spread(len(req.Items), sign)
+	spread(len(req.Items), parallelJWTs, sign)
 	var issued, refusals []auditlog.Record
 	for i, r := range out.Results {
 		if r.Code == 0 {
@@ -182,11 +266,10 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 	return out, nil
 }
 
-// spread calls f for 0 to n-1, from as many goroutines as there are processors if it is worth it.
-func spread(n int, f func(int)) {
-	const worth = 32
+// spread calls f for 0 to n-1, from as many goroutines as there are processors if there are enough of them.
+func spread(n, parallelFrom int, f func(int)) {
 	workers := runtime.GOMAXPROCS(0)
-	if n < worth {
+	if n < parallelFrom {
 		workers = 1
 	}
 	var next atomic.Int64
@@ -204,12 +287,13 @@ func spread(n int, f func(int)) {
 }
 
 // authorizedEntries returns, positionally, those of the calling agent's entries that are asked for, nil for others.
-func (a *API) authorizedEntries(ctx context.Context, c *access.Caller, ids []registry.EntryID) ([]*registry.Entry, error) {
+// field is what the request calls the list.
+func (a *API) authorizedEntries(ctx context.Context, c *access.Caller, field string, ids []registry.EntryID) ([]*registry.Entry, error) {
 	switch n := len(ids); {
 	case n == 0:
-		return nil, status.Error(codes.InvalidArgument, "items: at least one is needed")
+		return nil, status.Errorf(codes.InvalidArgument, "%s: at least one is needed", field)
 	case n > MaxBatch:
-		return nil, status.Errorf(codes.ResourceExhausted, "items: %d in one call, at most %d are allowed", n, MaxBatch)
+		return nil, status.Errorf(codes.ResourceExhausted, "%s: %d in one call, at most %d are allowed", field, n, MaxBatch)
 	}
 	entries := a.c.Registry.AuthorizedEntries(c.ID, ids)
 	if slices.Contains(entries, nil) {

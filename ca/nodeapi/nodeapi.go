@@ -1,6 +1,6 @@
-// Package nodeapi is the door for nodes: SPIRE's RPCs that agents call (AttestAgent, RenewAgent, GetBundle, NewJWTSVID)
-// and signet.node.v1. Package access has identified and admitted the caller before any of it runs, except that
-// attestation and GetBundle come from anyone.
+// Package nodeapi is the door for nodes: SPIRE's RPCs that agents call (attestation and renewal, the bundle, their
+// entries, their workloads' SVIDs) and signet.node.v1. Package access has identified and admitted the caller before any
+// of it runs, except that attestation and GetBundle come from anyone.
 package nodeapi
 
 import (
@@ -20,6 +20,7 @@ import (
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/spireproto"
 	"github.com/signet-id/signet/ca/store"
 )
 
@@ -36,6 +37,8 @@ type Config struct {
 	AgentTTL time.Duration
 	// Recovery is how long after its end an agent may win its X509-SVID back with the key that it was for.
 	Recovery time.Duration
+	// SyncPage is how many entries a message of SyncAuthorizedEntries holds at most. Zero means DefaultSyncPage.
+	SyncPage int
 	Now      func() time.Time
 	Log      *slog.Logger
 	// Issued counts what was issued and refused: kind is x509, jwt or agent; reason is empty on success.
@@ -47,16 +50,21 @@ type API struct {
 	nodev1.UnimplementedNodeServer
 	c Config
 
+	catchUp  time.Duration // how long a sync waits for the index to hold what was committed before it
 	stop     chan struct{}
 	stopOnce sync.Once
 
 	mu      sync.Mutex
 	streams map[spiffeid.ID]*followState
+	syncs   map[spiffeid.ID]int // how many SyncAuthorizedEntries each agent has open
 }
 
 // New returns the API.
 func New(c Config) *API {
-	return &API{c: c, stop: make(chan struct{}), streams: map[spiffeid.ID]*followState{}}
+	if c.SyncPage == 0 {
+		c.SyncPage = DefaultSyncPage
+	}
+	return &API{c: c, catchUp: catchUp, stop: make(chan struct{}), streams: map[spiffeid.ID]*followState{}, syncs: map[spiffeid.ID]int{}}
 }
 
 // Shutdown ends every Follow stream with Unavailable.
@@ -112,10 +120,7 @@ func (a *API) refuse(ctx context.Context, event string, subject string, err erro
 	return st
 }
 
-// protoID converts an ID to SPIRE's form: the trust domain without a scheme, the path with its slash.
-func protoID(id spiffeid.ID) *types.SPIFFEID {
-	return &types.SPIFFEID{TrustDomain: id.TrustDomain().Name(), Path: id.Path()}
-}
+func protoID(id spiffeid.ID) *types.SPIFFEID { return spireproto.ID(id) }
 
 func joinChain(svid *authority.X509SVID, id spiffeid.ID) *types.X509SVID {
 	return &types.X509SVID{Id: protoID(id), CertChain: svid.Chain, ExpiresAt: svid.NotAfter.Unix()}

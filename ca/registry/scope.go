@@ -1,6 +1,8 @@
 package registry
 
 import (
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -73,6 +75,21 @@ func (ix *index) ascend(e *Entry, now time.Time) map[spiffeid.ID]bool {
 		}
 	}
 	return up
+}
+
+// Scope returns all entries that the agent may serve now, in order of ID, as of one revision. It is nil, and attested
+// false, if the index knows no such node or knows that it is banned.
+func (r *Registry) Scope(agent spiffeid.ID) (entries []*Entry, attested bool) {
+	now := r.c.Now()
+	r.mu.RLock()
+	roots := r.ix.roots(r.c.TrustDomain, agent, now)
+	if roots != nil {
+		attested = true
+		r.ix.descend(roots, now, func(e *Entry) { entries = append(entries, e) })
+	}
+	r.mu.RUnlock()
+	slices.SortFunc(entries, func(a, b *Entry) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	return entries, attested
 }
 
 // AuthorizedEntry returns the entry if the agent may serve it now. ErrNotFound otherwise, whether it exists or not.

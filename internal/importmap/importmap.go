@@ -69,11 +69,12 @@ var rules = []rule{
 // neighbours are the exceptions within ca and agent: the doors know the registry, the authorities and the audit log
 // that they serve from, and what keeps state knows the store. See docs/decisions/0001-doors-know-the-registry.md.
 var neighbours = map[string][]string{
-	"ca/access":    {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
-	"ca/nodeapi":   {"ca/access", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
-	"ca/adminapi":  {"ca/access", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
-	"ca/registry":  {"ca/store"},
-	"ca/authority": {"ca/store", "ca/keys"},
+	"ca/access":     {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
+	"ca/nodeapi":    {"ca/access", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
+	"ca/adminapi":   {"ca/access", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
+	"ca/spireproto": {"ca/registry"},
+	"ca/registry":   {"ca/store"},
+	"ca/authority":  {"ca/store", "ca/keys"},
 }
 
 // composers may hold both sides of the wire in one program.
