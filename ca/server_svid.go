@@ -19,7 +19,7 @@ import (
 )
 
 // serverSVID is the CA's own X509-SVID, spiffe://TD/spire/server, signed by the trust domain's active authority and
-// renewed at half life or when the authority changes. The authority's certificate goes along in the handshake, so that
+// renewed at half life or when the authority changes. The authority's certificate, below an upstream CA the root, goes along in the handshake, so that
 // a node which holds nothing but a pin can find the pinned key, and so do those that lead back to earlier authorities,
 // for nodes that were away while the authority changed. [DESIGN §4, §7]
 type serverSVID struct {

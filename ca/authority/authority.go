@@ -32,6 +32,7 @@ const (
 	DefaultMaxJWTTTL    = time.Hour
 	DefaultMaxAudiences = 16
 	DefaultRefreshHint  = 5 * time.Minute
+	DefaultUpstreamTTL  = 3 * 24 * time.Hour
 )
 
 // Backdate is how far before its issuance an SVID or authority begins to be valid, for verifiers whose clock is late.
@@ -70,7 +71,13 @@ type Config struct {
 	// Now tells the time that ends up in SVIDs. Nil means time.Now.
 	Now func() time.Time
 
-	// X509Lifetime and JWTLifetime are the lifetimes of the authorities that are made from now on. Zero means a year for
+	// Upstream is the CA that signs new X.509 authorities. Nil means that they sign themselves.
+	Upstream Upstream
+
+	// UpstreamTTL is the validity that is asked of Upstream for an X.509 authority; it may give less. Zero means 3 days.
+	UpstreamTTL time.Duration
+
+	// X509Lifetime and JWTLifetime are the lifetimes of the authorities that are made here from now on. Zero means a year for
 	// X.509 and 90 days for JWT authorities.
 	X509Lifetime, JWTLifetime time.Duration
 
@@ -134,6 +141,7 @@ func (c *Config) check() error {
 		{"default_x509_ttl", &c.DefaultX509TTL, min(DefaultX509TTL, positive(c.MaxX509TTL, DefaultX509TTL))},
 		{"default_jwt_ttl", &c.DefaultJWTTTL, min(DefaultJWTTTL, positive(c.MaxJWTTTL, DefaultJWTTTL))},
 		{"refresh_hint", &c.RefreshHint, DefaultRefreshHint},
+		{"the ttl asked of the upstream", &c.UpstreamTTL, DefaultUpstreamTTL},
 	} {
 		if *d.value == 0 {
 			*d.value = d.standard
@@ -263,9 +271,8 @@ func (s *Set) activeX509(now time.Time) (*x509Authority, error) {
 	if a == nil {
 		return nil, fmt.Errorf("x509: %w", ErrNoActive)
 	}
-	if now.Before(a.certificate.NotBefore) || !now.Before(a.certificate.NotAfter) {
-		return nil, fmt.Errorf("x509 authority %s is valid from %s to %s: %w", a.id,
-			a.certificate.NotBefore.UTC().Format(time.RFC3339), a.certificate.NotAfter.UTC().Format(time.RFC3339), ErrExpired)
+	if notBefore, notAfter := a.validity(); now.Before(notBefore) || !now.Before(notAfter) {
+		return nil, fmt.Errorf("x509 authority %s is valid from %s to %s: %w", a.id, notBefore.UTC().Format(time.RFC3339), notAfter.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	return a, nil
 }

@@ -36,6 +36,8 @@ type X509Authority struct {
 	ID          string
 	Certificate *x509.Certificate
 	State       State
+	// Upstream tells that it is a root of the upstream CA, not a certificate of our own.
+	Upstream bool
 }
 
 // A JWTAuthority is a published JWT authority.
@@ -45,6 +47,9 @@ type JWTAuthority struct {
 	PublicKey crypto.PublicKey
 	ExpiresAt time.Time
 	State     State
+	// Origin is empty for an authority of this CA, "upstream" for one of the upstream CA, and the SPIFFE ID of the
+	// downstream CA that published it otherwise.
+	Origin string
 }
 
 // Bundle returns the bundle as of the newest record that the Set was shown. The slices are the caller's own; the certificates
@@ -90,13 +95,14 @@ func (s *Set) GetJWTBundleForTrustDomain(td spiffeid.TrustDomain) (*jwtbundle.Bu
 }
 
 // Pin returns the SHA-256 of the active X.509 authority's SubjectPublicKeyInfo in lower-case hexadecimal, by which an agent
-// recognises the CA on its first connection. It is empty if no authority is active.
+// recognises the CA on its first connection. Below an upstream CA it is that of the root, which outlives many
+// intermediates; the CA sends the whole chain in its handshakes. It is empty if no authority is active.
 func (s *Set) Pin() string {
 	a := s.current.Load().activeX509
 	if a == nil {
 		return ""
 	}
-	return pin(a.certificate)
+	return pin(a.root())
 }
 
 // Pins returns the pins of all published X.509 authorities, in the order of the bundle.
@@ -115,13 +121,7 @@ func pin(cert *x509.Certificate) string {
 
 func (n *snapshot) makeBundle(c Config) Bundle {
 	b := Bundle{TrustDomain: c.TrustDomain, Sequence: uint64(n.revision), RefreshHint: c.RefreshHint}
-	for _, a := range slices.SortedFunc(maps.Values(n.x509), func(a, b *x509Authority) int {
-		return cmp.Or(cmp.Compare(a.generation, b.generation), cmp.Compare(a.id, b.id))
-	}) {
-		if a.state.published() {
-			b.X509 = append(b.X509, X509Authority{ID: a.id, Certificate: a.certificate, State: a.state})
-		}
-	}
+	b.X509 = n.roots()
 	for _, a := range slices.SortedFunc(maps.Values(n.jwt), func(a, b *jwtAuthority) int {
 		return cmp.Or(cmp.Compare(a.generation, b.generation), cmp.Compare(a.id, b.id))
 	}) {
@@ -129,5 +129,6 @@ func (n *snapshot) makeBundle(c Config) Bundle {
 			b.JWT = append(b.JWT, JWTAuthority{KeyID: a.id, PublicKey: a.public, ExpiresAt: a.expiresAt, State: a.state})
 		}
 	}
+	b.JWT = n.foreignJWT(b.JWT)
 	return b
 }

@@ -33,8 +33,8 @@ type creation struct {
 	writes []store.Write
 }
 
-// create makes an authority of the given use with a new key. An X.509 authority signs itself; one that an upstream CA
-// signs is made with makeKey and recordX509.
+// create makes an authority of the given use with a new key. The certificate of an X.509 authority is signed by the
+// upstream CA if there is one, else by itself.
 func (s *Set) create(ctx context.Context, use keys.Use, generation uint64, state State) (creation, error) {
 	made, err := s.makeKey(ctx, use, generation)
 	if err != nil {
@@ -43,11 +43,18 @@ func (s *Set) create(ctx context.Context, use keys.Use, generation uint64, state
 	if use == keys.UseJWT {
 		return s.recordJWT(made, state)
 	}
+	if s.config.Upstream != nil {
+		cert, above, err := s.mint(ctx, made.key)
+		if err != nil {
+			return creation{}, err
+		}
+		return s.recordX509(made, state, cert.Raw, above)
+	}
 	der, err := selfSign(made.key, s.config.TrustDomain, s.config.Now(), s.config.X509Lifetime)
 	if err != nil {
 		return creation{}, err
 	}
-	return s.recordX509(made, state, der)
+	return s.recordX509(made, state, der, nil)
 }
 
 // A madeKey is a key that was made for the authority of one generation and belongs to no record yet.
@@ -89,13 +96,13 @@ func (made madeKey) recorded(prefix, id string, record any) (creation, error) {
 	}, nil
 }
 
-// recordX509 returns the X.509 authority of a new key and its certificate, which it checks.
-func (s *Set) recordX509(made madeKey, state State, der []byte) (creation, error) {
+// recordX509 returns the X.509 authority of a new key and its certificate, which it checks with the path above it.
+func (s *Set) recordX509(made madeKey, state State, der []byte, above x509Path) (creation, error) {
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
 		return creation{}, fmt.Errorf("reading back the new x509 authority: %w", err)
 	}
-	if err := checkAuthorityCertificate(cert, s.config.TrustDomain); err != nil {
+	if err := checkAuthorityCertificate(cert, above, s.config.TrustDomain); err != nil {
 		return creation{}, fmt.Errorf("reading back the new x509 authority: %w", err)
 	}
 	if public, ok := made.key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(cert.PublicKey) {
@@ -106,8 +113,12 @@ func (s *Set) recordX509(made madeKey, state State, der []byte) (creation, error
 	if err != nil {
 		return creation{}, err
 	}
-	return made.recorded(keyX509Prefix, id, x509Record{Version: recordVersion, ID: id, Generation: made.generation, State: state, Certificate: der, Key: stored,
-		Cross: s.crossSign(cert), life: s.born(state)})
+	r := x509Record{Version: recordVersion, ID: id, Generation: made.generation, State: state, Certificate: der, Key: stored,
+		Cross: s.crossSign(cert), life: s.born(state)}
+	for _, c := range above {
+		r.Version, r.Above = chainedVersion, append(r.Above, c.Raw)
+	}
+	return made.recorded(keyX509Prefix, id, r)
 }
 
 // born is the life of an authority that is made now, in its first state.

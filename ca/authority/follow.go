@@ -21,7 +21,9 @@ type snapshot struct {
 	index    indexRecord
 	x509     map[string]*x509Authority
 	jwt      map[string]*jwtAuthority
-	revision store.Revision // of the newest record, the index included
+	upstream upstreamState          // the zero value without an upstream CA
+	foreign  map[string]*foreignKey // JWT keys of downstream CAs, by the last part of their record's key
+	revision store.Revision         // of the newest record, the index included
 
 	activeX509 *x509Authority // nil if none is
 	activeJWT  *jwtAuthority  // nil if none is
@@ -34,6 +36,7 @@ type x509Authority struct {
 	generation  uint64
 	state       State
 	certificate *x509.Certificate
+	above       x509Path // to the upstream CA's root; nil if self-signed
 	life        life
 	cross       *x509.Certificate // nil if there is none
 	key         *keys.Key         // nil unless state.signs()
@@ -60,7 +63,7 @@ func (s *Set) Load(items []store.Item) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.current.Load()
-	next := &snapshot{x509: map[string]*x509Authority{}, jwt: map[string]*jwtAuthority{}}
+	next := &snapshot{x509: map[string]*x509Authority{}, jwt: map[string]*jwtAuthority{}, foreign: map[string]*foreignKey{}}
 	if err := s.apply(old, next, items); err != nil {
 		return s.refuse(old, err)
 	}
@@ -83,7 +86,8 @@ func (s *Set) Observe(batch store.Batch) error {
 	if batch.Revision <= old.revision {
 		return nil
 	}
-	next := &snapshot{index: old.index, x509: maps.Clone(old.x509), jwt: maps.Clone(old.jwt), revision: old.revision}
+	next := &snapshot{index: old.index, x509: maps.Clone(old.x509), jwt: maps.Clone(old.jwt),
+		upstream: old.upstream, foreign: maps.Clone(old.foreign), revision: old.revision}
 	var items []store.Item
 	for _, e := range batch.Events {
 		switch id, kind := splitKey(e.Key); {
@@ -95,6 +99,10 @@ func (s *Set) Observe(batch store.Batch) error {
 			delete(next.jwt, id)
 		case kind == keyIndex:
 			next.index = indexRecord{}
+		case kind == keyUpstream:
+			next.upstream = upstreamState{}
+		case kind == keyForeignPrefix:
+			delete(next.foreign, id)
 		}
 	}
 	if err := s.apply(old, next, items); err != nil {
@@ -148,6 +156,10 @@ func (s *Set) apply(old, next *snapshot, items []store.Item) error {
 			next.jwt[id], err = s.readJWT(item, known)
 		case keyIndex:
 			next.index, err = decodeIndex(item, s.config.TrustDomain)
+		case keyUpstream:
+			next.upstream, err = decodeUpstream(item)
+		case keyForeignPrefix:
+			next.foreign[id], err = decodeForeign(item)
 		default:
 			if !strings.HasPrefix(item.Key, keyPrefix) {
 				continue
@@ -163,11 +175,11 @@ func (s *Set) apply(old, next *snapshot, items []store.Item) error {
 }
 
 func (s *Set) readX509(item store.Item, known *x509Authority) (*x509Authority, error) {
-	r, cert, err := decodeX509(item, s.config.TrustDomain)
+	r, cert, above, err := decodeX509(item, s.config.TrustDomain)
 	if err != nil {
 		return nil, err
 	}
-	a := &x509Authority{id: r.ID, generation: r.Generation, state: r.State, certificate: cert, life: r.life}
+	a := &x509Authority{id: r.ID, generation: r.Generation, state: r.State, certificate: cert, above: above, life: r.life}
 	if len(r.Cross) > 0 {
 		if a.cross, err = x509.ParseCertificate(r.Cross); err != nil {
 			return nil, fmt.Errorf("record %q: cross_certificate: %w", item.Key, err)
@@ -261,7 +273,7 @@ func continues(old, next *snapshot, now time.Time) error {
 	for id, was := range old.x509 {
 		is, ok := next.x509[id]
 		if !ok {
-			if was.state != StateRevoked && now.Before(was.certificate.NotAfter) {
+			if _, notAfter := was.validity(); was.state != StateRevoked && now.Before(notAfter) {
 				return fmt.Errorf("the record of x509 authority %s, %s, vanished from the store", id, was.state)
 			}
 			continue
@@ -269,7 +281,7 @@ func continues(old, next *snapshot, now time.Time) error {
 		if is.state.rank() < was.state.rank() || is.generation != was.generation {
 			return fmt.Errorf("x509 authority %s went back from %s to %s", id, was.state, is.state)
 		}
-		if !bytes.Equal(is.certificate.Raw, was.certificate.Raw) {
+		if !bytes.Equal(is.certificate.Raw, was.certificate.Raw) || !slices.EqualFunc(is.above, was.above, (*x509.Certificate).Equal) {
 			return fmt.Errorf("the certificate of x509 authority %s was exchanged", id)
 		}
 	}
@@ -312,8 +324,11 @@ func (s *Set) logChanges(old, next *snapshot) {
 
 // splitKey returns the kind of record a key is for (one of the key constants; empty for others) and the authority's id.
 func splitKey(key string) (id, kind string) {
-	if key == keyIndex {
-		return "", keyIndex
+	if key == keyIndex || key == keyUpstream {
+		return "", key
+	}
+	if id, ok := strings.CutPrefix(key, keyForeignPrefix); ok {
+		return id, keyForeignPrefix
 	}
 	if id, ok := strings.CutPrefix(key, keyX509Prefix); ok {
 		return id, keyX509Prefix

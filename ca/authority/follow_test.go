@@ -257,7 +257,7 @@ func TestIssuanceStopsWhenAuthoritiesGoBack(t *testing.T) {
 			writes, _ := f.newX509()
 			return writes[:1]
 		}, "only 1 were made"},
-		{"newer record", func(f *follower) []store.Write { return []store.Write{f.changed(f.x509Key(), "v", 2)} }, "format version 2"},
+		{"newer record", func(f *follower) []store.Write { return []store.Write{f.changed(f.x509Key(), "v", 3)} }, "format version 3"},
 		{"unknown state", func(f *follower) []store.Write { return []store.Write{f.changed(f.jwtKey(), "state", "sleeping")} }, `"sleeping"`},
 		{"unknown kind", func(f *follower) []store.Write {
 			return []store.Write{{Key: "authority/wit/1", Value: []byte("{}")}}
@@ -336,7 +336,7 @@ func FuzzRecords(f *testing.F) {
 	f.Add(keyIndex, []byte(`{"v":2}`))
 	f.Fuzz(func(t *testing.T, key string, value []byte) {
 		item := store.Item{Key: key, Value: value, Modified: 1}
-		if r, cert, err := decodeX509(item, testTD); err == nil {
+		if r, cert, _, err := decodeX509(item, testTD); err == nil {
 			if keyX509Prefix+r.ID != key || r.State.rank() == 0 || !cert.IsCA || cert.URIs[0].String() != "spiffe://example.org" {
 				t.Errorf("accepted record %q holds %+v", key, r)
 			}

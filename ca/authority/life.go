@@ -96,12 +96,25 @@ type Authority struct {
 	Generation uint64
 	State      State
 	// Certificate is nil for JWT authorities.
-	Certificate         *x509.Certificate
+	Certificate *x509.Certificate
+	// Above leads from the issuer of Certificate to the root, which is the last and the one that is in the bundle. It is
+	// empty for self-signed X.509 authorities.
+	Above []*x509.Certificate
+	// NotBefore and NotAfter are the time in which it, and all above it, is valid.
 	NotBefore, NotAfter time.Time
 
 	PreparedAt, ActivatedAt, DeactivatedAt, TaintedAt, RevokedAt time.Time
 	// SignedUntil is the moment after which nothing that an old, tainted or revoked authority signed is valid.
 	SignedUntil time.Time
+}
+
+// PublishedID is the id under which the bundle holds the authority, and by which agents say that they have handed it on:
+// below an upstream CA that of the root, else its own.
+func (a Authority) PublishedID() string {
+	if len(a.Above) == 0 {
+		return a.ID
+	}
+	return rootID(a.Above[len(a.Above)-1])
 }
 
 // Authorities returns all authorities of a kind in every state, oldest first.
@@ -118,7 +131,9 @@ func (n *snapshot) authorities(kind Kind) []Authority {
 	}
 	if kind == KindX509 {
 		for _, a := range n.x509 {
-			add(a.id, a.generation, a.state, a.certificate, a.certificate.NotBefore, a.certificate.NotAfter, a.life)
+			notBefore, notAfter := a.validity()
+			add(a.id, a.generation, a.state, a.certificate, notBefore, notAfter, a.life)
+			out[len(out)-1].Above = slices.Clone(a.above)
 		}
 	} else {
 		for _, a := range n.jwt {
@@ -249,6 +264,7 @@ type record struct {
 	touched    bool
 	encode     func(State, life) ([]byte, error)
 	key        string
+	root       []byte // DER of the upstream's root; nil for others
 }
 
 // An edit is a change of the authorities of one kind in the making.
@@ -261,6 +277,13 @@ type edit struct {
 	records map[string]*record
 	made    *creation
 	deletes []string
+
+	// What the upstream publishes, and foreign JWT keys: see upstreamstate.go.
+	upstream   upstreamRecord
+	upstreamAt store.Revision
+	foreign    map[string]foreignItem
+	checks     []store.Check
+	writes     []store.Write
 }
 
 // change reads the records as they are in the store now, lets f decide, commits what it did provided that nobody changed
@@ -309,6 +332,9 @@ func (s *Set) change(ctx context.Context, kind Kind, f func(*edit) (string, erro
 }
 
 func (s *Set) step(kind Kind, id string, changed bool) (Step, error) {
+	if id == "" { // it was about none of ours
+		return Step{Changed: changed}, nil
+	}
 	for _, a := range s.Authorities(kind) {
 		if a.ID == id {
 			return Step{Authority: a, Changed: changed}, nil
@@ -318,7 +344,7 @@ func (s *Set) step(kind Kind, id string, changed bool) (Step, error) {
 }
 
 func (s *Set) newEdit(kind Kind, items []store.Item) (*edit, error) {
-	e := &edit{set: s, kind: kind, now: s.config.Now().UTC().Truncate(time.Second), records: map[string]*record{}}
+	e := &edit{set: s, kind: kind, now: s.config.Now().UTC().Truncate(time.Second), records: map[string]*record{}, foreign: map[string]foreignItem{}}
 	for _, item := range items {
 		switch _, prefix := splitKey(item.Key); {
 		case prefix == keyIndex:
@@ -327,12 +353,28 @@ func (s *Set) newEdit(kind Kind, items []store.Item) (*edit, error) {
 				return nil, err
 			}
 			e.indexAt = item.Modified
-		case prefix == keyX509Prefix && kind == KindX509:
-			r, cert, err := decodeX509(item, s.config.TrustDomain)
+		case prefix == keyUpstream:
+			u, err := decodeUpstream(item)
 			if err != nil {
 				return nil, err
 			}
-			e.add(item, r.ID, r.Generation, r.State, cert.NotBefore, cert.NotAfter, r.life, r.encode)
+			e.upstream, e.upstreamAt = u.record, item.Modified
+		case prefix == keyForeignPrefix:
+			k, err := decodeForeign(item)
+			if err != nil {
+				return nil, err
+			}
+			e.foreign[item.Key] = foreignItem{k, item.Modified}
+		case prefix == keyX509Prefix && kind == KindX509:
+			r, cert, above, err := decodeX509(item, s.config.TrustDomain)
+			if err != nil {
+				return nil, err
+			}
+			notBefore, notAfter := (&x509Authority{certificate: cert, above: above}).validity()
+			e.add(item, r.ID, r.Generation, r.State, notBefore, notAfter, r.life, r.encode)
+			if len(r.Above) > 0 {
+				e.records[r.ID].root = r.Above[len(r.Above)-1]
+			}
 		case prefix == keyJWTPrefix && kind == KindJWT:
 			r, _, err := decodeJWT(item)
 			if err != nil {
@@ -533,6 +575,7 @@ func (e *edit) commit() (checks []store.Check, writes []store.Write, err error) 
 			writes = append(writes, w)
 		}
 	}
+	checks, writes = append(checks, e.checks...), append(writes, e.writes...)
 	if len(writes) == 0 {
 		return nil, nil, nil
 	}
@@ -609,7 +652,12 @@ func (s *Set) Introduction() [][]byte {
 	var out [][]byte
 	a := n.activeX509
 	for a != nil && len(out) < 2*most-1 {
-		out = append(out, a.certificate.Raw)
+		if a != n.activeX509 { // its SVIDs' chains hold those of the active one
+			for _, c := range a.intermediates() {
+				out = append(out, c.Raw)
+			}
+		}
+		out = append(out, a.root().Raw)
 		if a.cross == nil || !now.Before(a.cross.NotAfter) {
 			break
 		}

@@ -50,7 +50,7 @@ func TestAuthorityCertificatesThatAreNotOursRefused(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := checkAuthorityCertificate(cert, testTD); (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+		if err := checkAuthorityCertificate(cert, nil, testTD); (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
 		}
 		if tt.name != "ours" {
@@ -67,7 +67,7 @@ func TestAuthorityCertificatesThatAreNotOursRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		cert.RawIssuer = bytes.Clone(cert.RawSubject)
-		if err := checkAuthorityCertificate(cert, testTD); err == nil || !strings.Contains(err.Error(), "its own signature") {
+		if err := checkAuthorityCertificate(cert, nil, testTD); err == nil || !strings.Contains(err.Error(), "its own signature") {
 			t.Errorf("signed by another key: %v", err)
 		}
 	}

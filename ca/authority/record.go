@@ -16,7 +16,6 @@ import (
 
 	"github.com/signet-id/signet/ca/keys"
 	"github.com/signet-id/signet/ca/store"
-	"github.com/signet-id/signet/spiffe"
 )
 
 // Where the records are in the store. The index is written with every change of any record, so that changes by two
@@ -26,13 +25,17 @@ const (
 	keyIndex      = keyPrefix + "index"
 	keyX509Prefix = keyPrefix + "x509/"
 	keyJWTPrefix  = keyPrefix + "jwt/"
+
+	keyUpstream      = keyPrefix + "upstream"
+	keyForeignPrefix = keyPrefix + "downstream/jwt/"
 )
 
 // The version of the records, and their limits.
 const (
-	recordVersion  = 1
+	recordVersion  = 1 // written
+	chainedVersion = 2 // written for authorities that an upstream CA signed: older programs would take them for self-signed
 	maxRecordBytes = 64 << 10
-	maxRecords     = 200
+	maxRecords     = 1000
 )
 
 // A State is where an authority is in its life. It only ever moves forward, in the order of the constants; steps may be
@@ -93,6 +96,10 @@ type x509Record struct {
 	Certificate []byte      `json:"certificate"` // DER
 	Key         keys.Stored `json:"key"`
 
+	// Above holds what is above Certificate in DER, its issuer first and the upstream CA's root last. A self-signed
+	// authority has none.
+	Above [][]byte `json:"above,omitempty"`
+
 	// Cross is the same authority signed by the one that was active when it was prepared, DER. It may be absent.
 	Cross []byte `json:"cross_certificate,omitempty"`
 
@@ -124,8 +131,8 @@ func decode(item store.Item, into any) error {
 	if err := json.Unmarshal(item.Value, &head); err != nil {
 		return fmt.Errorf("record %q: %w", item.Key, err)
 	}
-	if head.Version != recordVersion {
-		return fmt.Errorf("record %q has format version %d, this program understands %d; use the signet release that wrote it", item.Key, head.Version, recordVersion)
+	if head.Version < recordVersion || head.Version > chainedVersion {
+		return fmt.Errorf("record %q has format version %d, this program understands up to %d; use the signet release that wrote it", item.Key, head.Version, chainedVersion)
 	}
 	if err := json.Unmarshal(item.Value, into); err != nil {
 		return fmt.Errorf("record %q: %w", item.Key, err)
@@ -148,25 +155,31 @@ func decodeIndex(item store.Item, td spiffeid.TrustDomain) (indexRecord, error) 
 }
 
 // decodeX509 reads the record of an X.509 authority and checks that its parts belong together.
-func decodeX509(item store.Item, td spiffeid.TrustDomain) (x509Record, *x509.Certificate, error) {
-	var r x509Record
+func decodeX509(item store.Item, td spiffeid.TrustDomain) (r x509Record, cert *x509.Certificate, above x509Path, err error) {
+	fail := func(err error) (x509Record, *x509.Certificate, x509Path, error) { return r, nil, nil, err }
 	if err := decode(item, &r); err != nil {
-		return r, nil, err
+		return fail(err)
 	}
 	if err := checkHead(item.Key, keyX509Prefix, r.ID, r.Generation, r.State); err != nil {
-		return r, nil, err
+		return fail(err)
 	}
-	cert, err := x509.ParseCertificate(r.Certificate)
-	if err != nil {
-		return r, nil, fmt.Errorf("record %q: certificate: %w", item.Key, err)
+	if cert, err = x509.ParseCertificate(r.Certificate); err != nil {
+		return fail(fmt.Errorf("record %q: certificate: %w", item.Key, err))
 	}
 	if id := hex.EncodeToString(cert.SubjectKeyId); id != r.ID {
-		return r, nil, fmt.Errorf("record %q holds the certificate of authority %q", item.Key, id)
+		return fail(fmt.Errorf("record %q holds the certificate of authority %q", item.Key, id))
 	}
-	if err := checkAuthorityCertificate(cert, td); err != nil {
-		return r, nil, fmt.Errorf("record %q: certificate: %w", item.Key, err)
+	for i, der := range r.Above {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fail(fmt.Errorf("record %q: certificate %d above: %w", item.Key, i, err))
+		}
+		above = append(above, c)
 	}
-	return r, cert, nil
+	if err := checkAuthorityCertificate(cert, above, td); err != nil {
+		return fail(fmt.Errorf("record %q: certificate: %w", item.Key, err))
+	}
+	return r, cert, above, nil
 }
 
 // decodeJWT reads the record of a JWT authority and checks that its parts belong together.
@@ -203,24 +216,17 @@ func checkHead(key, prefix, id string, generation uint64, state State) error {
 	return nil
 }
 
-// checkAuthorityCertificate refuses an authority that is not this trust domain's, or that verifiers would refuse.
-func checkAuthorityCertificate(cert *x509.Certificate, td spiffeid.TrustDomain) error {
-	id, err := spiffe.IDFromCertificate(cert)
-	if err != nil {
+// checkAuthorityCertificate refuses an authority that is not this trust domain's, or that verifiers would refuse: a
+// self-signed one, or one below an upstream CA, above which is the path to that CA's root.
+func checkAuthorityCertificate(cert *x509.Certificate, above x509Path, td spiffeid.TrustDomain) error {
+	if len(above) > 0 {
+		return checkIntermediate(cert, above, td)
+	}
+	if err := checkSigningProfile(cert, td); err != nil {
 		return err
 	}
-	switch {
-	case id != td.ID():
-		return fmt.Errorf("its ID is %q, not %q", id.String(), td.IDString())
-	case !cert.BasicConstraintsValid || !cert.IsCA:
-		return errors.New("it is not a signing certificate (cA is false)")
-	case cert.KeyUsage&x509.KeyUsageCertSign == 0 || cert.KeyUsage&^(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
-		return errors.New("its key usage is not keyCertSign, optionally with cRLSign")
-	case !bytes.Equal(cert.RawIssuer, cert.RawSubject):
+	if !bytes.Equal(cert.RawIssuer, cert.RawSubject) {
 		return errors.New("it is not self-signed")
-	}
-	if err := checkKeyStrength(cert.PublicKey); err != nil {
-		return err
 	}
 	if err := cert.CheckSignature(cert.SignatureAlgorithm, cert.RawTBSCertificate, cert.Signature); err != nil {
 		return fmt.Errorf("its own signature: %w", err)

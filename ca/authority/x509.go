@@ -97,6 +97,9 @@ type X509SVID struct {
 
 	// AuthorityID is the id of the X.509 authority that signed.
 	AuthorityID string
+
+	// Root is the authority in the bundle that Chain leads to. It is never in Chain.
+	Root *x509.Certificate
 }
 
 // CheckX509 checks everything about a request that can be refused. Errors that wrap ErrRefused are the request's fault.
@@ -136,7 +139,8 @@ func (s *Set) CheckTTL(ttl time.Duration) error {
 	if err != nil {
 		return err
 	}
-	return checkTTL("x509 svid", ttl, s.config.MaxX509TTL, a.certificate.NotAfter.Sub(now))
+	_, notAfter := a.validity()
+	return checkTTL("x509 svid", ttl, s.config.MaxX509TTL, notAfter.Sub(now))
 }
 
 // SignX509 signs what CheckX509 has checked.
@@ -192,8 +196,11 @@ func (s *Set) signX509(a *x509Authority, p *PreparedX509, now time.Time) (*X509S
 	if p.set != s {
 		return nil, fmt.Errorf("x509-svid %w: it was not checked by these authorities", ErrRefused)
 	}
+	if err := a.permits(p.dnsNames); err != nil {
+		return nil, fmt.Errorf("x509-svid %w: %w", ErrRefused, err)
+	}
 	serial := newSerial()
-	notBefore, notAfter := validity(now, p.ttl, a.certificate)
+	notBefore, notAfter := validity(now, p.ttl, a)
 	leaf, err := a.sign(p, serial, notBefore, notAfter)
 	if err != nil {
 		return nil, fmt.Errorf("signing an x509-svid for %q: %w", p.id.String(), err)
@@ -203,8 +210,13 @@ func (s *Set) signX509(a *x509Authority, p *PreparedX509, now time.Time) (*X509S
 			return nil, fmt.Errorf("self-check of an x509-svid for %q, signed by authority %s: %w", p.id.String(), a.id, err)
 		}
 	}
+	chain := [][]byte{leaf}
+	for _, c := range a.intermediates() {
+		chain = append(chain, c.Raw)
+	}
 	return &X509SVID{
-		Chain:        [][]byte{leaf},
+		Chain:        chain,
+		Root:         a.root(),
 		SerialNumber: serialNumber(serial).String(),
 		NotBefore:    notBefore,
 		NotAfter:     notAfter,
@@ -266,18 +278,19 @@ func selfCheck(a *x509Authority, p *PreparedX509, leaf []byte, notBefore, notAft
 	return cert.CheckSignatureFrom(a.certificate)
 }
 
-// validity returns the validity of an X509-SVID that is issued at now for ttl, in whole seconds and inside the authority's.
+// validity returns the validity of an X509-SVID that is issued at now for ttl, in whole seconds and inside that of the authority and of every CA above it.
 //
 // An SVID never outlives its authority: a verifier would reject the chain as a whole, long after the issuance that caused
 // it. [RFC 5280 §6.1.3, X509-24]
-func validity(now time.Time, ttl time.Duration, authority *x509.Certificate) (notBefore, notAfter time.Time) {
+func validity(now time.Time, ttl time.Duration, a *x509Authority) (notBefore, notAfter time.Time) {
 	now = now.UTC().Truncate(time.Second)
 	notBefore, notAfter = now.Add(-Backdate), now.Add(ttl)
-	if notBefore.Before(authority.NotBefore) {
-		notBefore = authority.NotBefore
+	first, last := a.validity()
+	if notBefore.Before(first) {
+		notBefore = first
 	}
-	if notAfter.After(authority.NotAfter) {
-		notAfter = authority.NotAfter
+	if notAfter.After(last) {
+		notAfter = last
 	}
 	return notBefore, notAfter
 }

@@ -34,7 +34,6 @@ var laterNames = map[string]string{
 	"endpoint":   "the bundle endpoint",
 	"broker":     "the Broker API (an incubating part of the standard)",
 	"downstream": "subordinate CAs",
-	"upstream":   "an upstream authority above ours",
 	"revocation": "revocation lists",
 	"jitter":     "spreading of pushes that concern a whole fleet",
 	"profiles":   "switches for single profiles of the Workload API",
