@@ -17,7 +17,8 @@ func (a *app) entryCommand() *cobra.Command {
 	return a.noun("entry", "Registration entries: who gets which SPIFFE ID",
 		`A registration entry says that a process with these selectors, on the node or group of nodes that is its parent, gets
 this SPIFFE ID. 'signet apply' keeps entries as documents under version control; these commands change single ones.`,
-		a.entryCreateCommand(), a.entryListCommand(), a.entryShowCommand(), a.entryUpdateCommand(), a.entryDeleteCommand(), a.entryCountCommand())
+		a.entryCreateCommand(), a.entryListCommand(), a.entryShowCommand(), a.entryUpdateCommand(), a.entryDeleteCommand(), a.entryCountCommand(),
+		a.entryExportCommand(), a.entryImportCommand())
 }
 
 // An entry is a registration entry as it is printed.
