@@ -34,8 +34,11 @@ type Config struct {
 	// JoinTokenFile holds the join token; only root and the agent's user may read it. It is read again whenever the agent
 	// must attest, so that a fresh token there lets a refused agent back in.
 	JoinTokenFile string `yaml:"join_token_file"`
+	// NodeAttestation proves what this node is, again and again, instead of a join token.
+	NodeAttestation NodeAttestation `yaml:"node_attestation"`
 	// TrustBundlePath holds the trust domain's X.509 authorities, as PEM or as a SPIFFE bundle, by which the agent
-	// verifies the CA on its first connection. Not needed with a join token that carries an authority pin.
+	// verifies the CA on its first connection, and with NodeAttestation also when the bundle that it holds does not verify the
+	// CA any more. Not needed with a join token that carries an authority pin.
 	TrustBundlePath string `yaml:"trust_bundle_path"`
 
 	// RegistrationWait is how long a process without an identity is kept waiting, in case its registration entry is just
@@ -146,6 +149,7 @@ func (c *Config) Check() error {
 		bad("socket_path", "%q has %d bytes, and a Unix socket's path at most %d; choose a shorter one", c.SocketPath, len(c.SocketPath), maxSocketBytes)
 	}
 	c.checkBootstrap(bad)
+	c.NodeAttestation.check(c, bad)
 	c.checkLimits(bad)
 	if c.Metrics.Listen != "" {
 		host, port, err := net.SplitHostPort(c.Metrics.Listen)

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"crypto/ecdsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -19,7 +18,6 @@ import (
 
 	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/nodeattest"
-	"github.com/signet-id/signet/internal/durable"
 )
 
 const (
@@ -27,6 +25,8 @@ const (
 	retryMax = 30 * time.Second
 	// lookEvery is the longest time for which the wall clock is not looked at.
 	lookEvery = 30 * time.Second
+	// maxEvidence bounds one attestation with the gathering of its evidence.
+	maxEvidence = 2 * time.Minute
 )
 
 // A node is this agent's own identity: how it is won, kept on disk, renewed and won back.
@@ -36,6 +36,8 @@ type node struct {
 	log    *slog.Logger
 	dir    *nodeDir
 	client *caclient.Client
+
+	attestor nodeattest.Attestor // nil: join tokens
 
 	record atomic.Pointer[nodeRecord] // nil before the first attestation
 	status atomic.Pointer[nodeStatus]
@@ -60,11 +62,15 @@ type nodeStatus struct {
 }
 
 func openNode(c Config, log *slog.Logger) (*node, error) {
+	attestor, err := c.NodeAttestation.open()
+	if err != nil {
+		return nil, err
+	}
 	dir, err := openNodeDir(c.DataDir, c.trustDomain())
 	if err != nil {
 		return nil, err
 	}
-	n := &node{config: c, td: c.trustDomain(), log: log, dir: dir, wake: make(chan struct{}, 1)}
+	n := &node{attestor: attestor, config: c, td: c.trustDomain(), log: log, dir: dir, wake: make(chan struct{}, 1)}
 	n.setBootstrap(c)
 	n.setStatus(Starting, "")
 	record, err := dir.load()
@@ -72,9 +78,9 @@ func openNode(c Config, log *slog.Logger) (*node, error) {
 		log.Error("the agent's record cannot be used; it attests afresh", "err", err)
 	}
 	n.record.Store(record)
-	if record == nil && c.JoinToken == "" && c.JoinTokenFile == "" {
+	if record == nil && attestor == nil && c.JoinToken == "" && c.JoinTokenFile == "" {
 		return nil, errors.Join(fmt.Errorf("join_token: missing, and data_dir %q holds no SVID from an earlier attestation; "+
-			"make a token with signet token create", c.DataDir), dir.close())
+			"make a token with signet token create, or configure node_attestation", c.DataDir), dir.close())
 	}
 	return n, nil
 }
@@ -168,7 +174,7 @@ func (n *node) run(ctx context.Context) error {
 		n.calm()
 		if n.identity() == nil {
 			n.setStatus(Attesting, "")
-			if _, err := n.attest(ctx); err != nil && ctx.Err() == nil {
+			if _, err := n.attest(ctx, nil); err != nil && ctx.Err() == nil {
 				delay := spread(wait)
 				n.setStatus(Attesting, err.Error())
 				n.log.Warn("this node is not attested yet", "retry_in", delay.Round(time.Millisecond), "err", err)
@@ -194,7 +200,11 @@ func (n *node) run(ctx context.Context) error {
 // denied looks for a way back after the CA has refused the agent, and waits if it finds none.
 func (n *node) denied(ctx context.Context, err error, wait time.Duration) time.Duration {
 	var d *caclient.DeniedError
-	if errors.As(err, &d) && d.Reason == caclient.Banned {
+	refused := n.identity()
+	if errors.As(err, &d) {
+		refused = d.SVID
+	}
+	if d != nil && d.Reason == caclient.Banned {
 		n.setStatus(Banned, err.Error())
 		n.log.Error("this agent is banned: it issues nothing new and serves what it holds until it ends; an operator can end the ban with signet agent unban",
 			"retry_in", retryMax, "err", err)
@@ -208,127 +218,16 @@ func (n *node) denied(ctx context.Context, err error, wait time.Duration) time.D
 		n.log.Warn("the CA refuses the SVID that it has just issued", "retry_in", delay.Round(time.Millisecond), "err", err)
 		n.sleep(ctx, delay)
 	}
-	did, attestErr := n.attest(ctx)
+	did, attestErr := n.attest(ctx, refused)
 	if did {
 		return min(2*wait, retryMax)
 	}
 	if ctx.Err() == nil {
 		delay := spread(wait)
-		n.log.Error("the CA refuses this agent, and it cannot attest again by itself; put a fresh join token of signet token create into join_token_file, "+
-			"or into join_token and reload", "retry_in", delay.Round(time.Millisecond), "err", err, "attest_err", attestErr)
+		n.log.Error("the CA refuses this agent, and it cannot attest again by itself; "+n.remedy(), "retry_in", delay.Round(time.Millisecond), "err", err, "attest_err", attestErr)
 		n.sleep(ctx, delay)
 	}
 	return min(2*wait, retryMax)
-}
-
-// errNoFreshToken says that there is nothing to attest with.
-var errNoFreshToken = errors.New("there is no join token that was not used already")
-
-// attest attests this node with the configured join token, if it is not the one by which the agent came in before.
-func (n *node) attest(ctx context.Context) (bool, error) {
-	n.attesting.Lock()
-	defer n.attesting.Unlock()
-	b := n.bootstrap.Load()
-	old := n.record.Load()
-	token, err := b.joinToken()
-	if old != nil && (err != nil || token.IsZero() || old.token == token.Fingerprint()) {
-		return n.recover(ctx, old)
-	}
-	if err != nil {
-		return false, err
-	}
-	if token.IsZero() {
-		return false, errNoFreshToken
-	}
-	request := caclient.Attestation{Address: n.config.ServerAddress, TrustDomain: n.td, Evidence: token, Now: n.config.Now}
-	switch {
-	case token.Pinned():
-		request.Pin = token.PinMatches
-	case b.bundleFile != "":
-		data, err := durable.ReadFile(b.bundleFile, maxBundleFileBytes)
-		if err != nil {
-			return false, fmt.Errorf("trust_bundle_path: %w", err)
-		}
-		if request.Bundle, err = parseBundleFile(n.td, data); err != nil {
-			return false, fmt.Errorf("trust_bundle_path %s: %w", b.bundleFile, err)
-		}
-	case old != nil:
-		request.Bundle = old.bundle
-	default:
-		return false, errors.New("the join token carries no authority pin, so that nothing verifies the CA; " +
-			"use a token of signet token create, or set trust_bundle_path")
-	}
-	key, err := n.dir.pendingKey()
-	if err != nil {
-		return false, err
-	}
-	if request.CSR, err = nodeattest.CSR(key); err != nil {
-		return false, err
-	}
-	return n.attestWith(ctx, request, key, token.Fingerprint())
-}
-
-// recover wins the SVID back with the key of the present one, which the CA knows: after an expiry, a clock jump, or a
-// restore. What an operator evicted or banned is refused. Whether that works is the CA's to say, so it is always tried.
-func (n *node) recover(ctx context.Context, old *nodeRecord) (bool, error) {
-	key, err := n.dir.pendingKey()
-	if err != nil {
-		return false, err
-	}
-	csr, err := nodeattest.CSR(key)
-	if err != nil {
-		return false, err
-	}
-	evidence := nodeattest.NodeKey{ID: old.svid.ID, Key: old.svid.PrivateKey, CSR: csr}
-	request := caclient.Attestation{Address: n.config.ServerAddress, TrustDomain: n.td, Evidence: evidence, CSR: csr, Bundle: old.bundle, Now: n.config.Now}
-	return n.attestWith(ctx, request, key, old.token)
-}
-
-// attestWith asks for an SVID for key and keeps it, on disk before it is used. token is the fingerprint of the join
-// token that is of no more use then.
-func (n *node) attestWith(ctx context.Context, request caclient.Attestation, key *ecdsa.PrivateKey, token string) (bool, error) {
-	attested, err := caclient.Attest(ctx, request)
-	if err != nil {
-		return false, err
-	}
-	svid, err := readAgentSVID(n.td, attested.Chain, key)
-	if err != nil {
-		return false, fmt.Errorf("what the CA issued is unusable: %w", err)
-	}
-	err = n.replace(func(*nodeRecord) *nodeRecord {
-		return &nodeRecord{
-			svid: svid, bundle: x509bundle.FromX509Authorities(n.td, attested.Authorities), token: token, reattestable: attested.Reattestable,
-		}
-	})
-	if err != nil {
-		return false, err
-	}
-	won := time.Now()
-	n.wonAt.Store(&won)
-	if err := n.dir.dropPendingKey(); err != nil {
-		n.log.Warn("the key of the attestation was not removed", "err", err)
-	}
-	n.log.Info("this node is attested", "node_id", svid.ID.String(), "not_after", svid.Certificates[0].NotAfter)
-	n.client.Reconnect()
-	return true, nil
-}
-
-func (b *bootstrap) joinToken() (nodeattest.JoinToken, error) {
-	secret := b.token
-	if b.tokenFile != "" {
-		text, err := durable.ReadSecret(b.tokenFile, nodeattest.MaxJoinTokenBytes+2)
-		if errors.Is(err, durable.ErrExposed) {
-			return nodeattest.JoinToken{}, fmt.Errorf("join_token_file: %w (chmod 600 it)", err)
-		}
-		if err != nil {
-			return nodeattest.JoinToken{}, fmt.Errorf("join_token_file: %w", err)
-		}
-		secret = nodeattest.Secret(text)
-	}
-	if secret == "" {
-		return nodeattest.JoinToken{}, nil
-	}
-	return nodeattest.ParseJoinToken(secret)
 }
 
 // renew replaces the agent's SVID at half of its life, until ctx ends.
@@ -360,12 +259,14 @@ func (n *node) renew(ctx context.Context) error {
 		delay := spread(wait)
 		if !valid {
 			// The CA may see it otherwise, if it is this clock that is wrong; so both ways are tried.
-			if did, attestErr := n.attest(ctx); did {
+			if n.reattests() {
+				// That was it already.
+			} else if did, attestErr := n.attest(ctx, svid); did {
 				continue
 			} else if !errors.Is(attestErr, errNoFreshToken) {
 				err = errors.Join(err, attestErr)
 			}
-			n.log.Error("the agent's SVID is not valid now; if the clock is right, put a fresh join token of signet token create into join_token_file",
+			n.log.Error("the agent's SVID is not valid now; if the clock is right, "+n.remedy(),
 				"not_before", leaf.NotBefore, "not_after", svid.Certificates[0].NotAfter, "now", now, "retry_in", delay.Round(time.Millisecond), "err", err)
 		} else if !errors.Is(err, caclient.ErrUnreachable) { // that one the client tells of
 			n.log.Warn("the agent's SVID was not renewed", "not_after", svid.Certificates[0].NotAfter, "retry_in", delay.Round(time.Millisecond), "err", err)
@@ -376,9 +277,28 @@ func (n *node) renew(ctx context.Context) error {
 	return nil
 }
 
-// renewOnce asks for a new SVID for a new key and keeps it on disk before anything uses it: with its first use the CA
-// forgets the old one.
+// renewOnce replaces the SVID: by attesting again where the CA wants it so, else by asking for a new one.
 func (n *node) renewOnce(ctx context.Context, old *x509svid.SVID) error {
+	if n.reattests() {
+		_, err := n.attest(ctx, old)
+		return err
+	}
+	err := n.renewByKey(ctx, old)
+	if d, ok := errors.AsType[*caclient.DeniedError](err); ok && d.Reason == caclient.MustReattest {
+		_, err = n.attest(ctx, old)
+	}
+	return err
+}
+
+// reattests says that the agent renews by attesting again.
+func (n *node) reattests() bool {
+	r := n.record.Load()
+	return n.attestor != nil && r != nil && r.reattestable
+}
+
+// renewByKey asks for a new SVID for a new key and keeps it on disk before anything uses it: with its first use the CA
+// forgets the old one.
+func (n *node) renewByKey(ctx context.Context, old *x509svid.SVID) error {
 	key, err := nodeattest.NewKey()
 	if err != nil {
 		return err

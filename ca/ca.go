@@ -130,7 +130,11 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
 	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Refused: ca.refused, Now: c.Now, Log: ca.log}
-	ca.node = nodeapi.New(nodeapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
+	attestors, err := c.NodeAttestors.open(ctx, attestorEnv{td: ca.td, authorities: ca.set, now: c.Now, log: ca.log})
+	if err != nil {
+		return ca, err
+	}
+	ca.node = nodeapi.New(nodeapi.Config{Attestors: append(attestors, c.attestors...), TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	ca.makeServers()
 	return ca, nil

@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/nodeattest"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -38,6 +39,8 @@ type Config struct {
 	Authorities Authorities `yaml:"authorities"`
 	// JWTIssuer is the iss claim of JWT-SVIDs. Empty: none.
 	JWTIssuer string `yaml:"jwt_issuer"`
+	// NodeAttestors says how nodes may prove what they are, besides by join token. Absent: not at all.
+	NodeAttestors NodeAttestors `yaml:"node_attestors"`
 	// Audit says where the audit log is and how much room it takes.
 	Audit Audit `yaml:"audit"`
 	// Metrics serves /metrics, /live and /ready.
@@ -51,6 +54,8 @@ type Config struct {
 	Now func() time.Time `yaml:"-"`
 	// Log replaces the logger that Logging describes.
 	Log *slog.Logger `yaml:"-"`
+
+	attestors []nodeattest.Attestor `yaml:"-"` // besides those of NodeAttestors; for tests of what happens around them
 }
 
 // AdminSocket says where the admin socket is and who besides root and the CA's own user may use it.
@@ -184,6 +189,7 @@ func (c *Config) Check() error {
 		bad("ttl.agent", "%v is shorter than %v", c.TTL.Agent, minAgentTTL)
 	}
 	c.checkLifetimes(bad)
+	c.NodeAttestors.check(bad)
 	if c.Audit.Reserve < 0 || c.Audit.MaxFileBytes < 0 {
 		bad("audit", "reserve_bytes and max_file_bytes must not be negative; 0 means the default")
 	}

@@ -136,6 +136,7 @@ func (c *Client) Run(ctx context.Context) error {
 	var old *session
 	fresh := false   // ask for a snapshot, whatever is held
 	contact := false // InSync was called, and Lost has not been since
+	var as spiffeid.ID
 	for {
 		started := time.Now()
 		s, err := c.open()
@@ -144,6 +145,9 @@ func (c *Client) Run(ctx context.Context) error {
 			old = nil
 		}
 		if err == nil {
+			// What was held as another node is no base for differences to what this one is sent.
+			fresh = fresh || !as.IsZero() && as != s.svid.ID
+			as = s.svid.ID
 			err = c.follow(ctx, s, fresh)
 			contact = contact || s.inSync.Load()
 		}
@@ -164,6 +168,7 @@ func (c *Client) Run(ctx context.Context) error {
 		var denied *DeniedError
 		if errors.As(err, &denied) {
 			if s.svid == c.config.Identity() {
+				denied.SVID = s.svid
 				return denied
 			}
 			continue // the SVID was renewed meanwhile; the new one has not been judged

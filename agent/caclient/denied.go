@@ -3,6 +3,7 @@ package caclient
 import (
 	"fmt"
 
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -44,6 +45,8 @@ func (r Reason) String() string {
 type DeniedError struct {
 	Reason  Reason
 	Message string
+	// SVID is the agent's that was refused, where Client.Run returns the error.
+	SVID *x509svid.SVID
 }
 
 func (e *DeniedError) Error() string {

@@ -1,5 +1,3 @@
-// Package nodeattest holds the evidence by which this node proves to the CA what it is, and the key that it proves it
-// for. The agent calls it when it attests; it never talks to the network and never writes to disk.
 package nodeattest
 
 import (

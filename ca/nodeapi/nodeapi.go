@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/nodeattest"
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/spireproto"
 	"github.com/signet-id/signet/ca/store"
@@ -41,6 +43,8 @@ type Config struct {
 	SyncPage int
 	Now      func() time.Time
 	Log      *slog.Logger
+	// Attestors judge the evidence of nodes, besides join tokens. Each has a type of its own.
+	Attestors []nodeattest.Attestor
 	// Issued counts what was issued and refused: kind is x509, jwt or agent; reason is empty on success.
 	Issued func(kind, reason string, n int)
 }
@@ -48,7 +52,9 @@ type Config struct {
 // API implements the RPCs. It is safe for concurrent use.
 type API struct {
 	nodev1.UnimplementedNodeServer
-	c Config
+	c         Config
+	attestors map[string]nodeattest.Attestor // by type; never changed
+	seats     seats
 
 	catchUp  time.Duration // how long a sync waits for the index to hold what was committed before it
 	stop     chan struct{}
@@ -64,7 +70,11 @@ func New(c Config) *API {
 	if c.SyncPage == 0 {
 		c.SyncPage = DefaultSyncPage
 	}
-	return &API{c: c, catchUp: catchUp, stop: make(chan struct{}), streams: map[spiffeid.ID]*followState{}, syncs: map[spiffeid.ID]int{}}
+	a := &API{c: c, attestors: map[string]nodeattest.Attestor{}, catchUp: catchUp, stop: make(chan struct{}), streams: map[spiffeid.ID]*followState{}, syncs: map[spiffeid.ID]int{}}
+	for _, attestor := range c.Attestors {
+		a.attestors[attestor.Type()] = attestor
+	}
+	return a
 }
 
 // Shutdown ends every Follow stream with Unavailable.
@@ -78,6 +88,9 @@ func (a *API) toStatus(err error) error {
 	}
 	if v, ok := errors.AsType[*registry.ValidationError](err); ok {
 		return status.Error(codes.InvalidArgument, v.Error())
+	}
+	if r, ok := errors.AsType[*nodeattest.Refusal](err); ok {
+		return a.refusalStatus(r)
 	}
 	switch {
 	case errors.Is(err, authority.ErrRefused):
@@ -101,6 +114,22 @@ func (a *API) toStatus(err error) error {
 	return status.Error(codes.Internal, "internal error")
 }
 
+var refusalCodes = map[nodeattest.Kind]codes.Code{
+	nodeattest.Malformed: codes.InvalidArgument, nodeattest.Denied: codes.PermissionDenied,
+	nodeattest.Unavailable: codes.Unavailable, nodeattest.Internal: codes.Internal,
+}
+
+func (a *API) refusalStatus(r *nodeattest.Refusal) error {
+	code, ok := refusalCodes[r.Kind]
+	if !ok {
+		code = codes.Internal
+	}
+	if code == codes.Unavailable || code == codes.Internal { // it is not the node's fault
+		a.c.Log.Warn("evidence of a node could not be judged", "err", r)
+	}
+	return status.Error(code, "failed to attest: "+r.Text)
+}
+
 // audit writes records before their effect leaves the CA.
 func (a *API) audit(ctx context.Context, class auditlog.Class, records ...auditlog.Record) error {
 	return a.c.Audit.Append(ctx, class, records...)
@@ -115,9 +144,21 @@ func (a *API) refuse(ctx context.Context, event string, subject string, err erro
 	}
 	details["reason"] = status.Convert(st).Message()
 	details["address"] = c.Address
+	if r, ok := errors.AsType[*nodeattest.Refusal](err); ok && r.Reason != nil {
+		details["cause"] = excerpt(r.Reason.Error())
+	}
 	a.c.Refusals.Record(ctx, c, auditlog.Record{Time: a.c.Now(), Event: event, Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: auditlog.Refused, Details: details})
 	a.c.Log.Debug("refused", "event", event, "actor", c.String(), "subject", subject, "reason", details["reason"])
 	return st
+}
+
+// excerpt bounds what foreign bytes can write into the audit log.
+func excerpt(s string) string {
+	const most = 1024
+	if len(s) > most {
+		s = s[:most] + "..."
+	}
+	return strings.ToValidUTF8(s, "\uFFFD")
 }
 
 func protoID(id spiffeid.ID) *types.SPIFFEID { return spireproto.ID(id) }

@@ -50,14 +50,15 @@ var rules = []rule{
 	{"workloadapi/peer", nil},
 	{"workloadapi/...", []string{"workloadapi/...", "policy", "spiffe", "api/signet/policy/v1/..."}},
 
-	{"agent/...", []string{"internal/nodekey", "workloadapi/...", "policy", "spiffe", "api/signet/node/v1", "api/signet/policy/v1/..."}},
-	{"ca/...", []string{"internal/nodekey", "policy", "spiffe", "api/..."}},
+	{"agent/...", []string{"internal/nodekey", "internal/x509pop", "workloadapi/...", "policy", "spiffe", "api/signet/node/v1", "api/signet/policy/v1/..."}},
+	{"ca/...", []string{"internal/nodekey", "internal/x509pop", "policy", "spiffe", "api/..."}},
 
 	// What puts CA and agent together, and what only the command line needs.
 	{"internal/durable", nil},
 	{"internal/strictyaml", nil},
 	{"internal/version", nil},
 	{"internal/nodekey", []string{"spiffe"}}, // what a node signs to win its SVID back, which both sides must know
+	{"internal/x509pop", nil},                // what a node signs to prove that it holds a certificate's key, likewise
 	{"internal/importmap", nil},
 	{"internal/conformance", nil},
 	{"internal/...", []string{"..."}},
@@ -70,7 +71,7 @@ var rules = []rule{
 // that they serve from, and what keeps state knows the store. See docs/decisions/0001-doors-know-the-registry.md.
 var neighbours = map[string][]string{
 	"ca/access":     {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
-	"ca/nodeapi":    {"ca/access", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
+	"ca/nodeapi":    {"ca/access", "ca/nodeattest", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
 	"ca/adminapi":   {"ca/access", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
 	"ca/spireproto": {"ca/registry"},
 	"ca/registry":   {"ca/store"},

@@ -33,11 +33,11 @@ func TestReference(t *testing.T) {
 		{"CA", "ca-config.md", "ca"},
 		{"agent", "agent-config.md", "agent"},
 	} {
-		structs := readStructs(t, filepath.Join(root, tt.folder, "config.go"))
+		structs := readStructs(t, filepath.Join(root, tt.folder))
 		var b strings.Builder
 		fmt.Fprintf(&b, `# Configuration of the %s
 
-Made from %s/config.go by `+"`make docs`"+`; do not edit.
+Made from %s/*.go by `+"`make docs`"+`; do not edit.
 
 A file in YAML or JSON. A key that is not here is an error with line and column, and so is a value that cannot work; the %s then does
 not start. `+"`signet config check FILE`"+` checks a file without starting anything. Times are written 1h, 30m, 90s.
@@ -73,13 +73,28 @@ not start. `+"`signet config check FILE`"+` checks a file without starting anyth
 // A field is one key of a configuration file.
 type field struct{ key, typ, doc string }
 
-func readStructs(t *testing.T, file string) map[string][]field {
+// readStructs reads the structs with yaml tags of a package: each part of the configuration is beside what it configures.
+func readStructs(t *testing.T, folder string) map[string][]field {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(folder, "*.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	structs := map[string][]field{}
+	for _, file := range files {
+		if !strings.HasSuffix(file, "_test.go") {
+			readFile(t, file, structs)
+		}
+	}
+	return structs
+}
+
+func readFile(t *testing.T, file string, structs map[string][]field) {
 	t.Helper()
 	f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments|parser.SkipObjectResolution)
 	if err != nil {
 		t.Fatal(err)
 	}
-	structs := map[string][]field{}
 	ast.Inspect(f, func(n ast.Node) bool {
 		ts, ok := n.(*ast.TypeSpec)
 		if !ok {
@@ -108,14 +123,14 @@ func readStructs(t *testing.T, file string) map[string][]field {
 		}
 		return false
 	})
-	return structs
 }
 
 // sentence makes a row's text of a field's comment: the field goes by its key.
 func sentence(doc, name, key string) string {
 	doc = strings.Join(strings.Fields(doc), " ")
 	doc = regexp.MustCompile(`\b`+name+`\b`).ReplaceAllString(doc, "`"+key+"`")
-	for _, ref := range []struct{ from, to string }{{"DataDir", "`data_dir`"}, {"KeyFile", "`key_file`"}, {"JoinTokenFile", "`join_token_file`"}} {
+	for _, ref := range []struct{ from, to string }{{"DataDir", "`data_dir`"}, {"KeyFile", "`key_file`"}, {"JoinTokenFile", "`join_token_file`"},
+		{"SVIDPrefix", "`svid_prefix`"}, {"NodeAttestation", "`node_attestation`"}} {
 		doc = regexp.MustCompile(`\b`+ref.from+`\b`).ReplaceAllString(doc, ref.to)
 	}
 	return strings.ReplaceAll(doc, "|", "\\|")
@@ -127,6 +142,10 @@ func typeName(e ast.Expr) string {
 		return e.Name
 	case *ast.ArrayType:
 		return "list of " + typeName(e.Elt)
+	case *ast.MapType:
+		return "mapping to " + typeName(e.Value)
+	case *ast.StarExpr:
+		return typeName(e.X)
 	case *ast.SelectorExpr:
 		switch e.Sel.Name {
 		case "Duration":
@@ -144,9 +163,12 @@ func writeStruct(b *strings.Builder, structs map[string][]field, name, prefix st
 	var inner []field
 	for _, f := range structs[name] {
 		typ := strings.NewReplacer("int64", "number", "int", "number", "uint32", "number", "bool", "true or false").Replace(f.typ)
-		if _, ok := structs[f.typ]; ok {
-			typ = "section"
-			inner = append(inner, f)
+		for _, of := range []struct{ prefix, is, key string }{{"", "section", ""}, {"list of ", "list of sections", "[]"}, {"mapping to ", "sections by name", ".NAME"}} {
+			if in, ok := strings.CutPrefix(f.typ, of.prefix); ok && structs[in] != nil {
+				typ = of.is
+				inner = append(inner, field{key: f.key + of.key, typ: in})
+				break
+			}
 		}
 		fmt.Fprintf(b, "| `%s%s` | %s | %s |\n", prefix, f.key, typ, f.doc)
 	}
