@@ -128,7 +128,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	}
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
 	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
-	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
+	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Refused: ca.refused, Now: c.Now, Log: ca.log}
 	attestors, err := c.NodeAttestors.open(ctx, attestorEnv{td: ca.td, authorities: ca.set, now: c.Now, log: ca.log})
 	if err != nil {
@@ -291,7 +291,7 @@ func (ca *CA) bind() error {
 func (ca *CA) makeServers() {
 	ca.health = health.NewServer()
 	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Epoch: ca.store.Epoch(),
-		Version: version.String(), Following: ca.following, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
+		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
 		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),
@@ -434,9 +434,28 @@ func (ca *CA) maintain(ctx context.Context) error {
 				ca.log.Error("audit of ended entries", "err", err)
 			}
 		}
+		ca.sweepAppended(ctx)
 		ca.refusals.Flush(ctx)
 		if _, err := ca.svid.get(); err != nil {
 			ca.log.Error("the CA's own X509-SVID", "err", err)
+		}
+	}
+}
+
+// sweepAppended forgets appended authorities that ended long ago.
+func (ca *CA) sweepAppended(ctx context.Context) {
+	gone, err := ca.set.SweepAppended(ctx)
+	if err != nil && ctx.Err() == nil {
+		ca.log.Warn("removing appended authorities that ended", "err", err)
+	}
+	var records []auditlog.Record
+	for _, x := range gone {
+		records = append(records, auditlog.Record{Time: ca.c.Now(), Event: "authority.ended", Actor: registry.ServerID(ca.td).String(), ActorKind: "system",
+			Subject: ca.td.IDString(), Outcome: auditlog.Done, Details: adminapi.AppendedDetails(x)})
+	}
+	if len(records) > 0 {
+		if err := ca.audit.Append(ctx, auditlog.Essential, records...); err != nil {
+			ca.log.Error("audit of appended authorities that ended", "err", err)
 		}
 	}
 }

@@ -75,6 +75,7 @@ func methods() map[string]access.Kind {
 		entryv1.Entry_SyncAuthorizedEntries_FullMethodName:               access.Agent,
 		svidv1.SVID_BatchNewX509SVID_FullMethodName:                      access.Agent,
 		svidv1.SVID_BatchNewWITSVID_FullMethodName:                       access.Agent,
+		bundlev1.Bundle_GetFederatedBundle_FullMethodName:                operators | access.Agent,
 		svidv1.SVID_NewJWTSVID_FullMethodName:                            access.Agent,
 		nodev1.Node_IssueX509SVIDs_FullMethodName:                        access.Agent,
 		nodev1.Node_IssueJWTSVIDs_FullMethodName:                         access.Agent,
@@ -90,7 +91,7 @@ func methods() map[string]access.Kind {
 		agentv1.Agent_DeleteAgent_FullMethodName, agentv1.Agent_BanAgent_FullMethodName, agentv1.Agent_CreateJoinToken_FullMethodName,
 		entryv1.Entry_CountEntries_FullMethodName, entryv1.Entry_ListEntries_FullMethodName, entryv1.Entry_GetEntry_FullMethodName,
 		entryv1.Entry_BatchCreateEntry_FullMethodName, entryv1.Entry_BatchUpdateEntry_FullMethodName, entryv1.Entry_BatchDeleteEntry_FullMethodName,
-		bundlev1.Bundle_CountBundles_FullMethodName, bundlev1.Bundle_ListFederatedBundles_FullMethodName, bundlev1.Bundle_GetFederatedBundle_FullMethodName,
+		bundlev1.Bundle_CountBundles_FullMethodName, bundlev1.Bundle_ListFederatedBundles_FullMethodName, bundlev1.Bundle_AppendBundle_FullMethodName,
 		bundlev1.Bundle_BatchSetFederatedBundle_FullMethodName, bundlev1.Bundle_BatchCreateFederatedBundle_FullMethodName, bundlev1.Bundle_BatchDeleteFederatedBundle_FullMethodName,
 		svidv1.SVID_MintX509SVID_FullMethodName, svidv1.SVID_MintJWTSVID_FullMethodName, svidv1.SVID_MintWITSVID_FullMethodName,
 	} {

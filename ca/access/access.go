@@ -51,6 +51,8 @@ type Caller struct {
 	groups  []uint32
 	Address string
 	Node    *registry.Node // agents, as of the start of the RPC
+
+	appended bool // its SVID is of this trust domain, but this CA did not sign it
 }
 
 // String names the caller in the audit log.
@@ -94,6 +96,11 @@ type Guard struct {
 	Registry    *registry.Registry
 	// Bundles returns the authorities that client certificates must chain to.
 	Bundles x509bundle.Source
+	// Own are the authorities of this trust domain that are this CA's own, and Appended tells whether Bundles holds others
+	// of it. What those signed passes the handshake, so that its owner can be told what to do, and has no rights here: who
+	// holds an appended key could otherwise make himself any agent or admin.
+	Own      x509bundle.Source
+	Appended func() bool
 	// Certificate returns the CA's own SVID with its authority.
 	Certificate func() (*tls.Certificate, error)
 	// AdminIDs are admins besides those whom an entry makes one.
@@ -218,6 +225,10 @@ func (g *Guard) identify(ctx context.Context) (*Caller, error) {
 			return c, status.Errorf(codes.Unauthenticated, "client certificate: %v", err)
 		}
 		c.ID, c.Serial, c.Expires = id, leaf.SerialNumber.String(), leaf.NotAfter
+		if id.TrustDomain() == g.TrustDomain && g.Appended() {
+			_, _, err := spiffe.VerifyX509SVID(info.State.PeerCertificates, g.Own, spiffe.X509Options{Now: g.Now()})
+			c.appended = err != nil
+		}
 	default:
 		return c, status.Error(codes.Unauthenticated, "unknown transport")
 	}
@@ -239,6 +250,12 @@ func (g *Guard) authorize(ctx context.Context, c *Caller, method string) error {
 	}
 	if g.Now().After(c.Expires) {
 		return Denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "X509-SVID of %s has expired", c.ID)
+	}
+	if c.appended {
+		if allowed&Agent != 0 && registry.IsAgentID(c.ID) {
+			return Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s attested to another server of the trust domain; attest to this one", c.ID)
+		}
+		return denied
 	}
 	if allowed&Admin != 0 && (g.listed(c.ID) || c.ID.TrustDomain() == g.TrustDomain && g.Registry.IsAdmin(c.ID)) {
 		c.Kind |= Admin

@@ -38,6 +38,8 @@ type Config struct {
 	Version     string
 	// Following returns which agents follow this replica.
 	Following func() map[spiffeid.ID]Following
+	// OwnBundle returns the trust domain's own bundle as GetBundle does.
+	OwnBundle func(*types.BundleMask) (*types.Bundle, error)
 	Now       func() time.Time
 	Log       *slog.Logger
 	Issued    func(kind, reason string, n int)

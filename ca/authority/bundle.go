@@ -38,6 +38,8 @@ type X509Authority struct {
 	State       State
 	// Upstream tells that it is a root of the upstream CA, not a certificate of our own.
 	Upstream bool
+	// Appended: its key is not this CA's. See Appended.
+	Appended bool
 }
 
 // A JWTAuthority is a published JWT authority.
@@ -45,11 +47,13 @@ type JWTAuthority struct {
 	// KeyID is the kid of the tokens that it signs.
 	KeyID     string
 	PublicKey crypto.PublicKey
+	// ExpiresAt is zero for an appended authority of which it is not known.
 	ExpiresAt time.Time
 	State     State
 	// Origin is empty for an authority of this CA, "upstream" for one of the upstream CA, and the SPIFFE ID of the
 	// downstream CA that published it otherwise.
-	Origin string
+	Origin   string
+	Appended bool
 }
 
 // Bundle returns the bundle as of the newest record that the Set was shown. The slices are the caller's own; the certificates
@@ -105,11 +109,13 @@ func (s *Set) Pin() string {
 	return pin(a.root())
 }
 
-// Pins returns the pins of all published X.509 authorities, in the order of the bundle.
+// Pins returns the pins of all published X.509 authorities of this CA, in the order of the bundle.
 func (s *Set) Pins() []string {
 	var pins []string
 	for _, a := range s.current.Load().bundle.X509 {
-		pins = append(pins, pin(a.Certificate))
+		if !a.Appended {
+			pins = append(pins, pin(a.Certificate))
+		}
 	}
 	return pins
 }
@@ -130,5 +136,6 @@ func (n *snapshot) makeBundle(c Config) Bundle {
 		}
 	}
 	b.JWT = n.foreignJWT(b.JWT)
+	n.addAppended(&b)
 	return b
 }

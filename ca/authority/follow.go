@@ -23,6 +23,7 @@ type snapshot struct {
 	jwt      map[string]*jwtAuthority
 	upstream upstreamState          // the zero value without an upstream CA
 	foreign  map[string]*foreignKey // JWT keys of downstream CAs, by the last part of their record's key
+	appended map[string]*Appended   // by key in the store
 	revision store.Revision         // of the newest record, the index included
 
 	activeX509 *x509Authority // nil if none is
@@ -63,7 +64,7 @@ func (s *Set) Load(items []store.Item) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.current.Load()
-	next := &snapshot{x509: map[string]*x509Authority{}, jwt: map[string]*jwtAuthority{}, foreign: map[string]*foreignKey{}}
+	next := &snapshot{x509: map[string]*x509Authority{}, jwt: map[string]*jwtAuthority{}, foreign: map[string]*foreignKey{}, appended: map[string]*Appended{}}
 	if err := s.apply(old, next, items); err != nil {
 		return s.refuse(old, err)
 	}
@@ -87,7 +88,7 @@ func (s *Set) Observe(batch store.Batch) error {
 		return nil
 	}
 	next := &snapshot{index: old.index, x509: maps.Clone(old.x509), jwt: maps.Clone(old.jwt),
-		upstream: old.upstream, foreign: maps.Clone(old.foreign), revision: old.revision}
+		upstream: old.upstream, foreign: maps.Clone(old.foreign), appended: maps.Clone(old.appended), revision: old.revision}
 	var items []store.Item
 	for _, e := range batch.Events {
 		switch id, kind := splitKey(e.Key); {
@@ -97,6 +98,8 @@ func (s *Set) Observe(batch store.Batch) error {
 			delete(next.x509, id)
 		case kind == keyJWTPrefix:
 			delete(next.jwt, id)
+		case kind == keyAppendedPrefix:
+			delete(next.appended, e.Key)
 		case kind == keyIndex:
 			next.index = indexRecord{}
 		case kind == keyUpstream:
@@ -154,6 +157,8 @@ func (s *Set) apply(old, next *snapshot, items []store.Item) error {
 				known = old.jwt[id]
 			}
 			next.jwt[id], err = s.readJWT(item, known)
+		case keyAppendedPrefix:
+			next.appended[item.Key], err = decodeAppended(item, s.config.TrustDomain)
 		case keyIndex:
 			next.index, err = decodeIndex(item, s.config.TrustDomain)
 		case keyUpstream:
@@ -335,6 +340,9 @@ func splitKey(key string) (id, kind string) {
 	}
 	if id, ok := strings.CutPrefix(key, keyJWTPrefix); ok {
 		return id, keyJWTPrefix
+	}
+	if strings.HasPrefix(key, keyAppendedX509Prefix) || strings.HasPrefix(key, keyAppendedJWTPrefix) {
+		return "", keyAppendedPrefix
 	}
 	return "", ""
 }

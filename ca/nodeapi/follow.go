@@ -361,7 +361,7 @@ func ownBundle(b authority.Bundle) *nodev1.Bundle {
 		if err != nil {
 			continue // the authority package made this key itself
 		}
-		m.JwtAuthorities = append(m.JwtAuthorities, &nodev1.JWTAuthority{KeyId: j.KeyID, PublicKey: der, ExpiresAt: j.ExpiresAt.Unix(), State: protoStates[j.State]})
+		m.JwtAuthorities = append(m.JwtAuthorities, &nodev1.JWTAuthority{KeyId: j.KeyID, PublicKey: der, ExpiresAt: unix(j.ExpiresAt), State: protoStates[j.State]})
 	}
 	return m
 }

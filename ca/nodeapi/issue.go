@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
@@ -313,35 +312,4 @@ func JWTRecord(now time.Time, c *access.Caller, subject string, audience []strin
 		d["jti"] = svid.JTI
 	}
 	return auditlog.Record{Time: now, Event: "jwtsvid.issued", Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: auditlog.Done, Details: d}
-}
-
-// GetBundle returns the trust domain's own bundle. Anyone may ask. [SPIRE-PROTOCOL §8]
-func (a *API) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest) (*types.Bundle, error) {
-	b := a.c.Authority.Bundle()
-	out := &types.Bundle{TrustDomain: b.TrustDomain.Name(), RefreshHint: int64(b.RefreshHint / time.Second), SequenceNumber: b.Sequence}
-	for _, x := range b.X509 {
-		out.X509Authorities = append(out.X509Authorities, &types.X509Certificate{Asn1: x.Certificate.Raw, Tainted: x.State == authority.StateTainted})
-	}
-	for _, j := range b.JWT {
-		der, err := marshalKey(j.PublicKey)
-		if err != nil {
-			return nil, a.toStatus(err)
-		}
-		out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{PublicKey: der, KeyId: j.KeyID, ExpiresAt: j.ExpiresAt.Unix(), Tainted: j.State == authority.StateTainted})
-	}
-	if m := req.GetOutputMask(); m != nil {
-		if !m.X509Authorities {
-			out.X509Authorities = nil
-		}
-		if !m.JwtAuthorities {
-			out.JwtAuthorities = nil
-		}
-		if !m.RefreshHint {
-			out.RefreshHint = 0
-		}
-		if !m.SequenceNumber {
-			out.SequenceNumber = 0
-		}
-	}
-	return out, nil
 }

@@ -81,6 +81,55 @@ func (Action) EnumDescriptor() ([]byte, []int) {
 	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{0}
 }
 
+type AuthorityType int32
+
+const (
+	AuthorityType_AUTHORITY_TYPE_UNSPECIFIED AuthorityType = 0
+	AuthorityType_AUTHORITY_TYPE_X509        AuthorityType = 1
+	AuthorityType_AUTHORITY_TYPE_JWT         AuthorityType = 2
+)
+
+// Enum value maps for AuthorityType.
+var (
+	AuthorityType_name = map[int32]string{
+		0: "AUTHORITY_TYPE_UNSPECIFIED",
+		1: "AUTHORITY_TYPE_X509",
+		2: "AUTHORITY_TYPE_JWT",
+	}
+	AuthorityType_value = map[string]int32{
+		"AUTHORITY_TYPE_UNSPECIFIED": 0,
+		"AUTHORITY_TYPE_X509":        1,
+		"AUTHORITY_TYPE_JWT":         2,
+	}
+)
+
+func (x AuthorityType) Enum() *AuthorityType {
+	p := new(AuthorityType)
+	*p = x
+	return p
+}
+
+func (x AuthorityType) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AuthorityType) Descriptor() protoreflect.EnumDescriptor {
+	return file_signet_admin_v1_admin_proto_enumTypes[1].Descriptor()
+}
+
+func (AuthorityType) Type() protoreflect.EnumType {
+	return &file_signet_admin_v1_admin_proto_enumTypes[1]
+}
+
+func (x AuthorityType) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AuthorityType.Descriptor instead.
+func (AuthorityType) EnumDescriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{1}
+}
+
 // A Document is one YAML or JSON document as the operator wrote it.
 type Document struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -1456,6 +1505,544 @@ func (x *GetStatusResponse) GetFollowers() int64 {
 	return 0
 }
 
+type AppendedAuthority struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Type  AuthorityType          `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	// Subject key id of the certificate in lower-case hexadecimal, or key id of the JWT authority.
+	AuthorityId string `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	// DER; X.509 authorities.
+	Certificate []byte `protobuf:"bytes,3,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// PKIX DER; JWT authorities.
+	PublicKey []byte `protobuf:"bytes,4,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	// Absent if it is not known.
+	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	Tainted   bool                   `protobuf:"varint,6,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	// Who appended it.
+	Source        string                 `protobuf:"bytes,7,opt,name=source,proto3" json:"source,omitempty"`
+	AppendedAt    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=appended_at,json=appendedAt,proto3" json:"appended_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AppendedAuthority) Reset() {
+	*x = AppendedAuthority{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AppendedAuthority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AppendedAuthority) ProtoMessage() {}
+
+func (x *AppendedAuthority) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AppendedAuthority.ProtoReflect.Descriptor instead.
+func (*AppendedAuthority) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *AppendedAuthority) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+func (x *AppendedAuthority) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *AppendedAuthority) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *AppendedAuthority) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
+func (x *AppendedAuthority) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+func (x *AppendedAuthority) GetTainted() bool {
+	if x != nil {
+		return x.Tainted
+	}
+	return false
+}
+
+func (x *AppendedAuthority) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *AppendedAuthority) GetAppendedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AppendedAt
+	}
+	return nil
+}
+
+type ListAppendedAuthoritiesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAppendedAuthoritiesRequest) Reset() {
+	*x = ListAppendedAuthoritiesRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAppendedAuthoritiesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAppendedAuthoritiesRequest) ProtoMessage() {}
+
+func (x *ListAppendedAuthoritiesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAppendedAuthoritiesRequest.ProtoReflect.Descriptor instead.
+func (*ListAppendedAuthoritiesRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+}
+
+type ListAppendedAuthoritiesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Oldest first.
+	Authorities   []*AppendedAuthority `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAppendedAuthoritiesResponse) Reset() {
+	*x = ListAppendedAuthoritiesResponse{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAppendedAuthoritiesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAppendedAuthoritiesResponse) ProtoMessage() {}
+
+func (x *ListAppendedAuthoritiesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAppendedAuthoritiesResponse.ProtoReflect.Descriptor instead.
+func (*ListAppendedAuthoritiesResponse) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ListAppendedAuthoritiesResponse) GetAuthorities() []*AppendedAuthority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+type TaintAppendedAuthorityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          AuthorityType          `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	AuthorityId   string                 `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaintAppendedAuthorityRequest) Reset() {
+	*x = TaintAppendedAuthorityRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaintAppendedAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaintAppendedAuthorityRequest) ProtoMessage() {}
+
+func (x *TaintAppendedAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaintAppendedAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*TaintAppendedAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *TaintAppendedAuthorityRequest) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+func (x *TaintAppendedAuthorityRequest) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+type TaintAppendedAuthorityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaintAppendedAuthorityResponse) Reset() {
+	*x = TaintAppendedAuthorityResponse{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaintAppendedAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaintAppendedAuthorityResponse) ProtoMessage() {}
+
+func (x *TaintAppendedAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaintAppendedAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*TaintAppendedAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *TaintAppendedAuthorityResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type RevokeAppendedAuthorityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          AuthorityType          `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	AuthorityId   string                 `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeAppendedAuthorityRequest) Reset() {
+	*x = RevokeAppendedAuthorityRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeAppendedAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeAppendedAuthorityRequest) ProtoMessage() {}
+
+func (x *RevokeAppendedAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeAppendedAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*RevokeAppendedAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *RevokeAppendedAuthorityRequest) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+func (x *RevokeAppendedAuthorityRequest) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+type RevokeAppendedAuthorityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeAppendedAuthorityResponse) Reset() {
+	*x = RevokeAppendedAuthorityResponse{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeAppendedAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeAppendedAuthorityResponse) ProtoMessage() {}
+
+func (x *RevokeAppendedAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeAppendedAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*RevokeAppendedAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *RevokeAppendedAuthorityResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type ListFederationStatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFederationStatusRequest) Reset() {
+	*x = ListFederationStatusRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFederationStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFederationStatusRequest) ProtoMessage() {}
+
+func (x *ListFederationStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFederationStatusRequest.ProtoReflect.Descriptor instead.
+func (*ListFederationStatusRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+}
+
+type FederationStatus struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	// Of the last fetch; absent if there was none since this replica started.
+	FetchedAt *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=fetched_at,json=fetchedAt,proto3" json:"fetched_at,omitempty"`
+	// Of the last fetch that brought a valid bundle, changed or not.
+	SucceededAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=succeeded_at,json=succeededAt,proto3" json:"succeeded_at,omitempty"`
+	NextAt      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=next_at,json=nextAt,proto3" json:"next_at,omitempty"`
+	// What was wrong with the last fetch; empty if nothing.
+	Error         string `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FederationStatus) Reset() {
+	*x = FederationStatus{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FederationStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FederationStatus) ProtoMessage() {}
+
+func (x *FederationStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FederationStatus.ProtoReflect.Descriptor instead.
+func (*FederationStatus) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *FederationStatus) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *FederationStatus) GetFetchedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FetchedAt
+	}
+	return nil
+}
+
+func (x *FederationStatus) GetSucceededAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SucceededAt
+	}
+	return nil
+}
+
+func (x *FederationStatus) GetNextAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextAt
+	}
+	return nil
+}
+
+func (x *FederationStatus) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+type ListFederationStatusResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In order of trust domain.
+	Statuses      []*FederationStatus `protobuf:"bytes,1,rep,name=statuses,proto3" json:"statuses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFederationStatusResponse) Reset() {
+	*x = ListFederationStatusResponse{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFederationStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFederationStatusResponse) ProtoMessage() {}
+
+func (x *ListFederationStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFederationStatusResponse.ProtoReflect.Descriptor instead.
+func (*ListFederationStatusResponse) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ListFederationStatusResponse) GetStatuses() []*FederationStatus {
+	if x != nil {
+		return x.Statuses
+	}
+	return nil
+}
+
 var File_signet_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_signet_admin_v1_admin_proto_rawDesc = "" +
@@ -1560,13 +2147,53 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\aentries\x18\x05 \x01(\x03R\aentries\x12\x16\n" +
 	"\x06agents\x18\x06 \x01(\x03R\x06agents\x12\x1a\n" +
 	"\bpolicies\x18\a \x01(\x03R\bpolicies\x12\x1c\n" +
-	"\tfollowers\x18\b \x01(\x03R\tfollowers*o\n" +
+	"\tfollowers\x18\b \x01(\x03R\tfollowers\"\xd5\x02\n" +
+	"\x11AppendedAuthority\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\x12!\n" +
+	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\x12 \n" +
+	"\vcertificate\x18\x03 \x01(\fR\vcertificate\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x04 \x01(\fR\tpublicKey\x129\n" +
+	"\n" +
+	"expires_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12\x18\n" +
+	"\atainted\x18\x06 \x01(\bR\atainted\x12\x16\n" +
+	"\x06source\x18\a \x01(\tR\x06source\x12;\n" +
+	"\vappended_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"appendedAt\" \n" +
+	"\x1eListAppendedAuthoritiesRequest\"g\n" +
+	"\x1fListAppendedAuthoritiesResponse\x12D\n" +
+	"\vauthorities\x18\x01 \x03(\v2\".signet.admin.v1.AppendedAuthorityR\vauthorities\"v\n" +
+	"\x1dTaintAppendedAuthorityRequest\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\x12!\n" +
+	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\"<\n" +
+	"\x1eTaintAppendedAuthorityResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\"w\n" +
+	"\x1eRevokeAppendedAuthorityRequest\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\x12!\n" +
+	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\"=\n" +
+	"\x1fRevokeAppendedAuthorityResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\"\x1d\n" +
+	"\x1bListFederationStatusRequest\"\xfa\x01\n" +
+	"\x10FederationStatus\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x129\n" +
+	"\n" +
+	"fetched_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tfetchedAt\x12=\n" +
+	"\fsucceeded_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vsucceededAt\x123\n" +
+	"\anext_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06nextAt\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"]\n" +
+	"\x1cListFederationStatusResponse\x12=\n" +
+	"\bstatuses\x18\x01 \x03(\v2!.signet.admin.v1.FederationStatusR\bstatuses*o\n" +
 	"\x06Action\x12\x16\n" +
 	"\x12ACTION_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10ACTION_UNCHANGED\x10\x01\x12\x11\n" +
 	"\rACTION_CREATE\x10\x02\x12\x11\n" +
 	"\rACTION_CHANGE\x10\x03\x12\x11\n" +
-	"\rACTION_DELETE\x10\x042\xfe\x06\n" +
+	"\rACTION_DELETE\x10\x04*`\n" +
+	"\rAuthorityType\x12\x1e\n" +
+	"\x1aAUTHORITY_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13AUTHORITY_TYPE_X509\x10\x01\x12\x16\n" +
+	"\x12AUTHORITY_TYPE_JWT\x10\x022\xea\n" +
+	"\n" +
 	"\x05Admin\x12E\n" +
 	"\x04Plan\x12\x1d.signet.admin.v1.ApplyRequest\x1a\x1e.signet.admin.v1.ApplyResponse\x12F\n" +
 	"\x05Apply\x12\x1d.signet.admin.v1.ApplyRequest\x1a\x1e.signet.admin.v1.ApplyResponse\x12[\n" +
@@ -1578,7 +2205,11 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"UnbanAgent\x12\".signet.admin.v1.UnbanAgentRequest\x1a#.signet.admin.v1.UnbanAgentResponse\x12R\n" +
 	"\vSearchAudit\x12#.signet.admin.v1.SearchAuditRequest\x1a\x1c.signet.admin.v1.AuditRecord0\x01\x12R\n" +
-	"\tGetStatus\x12!.signet.admin.v1.GetStatusRequest\x1a\".signet.admin.v1.GetStatusResponseB9Z7github.com/signet-id/signet/api/signet/admin/v1;adminv1b\x06proto3"
+	"\tGetStatus\x12!.signet.admin.v1.GetStatusRequest\x1a\".signet.admin.v1.GetStatusResponse\x12|\n" +
+	"\x17ListAppendedAuthorities\x12/.signet.admin.v1.ListAppendedAuthoritiesRequest\x1a0.signet.admin.v1.ListAppendedAuthoritiesResponse\x12y\n" +
+	"\x16TaintAppendedAuthority\x12..signet.admin.v1.TaintAppendedAuthorityRequest\x1a/.signet.admin.v1.TaintAppendedAuthorityResponse\x12|\n" +
+	"\x17RevokeAppendedAuthority\x12/.signet.admin.v1.RevokeAppendedAuthorityRequest\x1a0.signet.admin.v1.RevokeAppendedAuthorityResponse\x12s\n" +
+	"\x14ListFederationStatus\x12,.signet.admin.v1.ListFederationStatusRequest\x1a-.signet.admin.v1.ListFederationStatusResponseB9Z7github.com/signet-id/signet/api/signet/admin/v1;adminv1b\x06proto3"
 
 var (
 	file_signet_admin_v1_admin_proto_rawDescOnce sync.Once
@@ -1592,73 +2223,102 @@ func file_signet_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_signet_admin_v1_admin_proto_rawDescData
 }
 
-var file_signet_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_signet_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_signet_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_signet_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_signet_admin_v1_admin_proto_goTypes = []any{
-	(Action)(0),                     // 0: signet.admin.v1.Action
-	(*Document)(nil),                // 1: signet.admin.v1.Document
-	(*ApplyRequest)(nil),            // 2: signet.admin.v1.ApplyRequest
-	(*Change)(nil),                  // 3: signet.admin.v1.Change
-	(*ApplyResponse)(nil),           // 4: signet.admin.v1.ApplyResponse
-	(*Resource)(nil),                // 5: signet.admin.v1.Resource
-	(*GetResourcesRequest)(nil),     // 6: signet.admin.v1.GetResourcesRequest
-	(*GetResourcesResponse)(nil),    // 7: signet.admin.v1.GetResourcesResponse
-	(*DeleteResourceRequest)(nil),   // 8: signet.admin.v1.DeleteResourceRequest
-	(*DeleteResourceResponse)(nil),  // 9: signet.admin.v1.DeleteResourceResponse
-	(*GetPolicySetRequest)(nil),     // 10: signet.admin.v1.GetPolicySetRequest
-	(*GetPolicySetResponse)(nil),    // 11: signet.admin.v1.GetPolicySetResponse
-	(*CreateJoinTokenRequest)(nil),  // 12: signet.admin.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 13: signet.admin.v1.CreateJoinTokenResponse
-	(*ListAgentStatusRequest)(nil),  // 14: signet.admin.v1.ListAgentStatusRequest
-	(*AgentStatus)(nil),             // 15: signet.admin.v1.AgentStatus
-	(*ListAgentStatusResponse)(nil), // 16: signet.admin.v1.ListAgentStatusResponse
-	(*UnbanAgentRequest)(nil),       // 17: signet.admin.v1.UnbanAgentRequest
-	(*UnbanAgentResponse)(nil),      // 18: signet.admin.v1.UnbanAgentResponse
-	(*SearchAuditRequest)(nil),      // 19: signet.admin.v1.SearchAuditRequest
-	(*AuditRecord)(nil),             // 20: signet.admin.v1.AuditRecord
-	(*GetStatusRequest)(nil),        // 21: signet.admin.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),       // 22: signet.admin.v1.GetStatusResponse
-	(*timestamppb.Timestamp)(nil),   // 23: google.protobuf.Timestamp
-	(*v1.PolicySet)(nil),            // 24: signet.policy.v1.PolicySet
+	(Action)(0),                             // 0: signet.admin.v1.Action
+	(AuthorityType)(0),                      // 1: signet.admin.v1.AuthorityType
+	(*Document)(nil),                        // 2: signet.admin.v1.Document
+	(*ApplyRequest)(nil),                    // 3: signet.admin.v1.ApplyRequest
+	(*Change)(nil),                          // 4: signet.admin.v1.Change
+	(*ApplyResponse)(nil),                   // 5: signet.admin.v1.ApplyResponse
+	(*Resource)(nil),                        // 6: signet.admin.v1.Resource
+	(*GetResourcesRequest)(nil),             // 7: signet.admin.v1.GetResourcesRequest
+	(*GetResourcesResponse)(nil),            // 8: signet.admin.v1.GetResourcesResponse
+	(*DeleteResourceRequest)(nil),           // 9: signet.admin.v1.DeleteResourceRequest
+	(*DeleteResourceResponse)(nil),          // 10: signet.admin.v1.DeleteResourceResponse
+	(*GetPolicySetRequest)(nil),             // 11: signet.admin.v1.GetPolicySetRequest
+	(*GetPolicySetResponse)(nil),            // 12: signet.admin.v1.GetPolicySetResponse
+	(*CreateJoinTokenRequest)(nil),          // 13: signet.admin.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil),         // 14: signet.admin.v1.CreateJoinTokenResponse
+	(*ListAgentStatusRequest)(nil),          // 15: signet.admin.v1.ListAgentStatusRequest
+	(*AgentStatus)(nil),                     // 16: signet.admin.v1.AgentStatus
+	(*ListAgentStatusResponse)(nil),         // 17: signet.admin.v1.ListAgentStatusResponse
+	(*UnbanAgentRequest)(nil),               // 18: signet.admin.v1.UnbanAgentRequest
+	(*UnbanAgentResponse)(nil),              // 19: signet.admin.v1.UnbanAgentResponse
+	(*SearchAuditRequest)(nil),              // 20: signet.admin.v1.SearchAuditRequest
+	(*AuditRecord)(nil),                     // 21: signet.admin.v1.AuditRecord
+	(*GetStatusRequest)(nil),                // 22: signet.admin.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),               // 23: signet.admin.v1.GetStatusResponse
+	(*AppendedAuthority)(nil),               // 24: signet.admin.v1.AppendedAuthority
+	(*ListAppendedAuthoritiesRequest)(nil),  // 25: signet.admin.v1.ListAppendedAuthoritiesRequest
+	(*ListAppendedAuthoritiesResponse)(nil), // 26: signet.admin.v1.ListAppendedAuthoritiesResponse
+	(*TaintAppendedAuthorityRequest)(nil),   // 27: signet.admin.v1.TaintAppendedAuthorityRequest
+	(*TaintAppendedAuthorityResponse)(nil),  // 28: signet.admin.v1.TaintAppendedAuthorityResponse
+	(*RevokeAppendedAuthorityRequest)(nil),  // 29: signet.admin.v1.RevokeAppendedAuthorityRequest
+	(*RevokeAppendedAuthorityResponse)(nil), // 30: signet.admin.v1.RevokeAppendedAuthorityResponse
+	(*ListFederationStatusRequest)(nil),     // 31: signet.admin.v1.ListFederationStatusRequest
+	(*FederationStatus)(nil),                // 32: signet.admin.v1.FederationStatus
+	(*ListFederationStatusResponse)(nil),    // 33: signet.admin.v1.ListFederationStatusResponse
+	(*timestamppb.Timestamp)(nil),           // 34: google.protobuf.Timestamp
+	(*v1.PolicySet)(nil),                    // 35: signet.policy.v1.PolicySet
 }
 var file_signet_admin_v1_admin_proto_depIdxs = []int32{
-	1,  // 0: signet.admin.v1.ApplyRequest.documents:type_name -> signet.admin.v1.Document
+	2,  // 0: signet.admin.v1.ApplyRequest.documents:type_name -> signet.admin.v1.Document
 	0,  // 1: signet.admin.v1.Change.action:type_name -> signet.admin.v1.Action
-	3,  // 2: signet.admin.v1.ApplyResponse.changes:type_name -> signet.admin.v1.Change
-	23, // 3: signet.admin.v1.Resource.created_at:type_name -> google.protobuf.Timestamp
-	1,  // 4: signet.admin.v1.Resource.document:type_name -> signet.admin.v1.Document
-	5,  // 5: signet.admin.v1.GetResourcesResponse.resources:type_name -> signet.admin.v1.Resource
-	24, // 6: signet.admin.v1.GetPolicySetResponse.policies:type_name -> signet.policy.v1.PolicySet
-	23, // 7: signet.admin.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	23, // 8: signet.admin.v1.AgentStatus.expires_at:type_name -> google.protobuf.Timestamp
-	15, // 9: signet.admin.v1.ListAgentStatusResponse.agents:type_name -> signet.admin.v1.AgentStatus
-	23, // 10: signet.admin.v1.SearchAuditRequest.since:type_name -> google.protobuf.Timestamp
-	23, // 11: signet.admin.v1.SearchAuditRequest.until:type_name -> google.protobuf.Timestamp
-	2,  // 12: signet.admin.v1.Admin.Plan:input_type -> signet.admin.v1.ApplyRequest
-	2,  // 13: signet.admin.v1.Admin.Apply:input_type -> signet.admin.v1.ApplyRequest
-	6,  // 14: signet.admin.v1.Admin.GetResources:input_type -> signet.admin.v1.GetResourcesRequest
-	8,  // 15: signet.admin.v1.Admin.DeleteResource:input_type -> signet.admin.v1.DeleteResourceRequest
-	10, // 16: signet.admin.v1.Admin.GetPolicySet:input_type -> signet.admin.v1.GetPolicySetRequest
-	12, // 17: signet.admin.v1.Admin.CreateJoinToken:input_type -> signet.admin.v1.CreateJoinTokenRequest
-	14, // 18: signet.admin.v1.Admin.ListAgentStatus:input_type -> signet.admin.v1.ListAgentStatusRequest
-	17, // 19: signet.admin.v1.Admin.UnbanAgent:input_type -> signet.admin.v1.UnbanAgentRequest
-	19, // 20: signet.admin.v1.Admin.SearchAudit:input_type -> signet.admin.v1.SearchAuditRequest
-	21, // 21: signet.admin.v1.Admin.GetStatus:input_type -> signet.admin.v1.GetStatusRequest
-	4,  // 22: signet.admin.v1.Admin.Plan:output_type -> signet.admin.v1.ApplyResponse
-	4,  // 23: signet.admin.v1.Admin.Apply:output_type -> signet.admin.v1.ApplyResponse
-	7,  // 24: signet.admin.v1.Admin.GetResources:output_type -> signet.admin.v1.GetResourcesResponse
-	9,  // 25: signet.admin.v1.Admin.DeleteResource:output_type -> signet.admin.v1.DeleteResourceResponse
-	11, // 26: signet.admin.v1.Admin.GetPolicySet:output_type -> signet.admin.v1.GetPolicySetResponse
-	13, // 27: signet.admin.v1.Admin.CreateJoinToken:output_type -> signet.admin.v1.CreateJoinTokenResponse
-	16, // 28: signet.admin.v1.Admin.ListAgentStatus:output_type -> signet.admin.v1.ListAgentStatusResponse
-	18, // 29: signet.admin.v1.Admin.UnbanAgent:output_type -> signet.admin.v1.UnbanAgentResponse
-	20, // 30: signet.admin.v1.Admin.SearchAudit:output_type -> signet.admin.v1.AuditRecord
-	22, // 31: signet.admin.v1.Admin.GetStatus:output_type -> signet.admin.v1.GetStatusResponse
-	22, // [22:32] is the sub-list for method output_type
-	12, // [12:22] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	4,  // 2: signet.admin.v1.ApplyResponse.changes:type_name -> signet.admin.v1.Change
+	34, // 3: signet.admin.v1.Resource.created_at:type_name -> google.protobuf.Timestamp
+	2,  // 4: signet.admin.v1.Resource.document:type_name -> signet.admin.v1.Document
+	6,  // 5: signet.admin.v1.GetResourcesResponse.resources:type_name -> signet.admin.v1.Resource
+	35, // 6: signet.admin.v1.GetPolicySetResponse.policies:type_name -> signet.policy.v1.PolicySet
+	34, // 7: signet.admin.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	34, // 8: signet.admin.v1.AgentStatus.expires_at:type_name -> google.protobuf.Timestamp
+	16, // 9: signet.admin.v1.ListAgentStatusResponse.agents:type_name -> signet.admin.v1.AgentStatus
+	34, // 10: signet.admin.v1.SearchAuditRequest.since:type_name -> google.protobuf.Timestamp
+	34, // 11: signet.admin.v1.SearchAuditRequest.until:type_name -> google.protobuf.Timestamp
+	1,  // 12: signet.admin.v1.AppendedAuthority.type:type_name -> signet.admin.v1.AuthorityType
+	34, // 13: signet.admin.v1.AppendedAuthority.expires_at:type_name -> google.protobuf.Timestamp
+	34, // 14: signet.admin.v1.AppendedAuthority.appended_at:type_name -> google.protobuf.Timestamp
+	24, // 15: signet.admin.v1.ListAppendedAuthoritiesResponse.authorities:type_name -> signet.admin.v1.AppendedAuthority
+	1,  // 16: signet.admin.v1.TaintAppendedAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
+	1,  // 17: signet.admin.v1.RevokeAppendedAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
+	34, // 18: signet.admin.v1.FederationStatus.fetched_at:type_name -> google.protobuf.Timestamp
+	34, // 19: signet.admin.v1.FederationStatus.succeeded_at:type_name -> google.protobuf.Timestamp
+	34, // 20: signet.admin.v1.FederationStatus.next_at:type_name -> google.protobuf.Timestamp
+	32, // 21: signet.admin.v1.ListFederationStatusResponse.statuses:type_name -> signet.admin.v1.FederationStatus
+	3,  // 22: signet.admin.v1.Admin.Plan:input_type -> signet.admin.v1.ApplyRequest
+	3,  // 23: signet.admin.v1.Admin.Apply:input_type -> signet.admin.v1.ApplyRequest
+	7,  // 24: signet.admin.v1.Admin.GetResources:input_type -> signet.admin.v1.GetResourcesRequest
+	9,  // 25: signet.admin.v1.Admin.DeleteResource:input_type -> signet.admin.v1.DeleteResourceRequest
+	11, // 26: signet.admin.v1.Admin.GetPolicySet:input_type -> signet.admin.v1.GetPolicySetRequest
+	13, // 27: signet.admin.v1.Admin.CreateJoinToken:input_type -> signet.admin.v1.CreateJoinTokenRequest
+	15, // 28: signet.admin.v1.Admin.ListAgentStatus:input_type -> signet.admin.v1.ListAgentStatusRequest
+	18, // 29: signet.admin.v1.Admin.UnbanAgent:input_type -> signet.admin.v1.UnbanAgentRequest
+	20, // 30: signet.admin.v1.Admin.SearchAudit:input_type -> signet.admin.v1.SearchAuditRequest
+	22, // 31: signet.admin.v1.Admin.GetStatus:input_type -> signet.admin.v1.GetStatusRequest
+	25, // 32: signet.admin.v1.Admin.ListAppendedAuthorities:input_type -> signet.admin.v1.ListAppendedAuthoritiesRequest
+	27, // 33: signet.admin.v1.Admin.TaintAppendedAuthority:input_type -> signet.admin.v1.TaintAppendedAuthorityRequest
+	29, // 34: signet.admin.v1.Admin.RevokeAppendedAuthority:input_type -> signet.admin.v1.RevokeAppendedAuthorityRequest
+	31, // 35: signet.admin.v1.Admin.ListFederationStatus:input_type -> signet.admin.v1.ListFederationStatusRequest
+	5,  // 36: signet.admin.v1.Admin.Plan:output_type -> signet.admin.v1.ApplyResponse
+	5,  // 37: signet.admin.v1.Admin.Apply:output_type -> signet.admin.v1.ApplyResponse
+	8,  // 38: signet.admin.v1.Admin.GetResources:output_type -> signet.admin.v1.GetResourcesResponse
+	10, // 39: signet.admin.v1.Admin.DeleteResource:output_type -> signet.admin.v1.DeleteResourceResponse
+	12, // 40: signet.admin.v1.Admin.GetPolicySet:output_type -> signet.admin.v1.GetPolicySetResponse
+	14, // 41: signet.admin.v1.Admin.CreateJoinToken:output_type -> signet.admin.v1.CreateJoinTokenResponse
+	17, // 42: signet.admin.v1.Admin.ListAgentStatus:output_type -> signet.admin.v1.ListAgentStatusResponse
+	19, // 43: signet.admin.v1.Admin.UnbanAgent:output_type -> signet.admin.v1.UnbanAgentResponse
+	21, // 44: signet.admin.v1.Admin.SearchAudit:output_type -> signet.admin.v1.AuditRecord
+	23, // 45: signet.admin.v1.Admin.GetStatus:output_type -> signet.admin.v1.GetStatusResponse
+	26, // 46: signet.admin.v1.Admin.ListAppendedAuthorities:output_type -> signet.admin.v1.ListAppendedAuthoritiesResponse
+	28, // 47: signet.admin.v1.Admin.TaintAppendedAuthority:output_type -> signet.admin.v1.TaintAppendedAuthorityResponse
+	30, // 48: signet.admin.v1.Admin.RevokeAppendedAuthority:output_type -> signet.admin.v1.RevokeAppendedAuthorityResponse
+	33, // 49: signet.admin.v1.Admin.ListFederationStatus:output_type -> signet.admin.v1.ListFederationStatusResponse
+	36, // [36:50] is the sub-list for method output_type
+	22, // [22:36] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_signet_admin_v1_admin_proto_init() }
@@ -1671,8 +2331,8 @@ func file_signet_admin_v1_admin_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_admin_v1_admin_proto_rawDesc), len(file_signet_admin_v1_admin_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   22,
+			NumEnums:      2,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,16 +22,20 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_Plan_FullMethodName            = "/signet.admin.v1.Admin/Plan"
-	Admin_Apply_FullMethodName           = "/signet.admin.v1.Admin/Apply"
-	Admin_GetResources_FullMethodName    = "/signet.admin.v1.Admin/GetResources"
-	Admin_DeleteResource_FullMethodName  = "/signet.admin.v1.Admin/DeleteResource"
-	Admin_GetPolicySet_FullMethodName    = "/signet.admin.v1.Admin/GetPolicySet"
-	Admin_CreateJoinToken_FullMethodName = "/signet.admin.v1.Admin/CreateJoinToken"
-	Admin_ListAgentStatus_FullMethodName = "/signet.admin.v1.Admin/ListAgentStatus"
-	Admin_UnbanAgent_FullMethodName      = "/signet.admin.v1.Admin/UnbanAgent"
-	Admin_SearchAudit_FullMethodName     = "/signet.admin.v1.Admin/SearchAudit"
-	Admin_GetStatus_FullMethodName       = "/signet.admin.v1.Admin/GetStatus"
+	Admin_Plan_FullMethodName                    = "/signet.admin.v1.Admin/Plan"
+	Admin_Apply_FullMethodName                   = "/signet.admin.v1.Admin/Apply"
+	Admin_GetResources_FullMethodName            = "/signet.admin.v1.Admin/GetResources"
+	Admin_DeleteResource_FullMethodName          = "/signet.admin.v1.Admin/DeleteResource"
+	Admin_GetPolicySet_FullMethodName            = "/signet.admin.v1.Admin/GetPolicySet"
+	Admin_CreateJoinToken_FullMethodName         = "/signet.admin.v1.Admin/CreateJoinToken"
+	Admin_ListAgentStatus_FullMethodName         = "/signet.admin.v1.Admin/ListAgentStatus"
+	Admin_UnbanAgent_FullMethodName              = "/signet.admin.v1.Admin/UnbanAgent"
+	Admin_SearchAudit_FullMethodName             = "/signet.admin.v1.Admin/SearchAudit"
+	Admin_GetStatus_FullMethodName               = "/signet.admin.v1.Admin/GetStatus"
+	Admin_ListAppendedAuthorities_FullMethodName = "/signet.admin.v1.Admin/ListAppendedAuthorities"
+	Admin_TaintAppendedAuthority_FullMethodName  = "/signet.admin.v1.Admin/TaintAppendedAuthority"
+	Admin_RevokeAppendedAuthority_FullMethodName = "/signet.admin.v1.Admin/RevokeAppendedAuthority"
+	Admin_ListFederationStatus_FullMethodName    = "/signet.admin.v1.Admin/ListFederationStatus"
 )
 
 // AdminClient is the client API for Admin service.
@@ -53,6 +57,14 @@ type AdminClient interface {
 	// SearchAudit streams matching audit records, oldest first, and with follow set goes on with new ones.
 	SearchAudit(ctx context.Context, in *SearchAuditRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditRecord], error)
 	GetStatus(ctx context.Context, in *GetStatusRequest, opts ...grpc.CallOption) (*GetStatusResponse, error)
+	// Appended authorities are of this trust domain, but their keys are not this CA's. SPIRE's AppendBundle adds them.
+	ListAppendedAuthorities(ctx context.Context, in *ListAppendedAuthoritiesRequest, opts ...grpc.CallOption) (*ListAppendedAuthoritiesResponse, error)
+	// TaintAppendedAuthority has everybody renew what an appended authority signed.
+	TaintAppendedAuthority(ctx context.Context, in *TaintAppendedAuthorityRequest, opts ...grpc.CallOption) (*TaintAppendedAuthorityResponse, error)
+	// RevokeAppendedAuthority takes an appended authority out of the bundle.
+	RevokeAppendedAuthority(ctx context.Context, in *RevokeAppendedAuthorityRequest, opts ...grpc.CallOption) (*RevokeAppendedAuthorityResponse, error)
+	// ListFederationStatus says how this replica last fetched the bundles of the trust domains that it federates with.
+	ListFederationStatus(ctx context.Context, in *ListFederationStatusRequest, opts ...grpc.CallOption) (*ListFederationStatusResponse, error)
 }
 
 type adminClient struct {
@@ -172,6 +184,46 @@ func (c *adminClient) GetStatus(ctx context.Context, in *GetStatusRequest, opts 
 	return out, nil
 }
 
+func (c *adminClient) ListAppendedAuthorities(ctx context.Context, in *ListAppendedAuthoritiesRequest, opts ...grpc.CallOption) (*ListAppendedAuthoritiesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAppendedAuthoritiesResponse)
+	err := c.cc.Invoke(ctx, Admin_ListAppendedAuthorities_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) TaintAppendedAuthority(ctx context.Context, in *TaintAppendedAuthorityRequest, opts ...grpc.CallOption) (*TaintAppendedAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TaintAppendedAuthorityResponse)
+	err := c.cc.Invoke(ctx, Admin_TaintAppendedAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RevokeAppendedAuthority(ctx context.Context, in *RevokeAppendedAuthorityRequest, opts ...grpc.CallOption) (*RevokeAppendedAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeAppendedAuthorityResponse)
+	err := c.cc.Invoke(ctx, Admin_RevokeAppendedAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListFederationStatus(ctx context.Context, in *ListFederationStatusRequest, opts ...grpc.CallOption) (*ListFederationStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListFederationStatusResponse)
+	err := c.cc.Invoke(ctx, Admin_ListFederationStatus_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -191,6 +243,14 @@ type AdminServer interface {
 	// SearchAudit streams matching audit records, oldest first, and with follow set goes on with new ones.
 	SearchAudit(*SearchAuditRequest, grpc.ServerStreamingServer[AuditRecord]) error
 	GetStatus(context.Context, *GetStatusRequest) (*GetStatusResponse, error)
+	// Appended authorities are of this trust domain, but their keys are not this CA's. SPIRE's AppendBundle adds them.
+	ListAppendedAuthorities(context.Context, *ListAppendedAuthoritiesRequest) (*ListAppendedAuthoritiesResponse, error)
+	// TaintAppendedAuthority has everybody renew what an appended authority signed.
+	TaintAppendedAuthority(context.Context, *TaintAppendedAuthorityRequest) (*TaintAppendedAuthorityResponse, error)
+	// RevokeAppendedAuthority takes an appended authority out of the bundle.
+	RevokeAppendedAuthority(context.Context, *RevokeAppendedAuthorityRequest) (*RevokeAppendedAuthorityResponse, error)
+	// ListFederationStatus says how this replica last fetched the bundles of the trust domains that it federates with.
+	ListFederationStatus(context.Context, *ListFederationStatusRequest) (*ListFederationStatusResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -230,6 +290,18 @@ func (UnimplementedAdminServer) SearchAudit(*SearchAuditRequest, grpc.ServerStre
 }
 func (UnimplementedAdminServer) GetStatus(context.Context, *GetStatusRequest) (*GetStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetStatus not implemented")
+}
+func (UnimplementedAdminServer) ListAppendedAuthorities(context.Context, *ListAppendedAuthoritiesRequest) (*ListAppendedAuthoritiesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAppendedAuthorities not implemented")
+}
+func (UnimplementedAdminServer) TaintAppendedAuthority(context.Context, *TaintAppendedAuthorityRequest) (*TaintAppendedAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method TaintAppendedAuthority not implemented")
+}
+func (UnimplementedAdminServer) RevokeAppendedAuthority(context.Context, *RevokeAppendedAuthorityRequest) (*RevokeAppendedAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeAppendedAuthority not implemented")
+}
+func (UnimplementedAdminServer) ListFederationStatus(context.Context, *ListFederationStatusRequest) (*ListFederationStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListFederationStatus not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -425,6 +497,78 @@ func _Admin_GetStatus_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ListAppendedAuthorities_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAppendedAuthoritiesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListAppendedAuthorities(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListAppendedAuthorities_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListAppendedAuthorities(ctx, req.(*ListAppendedAuthoritiesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_TaintAppendedAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TaintAppendedAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).TaintAppendedAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_TaintAppendedAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).TaintAppendedAuthority(ctx, req.(*TaintAppendedAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RevokeAppendedAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeAppendedAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RevokeAppendedAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RevokeAppendedAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RevokeAppendedAuthority(ctx, req.(*RevokeAppendedAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListFederationStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListFederationStatusRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListFederationStatus(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListFederationStatus_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListFederationStatus(ctx, req.(*ListFederationStatusRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -467,6 +611,22 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetStatus",
 			Handler:    _Admin_GetStatus_Handler,
+		},
+		{
+			MethodName: "ListAppendedAuthorities",
+			Handler:    _Admin_ListAppendedAuthorities_Handler,
+		},
+		{
+			MethodName: "TaintAppendedAuthority",
+			Handler:    _Admin_TaintAppendedAuthority_Handler,
+		},
+		{
+			MethodName: "RevokeAppendedAuthority",
+			Handler:    _Admin_RevokeAppendedAuthority_Handler,
+		},
+		{
+			MethodName: "ListFederationStatus",
+			Handler:    _Admin_ListFederationStatus_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
