@@ -49,6 +49,7 @@ type CA struct {
 	store    store.Store
 	bolt     *bolt.Store
 	audit    *auditlog.Log
+	keys     *keys.Ring
 	set      *authority.Set
 	reg      *registry.Registry
 	guard    *access.Guard
@@ -113,7 +114,8 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	if err != nil {
 		return ca, err
 	}
-	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Store: ca.store, Seal: seal, Now: c.Now, Log: ca.log,
+	ca.keys = c.Keys.ring(ca.td, ca.log)
+	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Store: ca.store, Seal: seal, Keys: ca.keys, Exclusive: true, Now: c.Now, Log: ca.log,
 		X509Lifetime: c.Authorities.X509Lifetime, JWTLifetime: c.Authorities.JWTLifetime, RefreshHint: c.Authorities.RefreshHint,
 		DefaultX509TTL: c.TTL.X509, DefaultJWTTTL: c.TTL.JWT, MaxX509TTL: c.TTL.MaxX509, MaxJWTTTL: c.TTL.MaxJWT, Issuer: c.JWTIssuer}); err != nil {
 		return ca, err
@@ -508,6 +510,9 @@ func (ca *CA) Close() {
 	}
 	if ca.local != nil {
 		ca.local.Stop()
+	}
+	if ca.keys != nil {
+		ca.keys.Close()
 	}
 	if ca.audit != nil {
 		if err := ca.audit.Close(); err != nil && !errors.Is(err, auditlog.ErrClosed) {

@@ -33,6 +33,8 @@ type Config struct {
 	AdminIDs []string `yaml:"admin_ids"`
 	// Seal says where the key is that seals the authorities' private keys. One of its sources is needed.
 	Seal Seal `yaml:"seal"`
+	// Keys says where the authorities' private keys are made and kept. Default: in this process, sealed in the store.
+	Keys Keys `yaml:"keys"`
 	// TTL holds the validity of what is issued.
 	TTL TTL `yaml:"ttl"`
 	// Authorities says how long new authorities live and how often their bundle should be fetched.
@@ -77,6 +79,26 @@ type Seal struct {
 	Create bool `yaml:"create"`
 	// SystemdCredential is the name of a credential that systemd passes (LoadCredential=).
 	SystemdCredential string `yaml:"systemd_credential"`
+}
+
+// Keys says where the private keys of new authorities are made. Authorities that exist keep the key they have: a change
+// takes effect when the next authority is prepared.
+type Keys struct {
+	// URI is the key store for all authorities: softkms: (default), pkcs11:, tpmkms:, awskms:, cloudkms: or azurekms:. It
+	// names no key, and holds no PIN: name a file with pin-source.
+	URI string `yaml:"uri"`
+	// X509 is the key store for X.509 authorities. Default: uri.
+	X509 string `yaml:"x509"`
+	// JWT is the key store for JWT authorities. Default: uri.
+	JWT string `yaml:"jwt"`
+	// X509Algorithm is EC-P256 (default), EC-P384, RSA-2048, RSA-3072 or RSA-4096.
+	X509Algorithm string `yaml:"x509_algorithm"`
+	// JWTAlgorithm is the same for JWT authorities. JWT-SVIDs are signed with ES256, ES384 or RS256.
+	JWTAlgorithm string `yaml:"jwt_algorithm"`
+	// Timeout bounds one signature in a key store. Default 10s.
+	Timeout time.Duration `yaml:"timeout"`
+	// Concurrency is the most calls under way in one key store at once. Default 32.
+	Concurrency int `yaml:"concurrency"`
 }
 
 // TTL holds validities.
@@ -190,6 +212,7 @@ func (c *Config) Check() error {
 	}
 	c.checkLifetimes(bad)
 	c.NodeAttestors.check(bad)
+	c.Keys.check(bad)
 	if c.Audit.Reserve < 0 || c.Audit.MaxFileBytes < 0 {
 		bad("audit", "reserve_bytes and max_file_bytes must not be negative; 0 means the default")
 	}

@@ -65,8 +65,15 @@ type Config struct {
 	// Store keeps the records of the authorities, under "authority/".
 	Store store.Store
 
-	// Seal encrypts the authorities' private keys.
+	// Seal encrypts the authorities' private keys, or where they are.
 	Seal *keys.SealKey
+
+	// Keys makes and opens the authorities' keys. Nil: new keys are made in this process and sealed in the store.
+	Keys *keys.Ring
+
+	// Exclusive says that no other process can have the store open. Then whatever an earlier process was at is taken over
+	// at once.
+	Exclusive bool
 
 	// Now tells the time that ends up in SVIDs. Nil means time.Now.
 	Now func() time.Time
@@ -115,13 +122,16 @@ func (c *Config) check() error {
 		return errors.New("the authorities need a store")
 	}
 	if c.Seal == nil {
-		return errors.New("no seal key; set seal.key_file or seal.systemd_credential")
+		return errors.New("no seal key; set seal.key_file, seal.systemd_credential or seal.kms")
 	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
 	if c.Log == nil {
 		c.Log = slog.Default()
+	}
+	if c.Keys == nil {
+		c.Keys = keys.NewRing(keys.RingConfig{TrustDomain: c.TrustDomain, Log: c.Log})
 	}
 	if c.MaxAudiences == 0 {
 		c.MaxAudiences = DefaultMaxAudiences
@@ -178,6 +188,10 @@ func positive(d, otherwise time.Duration) time.Duration {
 type Set struct {
 	config Config
 
+	// owner names this process in intents; making is held by who makes a key.
+	owner  string
+	making chan struct{}
+
 	// current is replaced as a whole by Load and Observe; what it points to is never changed.
 	current atomic.Pointer[snapshot]
 
@@ -202,7 +216,7 @@ func Open(ctx context.Context, c Config) (*Set, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
-	s := &Set{config: c, moved: make(chan struct{})}
+	s := &Set{config: c, owner: newOwner(), making: make(chan struct{}, 1), moved: make(chan struct{})}
 	// Whoever loses the commit of the first ones finds the winner's in the next round.
 	for range 2 {
 		items, err := s.list(ctx)
@@ -210,7 +224,11 @@ func Open(ctx context.Context, c Config) (*Set, error) {
 			return nil, err
 		}
 		if len(items) > 0 {
-			return s, s.Load(items)
+			if err := s.Load(items); err != nil {
+				return s, err
+			}
+			s.settleIntents(ctx)
+			return s, nil
 		}
 		if err := s.makeFirst(ctx); err != nil {
 			return nil, err
@@ -229,13 +247,26 @@ func Sealed(ctx context.Context, st store.Store) (bool, error) {
 	return false, err
 }
 
-// Health returns nil if the Set can sign both kinds of SVIDs now, or else why it cannot.
+// Health returns nil if the Set can sign both kinds of SVIDs now, or else why it cannot. A key store that does not answer is
+// named together with its key.
 func (s *Set) Health() error {
-	if _, err := s.activeX509(s.config.Now()); err != nil {
+	x, err := s.activeX509(s.config.Now())
+	if err != nil {
 		return err
 	}
-	_, err := s.activeJWT(s.config.Now())
-	return err
+	j, err := s.activeJWT(s.config.Now())
+	if err != nil {
+		return err
+	}
+	// Both are asked, since asking tries a key store again that was down.
+	xErr, jErr := x.key.Health(), j.key.Health()
+	if xErr != nil {
+		return fmt.Errorf("x509 authority %s: %w", x.id, xErr)
+	}
+	if jErr != nil {
+		return fmt.Errorf("jwt authority %s: %w", j.id, jErr)
+	}
+	return nil
 }
 
 func (s *Set) list(ctx context.Context) ([]store.Item, error) {

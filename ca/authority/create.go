@@ -68,15 +68,6 @@ type madeKey struct {
 	writes []store.Write
 }
 
-// makeKey makes a key for an authority of the given use and generation.
-func (s *Set) makeKey(ctx context.Context, use keys.Use, generation uint64) (madeKey, error) {
-	key, err := keys.Generate(ctx)
-	if err != nil {
-		return madeKey{}, err
-	}
-	return madeKey{key: key, use: use, generation: generation}, nil
-}
-
 // stored returns the key in the form in which a record holds it.
 func (s *Set) stored(made madeKey, id string) (keys.Stored, error) {
 	return made.key.Seal(s.config.Seal, keys.Binding{TrustDomain: s.config.TrustDomain, Use: made.use, AuthorityID: id, Generation: made.generation})

@@ -226,9 +226,9 @@ func (s *Set) readJWT(item store.Item, known *jwtAuthority) (*jwtAuthority, erro
 	return a, err
 }
 
-// openKey unseals a key, which is done in this process and never waits.
+// openKey unseals a key, or where it is, which is done in this process and never waits.
 func (s *Set) openKey(stored keys.Stored, b keys.Binding, want crypto.PublicKey) (*keys.Key, error) {
-	key, err := keys.Open(context.Background(), stored, s.config.Seal, b)
+	key, err := s.config.Keys.Open(context.Background(), stored, s.config.Seal, b, want)
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rsa"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,12 +23,16 @@ const KindSoft = "softkms"
 // key does not verify.
 var ErrBadSignature = errors.New("the key store returned a signature that does not verify")
 
+var errNoSealKey = errors.New("no seal key; set seal.key_file, seal.systemd_credential or seal.kms")
+
 // A Stored is an authority's private key as it is kept in the store: never in clear.
 type Stored struct {
-	// Kind says where the key lives. Only KindSoft is known; any other is refused by Open.
+	// Kind says where the key lives: KindSoft, or the URI scheme of a key store.
 	Kind string `json:"kind"`
 
-	// Sealed is the private key, encrypted under the seal key.
+	// Sealed is encrypted under the seal key: of KindSoft the private key, of others the URIs of key store and key. Those
+	// are no secret, but name the library that the CA loads and the file that it reads as PIN, which nobody who can
+	// merely write to the store may choose.
 	Sealed []byte `json:"sealed,omitempty"`
 }
 
@@ -39,13 +44,17 @@ type Key struct {
 }
 
 // Generate makes a new EC P-256 key in this process.
-func Generate(ctx context.Context) (*Key, error) {
+func Generate(ctx context.Context) (*Key, error) { return generate(ctx, ECP256) }
+
+func generate(ctx context.Context, algorithm Algorithm) (*Key, error) {
 	manager, err := softKMS(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer manager.Close()
-	made, err := manager.CreateKey(&apiv1.CreateKeyRequest{SignatureAlgorithm: apiv1.ECDSAWithSHA256})
+	request := &apiv1.CreateKeyRequest{}
+	algorithm.request(request)
+	made, err := manager.CreateKey(request)
 	if err != nil {
 		return nil, fmt.Errorf("making an authority key: %w", err)
 	}
@@ -59,33 +68,39 @@ func External(signer crypto.Signer) *Key { return &Key{signer: signer, external:
 // Seal returns the key in the form in which it is stored. It opens only with the same seal key and the same binding. The
 // key of an External cannot be sealed.
 func (k *Key) Seal(seal *SealKey, b Binding) (Stored, error) {
+	if seal == nil {
+		return Stored{}, errNoSealKey
+	}
+	if signer, ok := k.signer.(*storeSigner); ok {
+		text, err := json.Marshal(reference{KMS: signer.store.place.text, Key: signer.key})
+		if err != nil {
+			return Stored{}, err
+		}
+		sealed, err := seal.seal(sealReference, text, b)
+		return Stored{Kind: signer.store.place.scheme, Sealed: sealed}, err
+	}
 	if k.external {
 		return Stored{}, errors.New("a key outside this process has no bytes to seal")
-	}
-	if seal == nil {
-		return Stored{}, errors.New("no seal key; set seal.key_file or seal.systemd_credential")
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(k.signer)
 	if err != nil {
 		return Stored{}, fmt.Errorf("encoding the key of authority %q: %w", b.AuthorityID, err)
 	}
 	defer clear(der)
-	sealed, err := seal.seal(der, b)
-	if err != nil {
-		return Stored{}, err
-	}
-	return Stored{Kind: KindSoft, Sealed: sealed}, nil
+	sealed, err := seal.seal(sealUse, der, b)
+	return Stored{Kind: KindSoft, Sealed: sealed}, err
 }
 
-// Open returns the key that Seal stored. errors.Is tells ErrWrongSealKey from ErrSealBroken.
+// Open returns the key of KindSoft that Seal stored; Ring.Open opens all kinds. errors.Is tells ErrWrongSealKey from
+// ErrSealBroken.
 func Open(ctx context.Context, stored Stored, seal *SealKey, b Binding) (*Key, error) {
 	if stored.Kind != KindSoft {
 		return nil, fmt.Errorf("key of authority %q is kept in %q; this program knows %q only", b.AuthorityID, stored.Kind, KindSoft)
 	}
 	if seal == nil {
-		return nil, fmt.Errorf("key of authority %q is sealed and there is no seal key; set seal.key_file or seal.systemd_credential", b.AuthorityID)
+		return nil, fmt.Errorf("key of authority %q: %w", b.AuthorityID, errNoSealKey)
 	}
-	der, err := seal.open(stored.Sealed, b)
+	der, err := seal.open(sealUse, stored.Sealed, b)
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +129,7 @@ func (k *Key) Public() crypto.PublicKey { return k.signer.Public() }
 // returned if it does not verify: hardware that fails must not put unusable SVIDs into the world.
 func (k *Key) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	signature, err := k.signer.Sign(rand, digest, opts)
-	if err != nil || !k.external {
+	if _, verified := k.signer.(*storeSigner); err != nil || !k.external || verified {
 		return signature, err
 	}
 	if !verify(k.signer.Public(), digest, signature, opts) {
@@ -125,6 +140,24 @@ func (k *Key) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byt
 
 // External reports whether the key signs outside this process.
 func (k *Key) External() bool { return k.external }
+
+// Health returns nil if the key can sign as far as is known, or else an error that names the key and its key store and says
+// what is wrong. Asking is cheap. A key store that is down is tried again in the background when it is asked after, so that
+// it recovers without a request.
+func (k *Key) Health() error {
+	if signer, ok := k.signer.(*storeSigner); ok {
+		return signer.health()
+	}
+	return nil
+}
+
+// Prove makes one signature, for nothing but to see whether the key signs.
+func (k *Key) Prove(ctx context.Context) error {
+	if signer, ok := k.signer.(*storeSigner); ok {
+		return signer.prove(ctx)
+	}
+	return nil
+}
 
 // Format hides the key, whatever the verb.
 func (k *Key) Format(f fmt.State, _ rune) { io.WriteString(f, "[authority key]") }

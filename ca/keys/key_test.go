@@ -137,7 +137,7 @@ func TestOpenRefusals(t *testing.T) {
 	_, stored := sealedKey(t, seal)
 	newer := bytes.Clone(stored.Sealed)
 	newer[len(sealMagic)] = 2
-	notAKey, err := seal.seal([]byte("not a key"), testBinding)
+	notAKey, err := seal.seal(sealUse, []byte("not a key"), testBinding)
 	if err != nil {
 		t.Fatal(err)
 	}

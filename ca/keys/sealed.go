@@ -15,6 +15,8 @@ import (
 // to the nonce is authenticated together with the binding.
 const (
 	sealUse        = "signet authority key v1"
+	sealReference  = "signet authority key reference v1"
+	sealIntent     = "signet authority key intent v1"
 	sealMagic      = "SGNK"
 	sealVersion    = 1
 	sealKeyIDBytes = 8
@@ -68,17 +70,17 @@ func (b Binding) check() error {
 
 // associated returns the associated data of the sealed form: use and version, header and binding, each with its length,
 // so that no two bindings give the same bytes.
-func (b Binding) associated(header []byte) []byte {
+func (b Binding) associated(use string, header []byte) []byte {
 	var out []byte
-	for _, part := range [][]byte{[]byte(sealUse), header, []byte(b.TrustDomain.Name()), []byte(b.Use), []byte(b.AuthorityID)} {
+	for _, part := range [][]byte{[]byte(use), header, []byte(b.TrustDomain.Name()), []byte(b.Use), []byte(b.AuthorityID)} {
 		out = binary.BigEndian.AppendUint32(out, uint32(len(part)))
 		out = append(out, part...)
 	}
 	return binary.BigEndian.AppendUint64(out, b.Generation)
 }
 
-// seal encrypts plain for the binding.
-func (k *SealKey) seal(plain []byte, b Binding) ([]byte, error) {
+// seal encrypts plain for the binding. use says what it is: one kind does not open as another.
+func (k *SealKey) seal(use string, plain []byte, b Binding) ([]byte, error) {
 	if err := b.check(); err != nil {
 		return nil, err
 	}
@@ -90,11 +92,11 @@ func (k *SealKey) seal(plain []byte, b Binding) ([]byte, error) {
 	nonce := make([]byte, sealNonceBytes)
 	rand.Read(nonce)
 	out = append(out, nonce...)
-	return k.aead.Seal(out, nonce, plain, b.associated(header)), nil
+	return k.aead.Seal(out, nonce, plain, b.associated(use, header)), nil
 }
 
 // open decrypts what seal made. The caller clears the result.
-func (k *SealKey) open(sealed []byte, b Binding) ([]byte, error) {
+func (k *SealKey) open(use string, sealed []byte, b Binding) ([]byte, error) {
 	if err := b.check(); err != nil {
 		return nil, err
 	}
@@ -113,7 +115,7 @@ func (k *SealKey) open(sealed []byte, b Binding) ([]byte, error) {
 			name, hex.EncodeToString(id), k.origin, k.ID(), ErrWrongSealKey)
 	}
 	header, rest := sealed[:sealHeader], sealed[sealHeader:]
-	plain, err := k.aead.Open(nil, rest[:sealNonceBytes], rest[sealNonceBytes:], b.associated(header))
+	plain, err := k.aead.Open(nil, rest[:sealNonceBytes], rest[sealNonceBytes:], b.associated(use, header))
 	if err != nil {
 		return nil, fmt.Errorf("%s, generation %d: %w; restore the store from a backup", name, b.Generation, ErrSealBroken)
 	}

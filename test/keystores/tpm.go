@@ -1,0 +1,86 @@
+package keystores
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// A TPM is a software TPM that listens on a Unix socket.
+type TPM struct {
+	// URI names the TPM and the directory in which the driver keeps its wrapped keys.
+	URI string
+	// Socket is the TPM's socket, and Storage the directory.
+	Socket, Storage string
+
+	state string
+	stop  func()
+}
+
+// SWTPM starts a TPM, which ends with the test.
+func SWTPM(t testing.TB) *TPM {
+	t.Helper()
+	// A Unix socket's path has about 100 bytes at most, so it is not under t.TempDir.
+	dir, err := os.MkdirTemp("", "tpm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	m := &TPM{Socket: filepath.Join(dir, "tpm.sock"), Storage: filepath.Join(dir, "keys"), state: filepath.Join(dir, "state")}
+	for _, d := range []string{m.Storage, m.state} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	setup := program(t, "swtpm_setup", "swtpm-tools")
+	if out, err := exec.Command(setup, "--tpm2", "--tpmstate", m.state, "--not-overwrite").CombinedOutput(); err != nil {
+		t.Fatalf("swtpm_setup: %v\n%s", err, out)
+	}
+	m.URI = fmt.Sprintf("tpmkms:device=%s;storage-directory=%s", m.Socket, m.Storage)
+	m.Start(t)
+	t.Cleanup(func() { m.Stop(t) })
+	return m
+}
+
+// Start starts the TPM's process again after Stop.
+func (m *TPM) Start(t testing.TB) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := exec.CommandContext(ctx, program(t, "swtpm", "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+m.state,
+		"--server", "type=unixio,path="+m.Socket, "--ctrl", "type=unixio,path="+m.Socket+".ctrl", "--flags", "startup-clear,not-need-init")
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	m.stop = func() {
+		cancel()
+		_ = cmd.Wait() // killed
+		m.stop = nil
+	}
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		conn, err := net.Dial("unix", m.Socket+".ctrl")
+		if err == nil {
+			conn.Close()
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("swtpm does not listen on %s: %v", m.Socket, err)
+		}
+		<-time.After(10 * time.Millisecond)
+	}
+}
+
+// Stop kills the TPM's process.
+func (m *TPM) Stop(testing.TB) {
+	if m.stop != nil {
+		m.stop()
+		os.Remove(m.Socket)
+		os.Remove(m.Socket + ".ctrl")
+	}
+}
