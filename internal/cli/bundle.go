@@ -7,6 +7,8 @@ import (
 	"encoding/hex"
 	"encoding/pem"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -23,7 +25,7 @@ const bundlePage = 100
 
 func (a *app) bundleCommand() *cobra.Command {
 	return a.noun("bundle", "Trust bundles: the authorities of this trust domain and of those it federates with", "",
-		a.bundleShowCommand(), a.bundleListCommand(), a.bundleSetCommand(), a.bundleDeleteCommand())
+		a.bundleShowCommand(), a.bundleListCommand(), a.bundleAppendCommand(), a.bundleSetCommand(), a.bundleDeleteCommand())
 }
 
 // A bundle is a trust bundle as it is printed.
@@ -123,32 +125,40 @@ func pemOf(certs []*x509.Certificate) []byte {
 	return out
 }
 
-func checkBundleFormat(as string) error {
-	switch as {
-	case "", "spiffe", "pem", "jwks":
+// bundleFormats are the documents that a bundle is written as and, but for the last two, set from.
+var bundleFormats = []string{"spiffe", "pem", "jwks", "spire"}
+
+func checkBundleFormat(as string, formats []string) error {
+	if as == "" || slices.Contains(formats, as) {
 		return nil
 	}
-	return usagef("--format %q is not one of spiffe, pem, jwks", as)
+	return usagef("--format %q is not one of %s", as, strings.Join(formats, ", "))
 }
 
 func (a *app) bundleShowCommand() *cobra.Command {
 	var as string
+	var own bool
 	cmd := &cobra.Command{
 		Use:   "show [TRUST-DOMAIN]",
 		Short: "Show the bundle of this trust domain, or of one it federates with",
 		Long: `Show the authorities of this trust domain, or of one it federates with. With --format the bundle itself is printed: "spiffe"
-is the SPIFFE bundle document, "pem" the X.509 authorities, "jwks" the JWT authorities as a JWK Set.`,
+is the SPIFFE bundle document, "pem" the X.509 authorities, "jwks" the JWT authorities as a JWK Set, "spire" what SPIRE's command line
+writes and 'signet bundle append' reads.`,
 		Example: `  signet bundle show
   signet bundle show --format pem > bundle.pem
   signet bundle show partner.example --format spiffe`,
 		Args: atMostArgs(1),
 	}
 	output := outputFlag(cmd)
-	cmd.Flags().StringVar(&as, "format", "", "print the bundle itself as spiffe, pem or jwks")
+	cmd.Flags().StringVar(&as, "format", "", "print the bundle itself as spiffe, pem, jwks or spire")
+	cmd.Flags().BoolVar(&own, "own", false, "with --format spire: leave out authorities that were appended")
 	exclusive(cmd, "format", "output")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if err := checkBundleFormat(as); err != nil {
+		if err := checkBundleFormat(as, bundleFormats); err != nil {
 			return err
+		}
+		if own && (as != "spire" || len(args) > 0) {
+			return usagef("--own goes with --format spire, for the bundle of this trust domain")
 		}
 		if _, err := trustDomains("TRUST-DOMAIN", args); err != nil {
 			return err
@@ -157,6 +167,13 @@ is the SPIFFE bundle document, "pem" the X.509 authorities, "jwks" the JWT autho
 			answer, err := getBundle(ctx, c, args)
 			if err != nil {
 				return err
+			}
+			if as == "spire" {
+				text, err := spireBundle(ctx, c, answer, own)
+				if err != nil {
+					return err
+				}
+				return a.writeText(text)
 			}
 			if as != "" {
 				doc, err := documentOf(answer)
@@ -295,7 +312,7 @@ replaced. The file must come over a channel that you trust: who can change it de
 		if as == "jwks" {
 			return usagef("--format jwks cannot be set: a JWK Set does not say for which kind of SVID its keys are")
 		}
-		if err := checkBundleFormat(as); err != nil {
+		if err := checkBundleFormat(as, bundleFormats[:2]); err != nil {
 			return err
 		}
 		names, err := trustDomains("TRUST-DOMAIN", args[:1])

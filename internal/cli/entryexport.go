@@ -30,9 +30,7 @@ downstream servers among them, which its own 'entry show' shows only when asked 
 				if err != nil {
 					return fmt.Errorf("writing registration entry %q: %w", e.GetId(), err)
 				}
-				// protojson varies its white space on purpose; a file that is compared with another must not.
-				var steady json.RawMessage = text
-				if text, err = json.Marshal(steady); err != nil {
+				if text, err = steadyJSON(text); err != nil {
 					return fmt.Errorf("writing registration entry %q: %w", e.GetId(), err)
 				}
 				if n++; n > 1 {
@@ -75,3 +73,6 @@ func entries(n int) string {
 	}
 	return fmt.Sprintf("%d registration entries", n)
 }
+
+// steadyJSON takes away white space, which protojson varies on purpose: a file that is compared with another must not.
+func steadyJSON(text []byte) ([]byte, error) { return json.Marshal(json.RawMessage(text)) }
