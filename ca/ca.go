@@ -54,6 +54,7 @@ type CA struct {
 	reg      *registry.Registry
 	guard    *access.Guard
 	refusals *access.Refusals
+	limiter  *limiter
 	node     *nodeapi.API
 	svid     *serverSVID
 
@@ -130,8 +131,9 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	}
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
 	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
+	ca.limiter = newLimiter(ca)
 	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
-		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Refused: ca.refused, Now: c.Now, Log: ca.log}
+		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
 	attestors, err := c.NodeAttestors.open(ctx, attestorEnv{td: ca.td, authorities: ca.set, now: c.Now, log: ca.log})
 	if err != nil {
 		return ca, err
@@ -301,7 +303,7 @@ func (ca *CA) makeServers() {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),
 	}
-	ca.tcp = grpc.NewServer(append(common, grpc.Creds(credentials.NewTLS(ca.guard.TLSConfig())))...)
+	ca.tcp = grpc.NewServer(append(common, grpc.Creds(access.LimitedCredentials{TransportCredentials: credentials.NewTLS(ca.guard.TLSConfig()), Admit: ca.limiter.connect}))...)
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
 	register(ca.tcp, ca.node, admin, liveHealth{ca.health, ca})
 	register(ca.local, ca.node, admin, liveHealth{ca.health, ca})

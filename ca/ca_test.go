@@ -49,7 +49,13 @@ type harness struct {
 
 func config(dir string) Config {
 	return Config{TrustDomain: "example.org", Listen: "127.0.0.1:0", DataDir: dir, AdminSocket: AdminSocket{Path: filepath.Join(dir, "admin", "ca.sock")}, Seal: Seal{KeyFile: filepath.Join(dir, "seal.key"), Create: true},
-		Audit: Audit{Reserve: 1 << 20}, Log: slog.New(slog.DiscardHandler)}
+		Audit: Audit{Reserve: 1 << 20}, Limits: unlimited(), Log: slog.New(slog.DiscardHandler)}
+}
+
+// unlimited is for tests that call as often as they can from one address.
+func unlimited() (l Limits) {
+	l.each(func(_ string, one *Limit) { one.Rate = Unlimited })
+	return l
 }
 
 func start(t *testing.T, c Config) *harness {

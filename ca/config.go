@@ -45,6 +45,10 @@ type Config struct {
 	NodeAttestors NodeAttestors `yaml:"node_attestors"`
 	// Audit says where the audit log is and how much room it takes.
 	Audit Audit `yaml:"audit"`
+	// Limits bounds how often one agent may call, and one address from which no X509-SVID is shown (of IPv6 a /64 is one).
+	// Who is over a limit waits, and is refused with ResourceExhausted and a retry hint where that would take longer than
+	// limits.max_wait. The admin socket has no limits. Behind a TCP proxy all callers have one address.
+	Limits Limits `yaml:"limits"`
 	// Metrics serves /metrics, /live and /ready.
 	Metrics Metrics `yaml:"metrics"`
 	// Logging says what is logged to standard error.
@@ -126,6 +130,26 @@ type Audit struct {
 	Reserve      int64  `yaml:"reserve_bytes"`  // kept for renewals when the disk is full; default 64 MiB
 	MaxFileBytes int64  `yaml:"max_file_bytes"` // a new file is begun at this size
 	Keep         int    `yaml:"keep_files"`     // the oldest beyond this many are deleted; negative: none
+}
+
+// Limits bounds how often one agent or address may call.
+type Limits struct {
+	Connections Limit `yaml:"connections"` // new connections of one address; default rate 100, burst 500
+	Attest      Limit `yaml:"attest"`      // attestations from one address; default rate 5, burst 30
+	Bundle      Limit `yaml:"bundle"`      // GetBundle, of one address or agent; default rate 20, burst 100
+	Renew       Limit `yaml:"renew"`       // renewals of one agent's own X509-SVID; default rate 10, burst 20
+	X509SVIDs   Limit `yaml:"x509"`        // X509-SVIDs signed for one agent, each of a batch; default rate 500, burst 1000
+	JWTSVIDs    Limit `yaml:"jwt"`         // JWT-SVIDs signed for one agent, each of a batch; default rate 500, burst 1000
+	Sync        Limit `yaml:"sync"`        // streams and calls by which one agent learns its entries; default rate 10, burst 20
+	Status      Limit `yaml:"status"`      // PostStatus of one agent; default rate 10, burst 10
+	// MaxWait is how long a call may wait before it is refused. Default 5s; at most 8s.
+	MaxWait time.Duration `yaml:"max_wait"`
+}
+
+// Limit bounds one kind of call.
+type Limit struct {
+	Rate  int `yaml:"rate"`  // a second, on average; -1: no limit
+	Burst int `yaml:"burst"` // at once, after a pause; if only a rate is set, the default or the rate, whichever is more
 }
 
 // Metrics says where metrics are served.
@@ -213,6 +237,7 @@ func (c *Config) Check() error {
 	c.checkLifetimes(bad)
 	c.NodeAttestors.check(bad)
 	c.Keys.check(bad)
+	c.Limits.check(bad)
 	if c.Audit.Reserve < 0 || c.Audit.MaxFileBytes < 0 {
 		bad("audit", "reserve_bytes and max_file_bytes must not be negative; 0 means the default")
 	}

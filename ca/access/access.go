@@ -109,6 +109,10 @@ type Guard struct {
 	AllowLocal func(uid, gid uint32, groups []uint32) bool
 	// Methods says who may call what, by full method name. What is not in it is refused.
 	Methods map[string]Kind
+	// Limit takes what a call of a caller on the network costs from their allowance, waits, or refuses. The caller has been
+	// identified and nothing else has been found out about them: this comes before what costs. req is nil for streams. A nil
+	// Limit lets everything through.
+	Limit func(ctx context.Context, c *Caller, method string, req any) error
 	// Refused is told of each refusal, for audit and metrics.
 	Refused func(ctx context.Context, c *Caller, method string, err error)
 	Now     func() time.Time
@@ -151,7 +155,7 @@ func (g *Guard) listed(id spiffeid.ID) bool {
 
 // Unary is the interceptor for unary RPCs.
 func (g *Guard) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	ctx, err := g.admit(ctx, info.FullMethod)
+	ctx, err := g.admit(ctx, info.FullMethod, req)
 	if err != nil {
 		return nil, err
 	}
@@ -160,7 +164,7 @@ func (g *Guard) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, 
 
 // Stream is the interceptor for streaming RPCs.
 func (g *Guard) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	ctx, err := g.admit(ss.Context(), info.FullMethod)
+	ctx, err := g.admit(ss.Context(), info.FullMethod, nil)
 	if err != nil {
 		return err
 	}
@@ -188,8 +192,13 @@ func (s *stream) SendMsg(m any) error {
 
 func (s *stream) Context() context.Context { return s.ctx }
 
-func (g *Guard) admit(ctx context.Context, method string) (context.Context, error) {
+func (g *Guard) admit(ctx context.Context, method string, req any) (context.Context, error) {
 	c, err := g.identify(ctx)
+	if err == nil && g.Limit != nil && c.Kind&Local == 0 {
+		if err := g.Limit(ctx, c, method, req); err != nil {
+			return nil, err // told of by whoever counts: a flood must not fill the audit log
+		}
+	}
 	if err == nil {
 		err = g.authorize(ctx, c, method)
 	}

@@ -4,11 +4,10 @@ import (
 	"context"
 	"net/netip"
 	"sync"
-
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
+	"time"
 
 	"github.com/signet-id/signet/ca/access"
+	"github.com/signet-id/signet/ca/limits"
 )
 
 const (
@@ -19,7 +18,7 @@ const (
 )
 
 // errCrowded tells the agent to come back; agents wait with jitter before they do.
-var errCrowded = status.Error(codes.ResourceExhausted, "too many nodes attest at this moment; attest again in a few seconds")
+var errCrowded = access.Limited(5*time.Second, "too many nodes attest at this moment; attest again in a few seconds")
 
 // seats counts the attestations under way.
 type seats struct {
@@ -50,11 +49,5 @@ func (s *seats) take(addr netip.Addr) (leave func(), err error) {
 	}, nil
 }
 
-// callerAddress is where the caller comes from, without the port; the zero Addr on the admin socket.
-func callerAddress(ctx context.Context) netip.Addr {
-	ap, err := netip.ParseAddrPort(access.From(ctx).Address)
-	if err != nil {
-		return netip.Addr{}
-	}
-	return ap.Addr().Unmap().WithZone("")
-}
+// callerAddress is where the caller comes from, of IPv6 the site; the zero Addr on the admin socket.
+func callerAddress(ctx context.Context) netip.Addr { return limits.Address(access.From(ctx).Address) }

@@ -71,7 +71,7 @@ var rules = []rule{
 // that they serve from, and what keeps state knows the store. See docs/decisions/0001-doors-know-the-registry.md.
 var neighbours = map[string][]string{
 	"ca/access":     {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
-	"ca/nodeapi":    {"ca/access", "ca/nodeattest", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
+	"ca/nodeapi":    {"ca/access", "ca/limits", "ca/nodeattest", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
 	"ca/adminapi":   {"ca/access", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
 	"ca/spireproto": {"ca/registry"},
 	"ca/registry":   {"ca/store"},

@@ -27,6 +27,7 @@ import (
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/test/signettest"
 )
 
@@ -140,7 +141,9 @@ func TestThousandStreams(t *testing.T) {
 
 // TestThousandAgents lets a thousand agents follow one CA and counts how long a policy change takes to reach all.
 func TestThousandAgents(t *testing.T) {
-	s := signettest.Start(t, signettest.Config{})
+	s := signettest.Start(t, signettest.Config{CA: func(c *ca.Config) { // they all have one address
+		c.Limits.Attest.Rate, c.Limits.Connections.Rate = ca.Unlimited, ca.Unlimited
+	}})
 	const n = 1000
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
