@@ -1,0 +1,107 @@
+// Package k8spsat is the evidence of an agent in a pod of Kubernetes: the projected service account token of its pod. It
+// is the agent's side of SPIRE's k8s_psat.
+package k8spsat
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-id/signet/agent/nodeattest"
+)
+
+const (
+	// Type is SPIRE's name of this node attestor.
+	Type = "k8s_psat"
+	// DefaultTokenPath is where the manifests of SPIRE's agents mount the token.
+	DefaultTokenPath = "/var/run/secrets/tokens/spire-agent"
+
+	maxTokenBytes   = 16 << 10
+	maxClusterBytes = 255
+)
+
+// Config says how the evidence is had.
+type Config struct {
+	// Cluster is the name by which the CA knows this cluster.
+	Cluster string
+	// TokenPath is the file of the projected token. Default /var/run/secrets/tokens/spire-agent.
+	TokenPath string
+}
+
+// Check tells each mistake by its field.
+func (c Config) Check(bad func(field, format string, args ...any)) {
+	if c.Cluster == "" {
+		bad("cluster", "missing; give the name by which the CA knows this cluster")
+	} else if spiffeid.ValidatePathSegment(c.Cluster) != nil || len(c.Cluster) > maxClusterBytes {
+		bad("cluster", "%q cannot be a cluster's name; it is part of SPIFFE IDs: letters, digits, '.', '-' and '_', at most %d bytes", c.Cluster, maxClusterBytes)
+	}
+	if c.TokenPath != "" && !filepath.IsAbs(c.TokenPath) {
+		bad("token_path", "%q must be absolute", c.TokenPath)
+	}
+}
+
+// An Attestor shows the token of this pod. It reads it whenever the agent attests, since the kubelet replaces it all the
+// time.
+type Attestor struct{ config Config }
+
+// New returns the attestor of a configuration that Check accepts.
+func New(c Config) Attestor {
+	if c.TokenPath == "" {
+		c.TokenPath = DefaultTokenPath
+	}
+	return Attestor{c}
+}
+
+// Type is SPIRE's name of this node attestor.
+func (Attestor) Type() string { return Type }
+
+// Begin reads the token. It is a secret: no error repeats any of it.
+func (a Attestor) Begin(context.Context) (nodeattest.Evidence, error) {
+	f, err := os.Open(a.config.TokenPath)
+	if err != nil {
+		return nil, fmt.Errorf("k8s_psat.token_path: %w (does the pod mount a projected volume there?)", err)
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	data, err := io.ReadAll(io.LimitReader(f, maxTokenBytes+1))
+	if err != nil {
+		return nil, fmt.Errorf("k8s_psat.token_path: %w", err)
+	}
+	token, err := readToken(data)
+	if err != nil {
+		return nil, fmt.Errorf("k8s_psat.token_path: %s: %w", a.config.TokenPath, err)
+	}
+	payload, err := json.Marshal(struct {
+		Cluster string `json:"cluster"`
+		Token   string `json:"token"`
+	}{a.config.Cluster, token})
+	return nodeattest.Shown{Attestor: Type, Bytes: payload}, err
+}
+
+// readToken looks whether a file holds a JWT, so that nothing else is shown to the CA.
+func readToken(data []byte) (string, error) {
+	token := strings.TrimSpace(string(data))
+	parts := strings.Split(token, ".")
+	switch {
+	case token == "":
+		return "", errors.New("the file is empty")
+	case len(token) > maxTokenBytes:
+		return "", fmt.Errorf("the file has more than %d bytes", maxTokenBytes)
+	case len(parts) != 3:
+		return "", errors.New("the file holds no service account token")
+	}
+	for _, p := range parts {
+		if p == "" || strings.ContainsFunc(p, func(r rune) bool {
+			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_')
+		}) {
+			return "", errors.New("the file holds no service account token")
+		}
+	}
+	return token, nil
+}
