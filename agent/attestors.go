@@ -11,6 +11,12 @@ import (
 type NodeAttestation struct {
 	// X509POP shows a certificate of an existing PKI and proves possession of its key.
 	X509POP *X509POP `yaml:"x509pop"`
+	// K8sPSAT shows the projected service account token of the agent's pod.
+	K8sPSAT *K8sPSAT `yaml:"k8s_psat"`
+	// AWSIID shows the identity document of this instance of AWS EC2.
+	AWSIID *AWSIID `yaml:"aws_iid"`
+	// GCPIIT shows an identity token of this instance of Google Compute Engine.
+	GCPIIT *GCPIIT `yaml:"gcp_iit"`
 }
 
 // attestorConfig is the configuration of one attestor.
@@ -32,6 +38,15 @@ func (n *NodeAttestation) configured() []namedAttestor {
 	var out []namedAttestor
 	if n.X509POP != nil {
 		out = append(out, namedAttestor{"x509pop", n.X509POP})
+	}
+	if n.K8sPSAT != nil {
+		out = append(out, namedAttestor{"k8s_psat", n.K8sPSAT})
+	}
+	if n.AWSIID != nil {
+		out = append(out, namedAttestor{"aws_iid", n.AWSIID})
+	}
+	if n.GCPIIT != nil {
+		out = append(out, namedAttestor{"gcp_iit", n.GCPIIT})
 	}
 	return out
 }

@@ -17,6 +17,12 @@ import (
 type NodeAttestors struct {
 	// X509POP takes nodes that hold the key of a certificate of an existing PKI.
 	X509POP *X509POP `yaml:"x509pop"`
+	// K8sPSAT takes pods of Kubernetes by their projected service account token.
+	K8sPSAT *K8sPSAT `yaml:"k8s_psat"`
+	// AWSIID takes instances of AWS EC2 by their instance identity document.
+	AWSIID *AWSIID `yaml:"aws_iid"`
+	// GCPIIT takes instances of Google Compute Engine by their identity token.
+	GCPIIT *GCPIIT `yaml:"gcp_iit"`
 }
 
 // attestorConfig is the configuration of one attestor, each in a file of its own.
@@ -46,6 +52,15 @@ func (n *NodeAttestors) configured() []namedAttestor {
 	var out []namedAttestor
 	if n.X509POP != nil {
 		out = append(out, namedAttestor{"x509pop", n.X509POP})
+	}
+	if n.K8sPSAT != nil {
+		out = append(out, namedAttestor{"k8s_psat", n.K8sPSAT})
+	}
+	if n.AWSIID != nil {
+		out = append(out, namedAttestor{"aws_iid", n.AWSIID})
+	}
+	if n.GCPIIT != nil {
+		out = append(out, namedAttestor{"gcp_iit", n.GCPIIT})
 	}
 	return out
 }
