@@ -13,8 +13,6 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -255,13 +253,6 @@ func (n *snapshot) foreignJWT(out []JWTAuthority) []JWTAuthority {
 		add(k, OriginUpstream)
 	}
 	return out
-}
-
-// A PublishedKey is a JWT key that a downstream CA has published here.
-type PublishedKey struct {
-	ForeignJWTKey
-	// Downstream is the SPIFFE ID of that CA.
-	Downstream spiffeid.ID
 }
 
 // encode returns the record of a key.
