@@ -132,14 +132,15 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
 	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
 	ca.limiter = newLimiter(ca)
-	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
+	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
 	attestors, err := c.NodeAttestors.open(ctx, attestorEnv{td: ca.td, authorities: ca.set, now: c.Now, log: ca.log})
 	if err != nil {
 		return ca, err
 	}
 	ca.node = nodeapi.New(nodeapi.Config{Attestors: append(attestors, c.attestors...), TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
-		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
+		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage,
+		MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	ca.makeServers()
 	return ca, nil
 }

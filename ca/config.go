@@ -39,6 +39,8 @@ type Config struct {
 	TTL TTL `yaml:"ttl"`
 	// Authorities says how long new authorities live and how often their bundle should be fetched.
 	Authorities Authorities `yaml:"authorities"`
+	// Downstream says what CAs below this one get. Which may ask is said by registration entries (downstream: true).
+	Downstream Downstream `yaml:"downstream"`
 	// JWTIssuer is the iss claim of JWT-SVIDs. Empty: none.
 	JWTIssuer string `yaml:"jwt_issuer"`
 	// NodeAttestors says how nodes may prove what they are, besides by join token. Absent: not at all.
@@ -238,6 +240,7 @@ func (c *Config) Check() error {
 	c.NodeAttestors.check(bad)
 	c.Keys.check(bad)
 	c.Limits.check(bad)
+	c.Downstream.check(bad)
 	if c.Audit.Reserve < 0 || c.Audit.MaxFileBytes < 0 {
 		bad("audit", "reserve_bytes and max_file_bytes must not be negative; 0 means the default")
 	}

@@ -34,10 +34,11 @@ type Kind uint8
 
 // The kinds of callers.
 const (
-	Anyone Kind = 1 << iota // no certificate needed
-	Agent                   // the current SVID of an attested agent
-	Local                   // an admin on the admin Unix socket
-	Admin                   // an admin by X509-SVID
+	Anyone     Kind = 1 << iota // no certificate needed
+	Agent                       // the current SVID of an attested agent
+	Local                       // an admin on the admin Unix socket
+	Admin                       // an admin by X509-SVID
+	Downstream                  // a CA below this one, by the X509-SVID of an entry that an operator made for it
 )
 
 // A Caller is who calls an RPC.
@@ -75,6 +76,8 @@ func (c *Caller) KindName() string {
 		return "admin"
 	case c.Kind&Agent != 0:
 		return "agent"
+	case c.Kind&Downstream != 0:
+		return "downstream"
 	}
 	return "anonymous"
 }
@@ -101,6 +104,8 @@ type Guard struct {
 	// holds an appended key could otherwise make himself any agent or admin.
 	Own      x509bundle.Source
 	Appended func() bool
+	// OwnIssuer tells whether an issuer's certificate is of an authority of this CA, and not of one above or below it.
+	OwnIssuer func(*x509.Certificate) bool
 	// Certificate returns the CA's own SVID with its authority.
 	Certificate func() (*tls.Certificate, error)
 	// AdminIDs are admins besides those whom an entry makes one.
@@ -122,9 +127,15 @@ type Guard struct {
 // TLSConfig returns the configuration of the port: TLS 1.3, no session tickets (so that every handshake is judged by
 // the bundle of now), client certificates requested but not required, and verified if presented. [DESIGN §4]
 func (g *Guard) TLSConfig() *tls.Config {
-	verify := spiffe.VerifyPeer(g.Bundles, g.Now, func(id spiffeid.ID, _ [][]*x509.Certificate) error {
-		if id.TrustDomain() != g.TrustDomain && !g.listed(id) {
+	verify := spiffe.VerifyPeer(g.Bundles, g.Now, func(id spiffeid.ID, chains [][]*x509.Certificate) error {
+		switch {
+		case id.TrustDomain() != g.TrustDomain && !g.listed(id):
 			return fmt.Errorf("client %s is not of trust domain %s", id, g.TrustDomain)
+		case id.TrustDomain() == g.TrustDomain && !g.issuedHere(chains) && g.belowOwn(chains):
+			// A CA below this one can sign any ID of the trust domain, an admin's and an agent's too. Here such an SVID
+			// opens no door, so that who steals that CA's key cannot command this one. [docs/decisions]
+			g.Log.Warn("refused a client whose X509-SVID was issued by another CA of the trust domain", "spiffe_id", id.String())
+			return fmt.Errorf("the X509-SVID of client %s was issued by another CA of the trust domain, not by this one", id)
 		}
 		return nil
 	})
@@ -142,6 +153,30 @@ func (g *Guard) TLSConfig() *tls.Config {
 			return verify(raw, chains)
 		},
 	}
+}
+
+// issuedHere tells whether a leaf was signed by an authority of this CA itself.
+func (g *Guard) issuedHere(chains [][]*x509.Certificate) bool {
+	for _, chain := range chains {
+		if len(chain) > 1 && g.OwnIssuer(chain[1]) {
+			return true
+		}
+	}
+	return false
+}
+
+// belowOwn tells whether a chain leads to a root of this CA; others are of appended authorities.
+func (g *Guard) belowOwn(chains [][]*x509.Certificate) bool {
+	own, err := g.Own.GetX509BundleForTrustDomain(g.TrustDomain)
+	if err != nil {
+		return true
+	}
+	for _, chain := range chains {
+		if own.HasX509Authority(chain[len(chain)-1]) {
+			return true
+		}
+	}
+	return false
 }
 
 func (g *Guard) listed(id spiffeid.ID) bool {
@@ -279,7 +314,28 @@ func (g *Guard) authorize(ctx context.Context, c *Caller, method string) error {
 		c.Node = n
 		return nil
 	}
+	if allowed&Downstream != 0 && c.ID.TrustDomain() == g.TrustDomain {
+		switch ok, err := g.isDownstream(ctx, c.ID); {
+		case err != nil:
+			return err
+		case ok:
+			c.Kind |= Downstream
+			return nil
+		}
+	}
 	return denied
+}
+
+// isDownstream tells whether an operator made id that of a downstream CA. A no is never given from an index that may lag.
+func (g *Guard) isDownstream(ctx context.Context, id spiffeid.ID) (bool, error) {
+	if g.Registry.IsDownstream(id) {
+		return true, nil
+	}
+	if _, err := g.Registry.Barrier(ctx); err != nil {
+		g.Log.Error("looking for the entry of a downstream CA", "spiffe_id", id.String(), "err", err)
+		return false, status.Error(codes.Unavailable, "the store does not answer; try again")
+	}
+	return g.Registry.IsDownstream(id), nil
 }
 
 // CheckAgent returns the node of a calling agent if its SVID is the one it may use now. The first use of an SVID that a

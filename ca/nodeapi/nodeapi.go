@@ -41,11 +41,15 @@ type Config struct {
 	Recovery time.Duration
 	// SyncPage is how many entries a message of SyncAuthorizedEntries holds at most. Zero means DefaultSyncPage.
 	SyncPage int
+	// MaxDownstreamTTL is the longest validity of a downstream CA's certificate, DownstreamDepth how many levels of CAs may
+	// be below this one.
+	MaxDownstreamTTL time.Duration
+	DownstreamDepth  int
 	Now      func() time.Time
 	Log      *slog.Logger
 	// Attestors judge the evidence of nodes, besides join tokens. Each has a type of its own.
 	Attestors []nodeattest.Attestor
-	// Issued counts what was issued and refused: kind is x509, jwt or agent; reason is empty on success.
+	// Issued counts what was issued and refused: kind is x509, jwt, agent or downstream; reason is empty on success.
 	Issued func(kind, reason string, n int)
 }
 

@@ -233,11 +233,20 @@ func (r *Registry) Bundles() []*Bundle {
 
 // IsAdmin tells whether an entry that has not ended gives id the rights of an admin.
 func (r *Registry) IsAdmin(id spiffeid.ID) bool {
+	return r.anyEntry(id, func(e *Entry) bool { return e.Admin })
+}
+
+// IsDownstream tells whether an entry that has not ended gives id the rights of a downstream CA.
+func (r *Registry) IsDownstream(id spiffeid.ID) bool {
+	return r.anyEntry(id, func(e *Entry) bool { return e.Downstream })
+}
+
+func (r *Registry) anyEntry(id spiffeid.ID, has func(*Entry) bool) bool {
 	now := r.c.Now()
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	for _, e := range r.ix.byID[id] {
-		if e.Admin && !e.Expired(now) {
+		if has(e) && !e.Expired(now) {
 			return true
 		}
 	}

@@ -33,7 +33,6 @@ var laterNames = map[string]string{
 	"federation": "federation: fetching and serving bundles of other trust domains",
 	"endpoint":   "the bundle endpoint",
 	"broker":     "the Broker API (an incubating part of the standard)",
-	"downstream": "subordinate CAs",
 	"revocation": "revocation lists",
 	"jitter":     "spreading of pushes that concern a whole fleet",
 	"profiles":   "switches for single profiles of the Workload API",
