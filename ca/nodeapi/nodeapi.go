@@ -45,8 +45,8 @@ type Config struct {
 	// be below this one.
 	MaxDownstreamTTL time.Duration
 	DownstreamDepth  int
-	Now      func() time.Time
-	Log      *slog.Logger
+	Now              func() time.Time
+	Log              *slog.Logger
 	// Attestors judge the evidence of nodes, besides join tokens. Each has a type of its own.
 	Attestors []nodeattest.Attestor
 	// Issued counts what was issued and refused: kind is x509, jwt, agent or downstream; reason is empty on success.
