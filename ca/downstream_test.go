@@ -98,11 +98,11 @@ func TestSPIRE10_NewDownstreamX509CA(t *testing.T) {
 	if len(r.CaCertChain) != 1 || len(r.X509Authorities) != 1 || !cert.IsCA || time.Until(cert.NotAfter).Round(time.Minute) != time.Hour || !cert.PublicKey.(*ecdsa.PublicKey).Equal(caKey.Public()) {
 		t.Errorf("got %d certificates, %d roots, the first %+v", len(r.CaCertChain), len(r.X509Authorities), cert)
 	}
-	records := h.audit("downstream.issued")
+	records := h.audit("downstreamca.issued")
 	if len(records) != 1 || records[0]["actor"] != "spiffe://example.org/nested" || records[0]["actor_kind"] != "downstream" {
 		t.Errorf("audit: %v", records)
 	}
-	if n := len(h.audit("downstream.refused")); n != 8 {
+	if n := len(h.audit("downstreamca.refused")); n != 8 {
 		t.Errorf("%d refusals in the audit log, want 8", n)
 	}
 	// The right ends with the entry, on the connection that is open.
@@ -227,7 +227,7 @@ func TestSPIRE10_PublishJWTAuthority(t *testing.T) {
 	if err != nil || len(b.JwtAuthorities) != 2 || b.JwtAuthorities[1].KeyId != "nested-1" || b.JwtAuthorities[1].ExpiresAt != expires {
 		t.Errorf("the bundle has %v (%v)", b.GetJwtAuthorities(), err)
 	}
-	if n := len(h.audit("downstream.jwt_key")); n != 9 { // 8 refusals and this
+	if n := len(h.audit("downstreamca.published")); n != 9 { // 8 refusals and this
 		t.Errorf("%d audit records, want 9", n)
 	}
 	// An agent that follows hears of it.

@@ -27,7 +27,7 @@ func (a *API) NewDownstreamX509CA(ctx context.Context, req *svidv1.NewDownstream
 	subject := a.c.TrustDomain.IDString()
 	fail := func(err error) (*svidv1.NewDownstreamX509CAResponse, error) {
 		a.c.Issued("downstream", "refused", 1)
-		return nil, a.refuse(ctx, "downstream.refused", subject, err, nil)
+		return nil, a.refuse(ctx, "downstreamca.refused", subject, err, nil)
 	}
 	switch {
 	case len(req.Csr) == 0:
@@ -48,7 +48,7 @@ func (a *API) NewDownstreamX509CA(ctx context.Context, req *svidv1.NewDownstream
 	if err != nil {
 		return fail(err)
 	}
-	rec := auditlog.Record{Time: a.c.Now(), Event: "downstream.issued", Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: auditlog.Done,
+	rec := auditlog.Record{Time: a.c.Now(), Event: "downstreamca.issued", Actor: c.String(), ActorKind: c.KindName(), Subject: subject, Outcome: auditlog.Done,
 		Details: map[string]any{"serial": made.SerialNumber, "not_after": made.NotAfter.Unix(), "authority": made.AuthorityID, "path_len": made.PathLen,
 			"key_sha256": sha256Hex(spki), "address": c.Address}}
 	if err := a.audit(ctx, auditlog.Essential, rec); err != nil {
@@ -70,7 +70,7 @@ func (a *API) PublishJWTAuthority(ctx context.Context, req *bundlev1.PublishJWTA
 	k := req.GetJwtAuthority()
 	subject := clip(k.GetKeyId())
 	fail := func(err error) (*bundlev1.PublishJWTAuthorityResponse, error) {
-		return nil, a.refuse(ctx, "downstream.jwt_key", subject, err, nil)
+		return nil, a.refuse(ctx, "downstreamca.published", subject, err, nil)
 	}
 	if k == nil {
 		return fail(status.Error(codes.InvalidArgument, "malformed param: missing JWT authority"))
@@ -85,7 +85,7 @@ func (a *API) PublishJWTAuthority(ctx context.Context, req *bundlev1.PublishJWTA
 	// Logged before the commit as well: a key that the log does not know must not get into the bundle.
 	known := slices.ContainsFunc(a.c.Authority.Bundle().JWT, func(j authority.JWTAuthority) bool { return j.KeyID == k.KeyId })
 	if !known {
-		if err := a.audit(ctx, auditlog.New, record("downstream.jwt_key.begin")); err != nil {
+		if err := a.audit(ctx, auditlog.New, record("downstreamca.published.begin")); err != nil {
 			return fail(err)
 		}
 	}
@@ -99,7 +99,7 @@ func (a *API) PublishJWTAuthority(ctx context.Context, req *bundlev1.PublishJWTA
 		return fail(err)
 	}
 	if changed {
-		if err := a.audit(ctx, auditlog.New, record("downstream.jwt_key")); err != nil {
+		if err := a.audit(ctx, auditlog.New, record("downstreamca.published")); err != nil {
 			a.c.Log.Error("audit of a published JWT key; its beginning is in the log", "key_id", k.KeyId, "err", err)
 		}
 		a.c.Log.Info("a downstream CA published a JWT key", "spiffe_id", c.String(), "key_id", k.KeyId)
