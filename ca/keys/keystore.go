@@ -154,10 +154,13 @@ func settled(err error) bool {
 	return errors.Is(err, ErrNoKey) || errors.Is(err, apiv1.AlreadyExistsError{}) || errors.Is(err, apiv1.NotImplementedError{})
 }
 
-// admit lets a call pass unless the key store is down and was tried a moment ago.
+// admit lets a call pass unless the key store is closed, or is down and was tried a moment ago.
 func (s *keyStore) admit(what string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return fmt.Errorf("%s: %w", what, errStoreClosed)
+	}
 	if s.failures < tripAfter {
 		return nil
 	}
