@@ -107,15 +107,11 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	if ca.audit, err = auditlog.Open(auditlog.Config{Dir: c.Audit.Dir, Reserve: c.Audit.Reserve, MaxFileBytes: c.Audit.MaxFileBytes, Keep: c.Audit.Keep, Now: c.Now, Log: ca.log}); err != nil {
 		return ca, err
 	}
-	sealed, err := authority.Sealed(ctx, ca.store)
-	if err != nil {
-		return ca, err
-	}
-	seal, err := c.Seal.open(sealed)
-	if err != nil {
-		return ca, err
-	}
 	ca.keys = c.Keys.ring(ca.td, ca.log)
+	seal, err := ca.openSeal(ctx)
+	if err != nil {
+		return ca, err
+	}
 	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Store: ca.store, Seal: seal, Keys: ca.keys, Exclusive: true, Now: c.Now, Log: ca.log,
 		X509Lifetime: c.Authorities.X509Lifetime, JWTLifetime: c.Authorities.JWTLifetime, RefreshHint: c.Authorities.RefreshHint,
 		DefaultX509TTL: c.TTL.X509, DefaultJWTTTL: c.TTL.JWT, MaxX509TTL: c.TTL.MaxX509, MaxJWTTTL: c.TTL.MaxJWT, Issuer: c.JWTIssuer}); err != nil {
@@ -163,39 +159,6 @@ func (b bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bund
 		return nil, err
 	}
 	return parsed.X509Bundle(), nil
-}
-
-// open reads the seal key. It makes one only for a store in which nothing is sealed yet: a new key opens no old store,
-// and would lie where the lost one has to be put back.
-func (s Seal) open(sealed bool) (*keys.SealKey, error) {
-	switch {
-	case s.SystemdCredential != "":
-		k, err := keys.LoadSystemdCredential(s.SystemdCredential)
-		if err != nil {
-			return nil, fmt.Errorf("seal.systemd_credential: %w", err)
-		}
-		return k, nil
-	case s.Create && !sealed:
-		if err := durable.MkdirAll(filepath.Dir(s.KeyFile), 0o700); err != nil {
-			return nil, fmt.Errorf("seal.key_file: %w", err)
-		}
-		k, err := keys.LoadOrCreateSealKey(s.KeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("seal.key_file: %w", err)
-		}
-		return k, nil
-	}
-	k, err := keys.LoadSealKey(s.KeyFile)
-	if errors.Is(err, os.ErrNotExist) && sealed {
-		return nil, fmt.Errorf("seal.key_file: %w; the keys in the store are sealed with it: put it back", err)
-	}
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("seal.key_file: %w (set seal.create: true for the first start)", err)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("seal.key_file: %w", err)
-	}
-	return k, nil
 }
 
 const trustDomainKey = "meta/trust_domain"

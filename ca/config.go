@@ -85,6 +85,21 @@ type Seal struct {
 	Create bool `yaml:"create"`
 	// SystemdCredential is the name of a credential that systemd passes (LoadCredential=).
 	SystemdCredential string `yaml:"systemd_credential"`
+	// KMS is the URI of an RSA key in a key store (pkcs11:, awskms: or cloudkms:) that can decrypt. The seal key is made on
+	// the first start and kept in the store, wrapped by it.
+	KMS string `yaml:"kms"`
+	// Previous is the source of the seal key that was in use before. All that is sealed under it is sealed anew on start.
+	Previous SealSource `yaml:"previous"`
+}
+
+// SealSource is where a seal key is.
+type SealSource struct {
+	// KeyFile is as seal.key_file.
+	KeyFile string `yaml:"key_file"`
+	// SystemdCredential is as seal.systemd_credential.
+	SystemdCredential string `yaml:"systemd_credential"`
+	// KMS is as seal.kms.
+	KMS string `yaml:"kms"`
 }
 
 // Keys says where the private keys of new authorities are made. Authorities that exist keep the key they have: a change
@@ -216,14 +231,7 @@ func (c *Config) Check() error {
 			bad("admin_ids", "%v", err)
 		}
 	}
-	switch {
-	case c.Seal.KeyFile == "" && c.Seal.SystemdCredential == "":
-		bad("seal", "name key_file (with create: true for the first start) or systemd_credential")
-	case c.Seal.KeyFile != "" && c.Seal.SystemdCredential != "":
-		bad("seal", "key_file and systemd_credential exclude each other")
-	case c.Seal.Create && c.Seal.KeyFile == "":
-		bad("seal.create", "needs key_file")
-	}
+	c.Seal.check(bad)
 	if c.TTL.Agent == 0 {
 		c.TTL.Agent = time.Hour
 	}

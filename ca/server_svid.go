@@ -28,7 +28,9 @@ type serverSVID struct {
 	audit *auditlog.Log
 	now   func() time.Time
 
-	mu   sync.Mutex // held while a new one is signed: handshakes wait for it
+	renewing sync.Mutex // held while a new one is signed, by a key store perhaps, which takes its time
+
+	mu   sync.Mutex // guards what follows, and is never held for long: handshakes wait for it
 	cert *tls.Certificate
 	pin  string
 	half time.Time
@@ -39,22 +41,39 @@ func newServerSVID(td spiffeid.TrustDomain, set *authority.Set, audit *auditlog.
 	return &serverSVID{id: registry.ServerID(td), set: set, audit: audit, now: now}
 }
 
-// get returns an SVID that is valid now. If a new one cannot be had, the old one serves until its end.
+// get returns an SVID that is valid now. If a new one cannot be had, the old one serves until its end. While one caller
+// waits for a new one, the others get the old one at once, as long as there is one.
 func (s *serverSVID) get() (*tls.Certificate, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := s.now()
-	pin := s.set.Pin()
-	if s.cert != nil && pin == s.pin && now.Before(s.half) && !now.Before(s.cert.Leaf.NotBefore) {
-		return s.cert, nil
+	cert, valid, fresh := s.held()
+	if fresh {
+		return cert, nil
 	}
-	if err := s.renew(now, pin); err != nil {
-		if s.cert != nil && now.Before(s.end) {
-			return s.cert, nil
+	if !valid {
+		s.renewing.Lock()
+	} else if !s.renewing.TryLock() {
+		return cert, nil
+	}
+	defer s.renewing.Unlock()
+	if cert, _, fresh := s.held(); fresh { // another caller has renewed it
+		return cert, nil
+	}
+	if err := s.renew(s.now(), s.set.Pin()); err != nil {
+		if cert, valid, _ := s.held(); valid {
+			return cert, nil
 		}
 		return nil, fmt.Errorf("signing the CA's own X509-SVID: %w", err)
 	}
-	return s.cert, nil
+	cert, _, _ = s.held()
+	return cert, nil
+}
+
+// held returns the SVID that there is, whether it is valid, and whether it need not be renewed yet.
+func (s *serverSVID) held() (cert *tls.Certificate, valid, fresh bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.now()
+	valid = s.cert != nil && now.Before(s.end)
+	return s.cert, valid, valid && s.set.Pin() == s.pin && now.Before(s.half) && !now.Before(s.cert.Leaf.NotBefore)
 }
 
 func (s *serverSVID) renew(now time.Time, pin string) error {
@@ -83,6 +102,8 @@ func (s *serverSVID) renew(now time.Time, pin string) error {
 		return err
 	}
 	chain := append(svid.Chain[:len(svid.Chain):len(svid.Chain)], s.set.Introduction()...)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.cert = &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf}
 	s.pin, s.half, s.end = pin, now.Add(svid.NotAfter.Sub(now)/2), svid.NotAfter
 	return nil

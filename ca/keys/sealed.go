@@ -121,3 +121,22 @@ func (k *SealKey) open(use string, sealed []byte, b Binding) ([]byte, error) {
 	}
 	return plain, nil
 }
+
+// SealedUnder reports whether the header of a sealed form names the seal key.
+func SealedUnder(sealed []byte, k *SealKey) bool {
+	return len(sealed) >= sealHeader && bytes.Equal(sealed[len(sealMagic)+1:sealHeader], k.id[:])
+}
+
+// Reseal opens what is stored of a key under one seal key and seals it under another, for the same binding.
+func Reseal(stored Stored, from, to *SealKey, b Binding) ([]byte, error) {
+	use := sealUse
+	if stored.Kind != KindSoft {
+		use = sealReference
+	}
+	plain, err := from.open(use, stored.Sealed, b)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(plain)
+	return to.seal(use, plain, b)
+}
