@@ -94,7 +94,7 @@ bin/tools/.made: tools/go.mod tools/go.sum
 
 .PHONY: tools/installed
 tools/installed:
-	@tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools
+	@tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools pkcs11-tool=opensc
 
 clean:
 	rm -rf bin dist

@@ -108,3 +108,16 @@ func program(t testing.TB, name, debian string) string {
 	}
 	return path
 }
+
+// WrappingKey makes an RSA key in the token, as an operator does who wants it to wrap the seal key, and returns its URI.
+func (k *Token) WrappingKey(t testing.TB, label string) string {
+	t.Helper()
+	tool := program(t, "pkcs11-tool", "opensc")
+	cmd := exec.Command(tool, "--module", k.Module, "--token-label", "signet", "--login", "--pin", "env:SIGNET_TEST_PIN",
+		"--keypairgen", "--key-type", "RSA:2048", "--usage-decrypt", "--label", label, "--id", fmt.Sprintf("%x", label))
+	cmd.Env = append(os.Environ(), "SIGNET_TEST_PIN="+k.PIN)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pkcs11-tool: %v\n%s", err, out)
+	}
+	return fmt.Sprintf("pkcs11:module-path=%s;token=signet;object=%s?pin-source=%s", k.Module, label, k.PINFile)
+}

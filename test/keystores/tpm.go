@@ -53,7 +53,6 @@ func (m *TPM) Start(t testing.TB) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cmd := exec.CommandContext(ctx, program(t, "swtpm", "swtpm"), "socket", "--tpm2", "--tpmstate", "dir="+m.state,
 		"--server", "type=unixio,path="+m.Socket, "--ctrl", "type=unixio,path="+m.Socket+".ctrl", "--flags", "startup-clear,not-need-init")
-	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		cancel()
 		t.Fatal(err)
