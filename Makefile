@@ -19,7 +19,7 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build demo test check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale release clean tools
+.PHONY: all build demo test check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale interop-k8s release clean tools
 
 all: build
 
@@ -43,6 +43,7 @@ fmt-check:
 vet:
 	go vet ./...
 	go vet -tags scale ./test/scale
+	go vet -tags kube ./test/kube
 
 staticcheck: bin/tools/.made
 	bin/tools/staticcheck ./...
@@ -80,6 +81,10 @@ bench: bin/tools/.made
 # Thousands of entries, streams and agents; docs/performance.md has the figures.
 scale:
 	go test -tags scale -count=1 -timeout 10m -v ./test/scale
+
+# Nodes of running clusters of Kubernetes, ours and SPIRE's agent; test/kube/kube_test.go says what it needs in the environment.
+interop-k8s:
+	go test -tags kube -count=1 -timeout 10m -v ./test/kube
 
 # Static binaries for linux, the same bytes from the same commit: every one is built twice, in two places.
 release:
