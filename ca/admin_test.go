@@ -56,7 +56,7 @@ func TestEntriesPerItemStatus(t *testing.T) {
 	okHint := entry("/hint", "unix:uid:1")
 	okHint.Hint = strings.Repeat("h", 1024)
 	self := entry("/fed", "unix:uid:1")
-	self.FederatesWith = []string{"example.org"}
+	self.FederatesWith = []string{"spiffe://example.org"} // as SPIRE's command line writes a trust domain
 	ttl := entry("/ttl", "unix:uid:1")
 	ttl.X509SvidTtl = 400 * 24 * 3600
 	colon := entry("/colon", "unix:uid:1")
@@ -160,6 +160,7 @@ func TestEntriesPagingFiltersUpdateDelete(t *testing.T) {
 		e := entry(fmt.Sprint("/e/", i), "unix:uid:1", fmt.Sprint("unix:gid:", i%5))
 		e.ParentId = pid(fmt.Sprint("/node/", i%2))
 		e.Id = fmt.Sprintf("id-%03d", 249-i)
+		e.Downstream = i == 8
 		req.Entries = append(req.Entries, e)
 	}
 	if _, err := api.BatchCreateEntry(t.Context(), req); err != nil {
@@ -196,7 +197,8 @@ func TestEntriesPagingFiltersUpdateDelete(t *testing.T) {
 		"superset":       {&entryv1.CountEntriesRequest_Filter{BySelectors: &types.SelectorMatch{Selectors: sels("unix:uid:1"), Match: types.SelectorMatch_MATCH_SUPERSET}}, 248},
 		"subset":         {&entryv1.CountEntriesRequest_Filter{BySelectors: &types.SelectorMatch{Selectors: sels("unix:uid:1", "unix:gid:2", "unix:x:y"), Match: types.SelectorMatch_MATCH_SUBSET}}, 50},
 		"no hint":        {&entryv1.CountEntriesRequest_Filter{ByHint: wrapperspb.String("x")}, 0},
-		"not downstream": {&entryv1.CountEntriesRequest_Filter{ByDownstream: wrapperspb.Bool(false)}, 248},
+		"not downstream": {&entryv1.CountEntriesRequest_Filter{ByDownstream: wrapperspb.Bool(false)}, 248}, // no filter, as at SPIRE
+		"downstream":     {&entryv1.CountEntriesRequest_Filter{ByDownstream: wrapperspb.Bool(true)}, 1},
 	} {
 		if got := countEntries(t, api, tt.f); got != tt.want {
 			t.Errorf("filter %s: %d, want %d", name, got, tt.want)

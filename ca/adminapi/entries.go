@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
@@ -54,7 +55,7 @@ func (a *API) fill(e *registry.Entry, in *types.Entry, m *types.EntryMask) error
 	if m.FederatesWith {
 		e.FederatesWith = nil
 		for _, name := range in.FederatesWith {
-			td, err := spiffe.ParseTrustDomain(name)
+			td, err := federated(name)
 			if err != nil {
 				return &registry.ValidationError{Field: "federates_with", Value: name, Problem: err.Error()}
 			}
@@ -319,7 +320,7 @@ func (a *API) filter(in *entryv1.ListEntriesRequest_Filter) (f registry.EntryFil
 			return f, &registry.ValidationError{Field: "filter.by_federates_with", Problem: "needs at least one trust domain"}
 		}
 		for _, name := range m.TrustDomains {
-			td, err := spiffe.ParseTrustDomain(name)
+			td, err := federated(name)
 			if err != nil {
 				return f, &registry.ValidationError{Field: "filter.by_federates_with", Value: name, Problem: err.Error()}
 			}
@@ -332,10 +333,16 @@ func (a *API) filter(in *entryv1.ListEntriesRequest_Filter) (f registry.EntryFil
 	if in.ByHint != nil {
 		f.Hint = &in.ByHint.Value
 	}
-	if in.ByDownstream != nil {
+	// False asks for nothing at SPIRE, and its command line always says it.
+	if in.ByDownstream.GetValue() {
 		f.Downstream = &in.ByDownstream.Value
 	}
 	return f, nil
+}
+
+// federated reads the name of a trust domain. SPIRE's command line writes it as its SPIFFE ID.
+func federated(name string) (spiffeid.TrustDomain, error) {
+	return spiffe.ParseTrustDomain(strings.TrimPrefix(name, "spiffe://"))
 }
 
 // matchKind maps SPIRE's numbers, which both of its match types share.

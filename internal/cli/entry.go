@@ -121,7 +121,7 @@ func (f *entryFilter) flags(cmd *cobra.Command) {
 	fs.StringArrayVar(&f.federatesWith, "federates-with", nil, "only entries that federate with these trust domains (repeatable; see --match)")
 	fs.StringVar(&f.match, "match", "superset", "how --selector and --federates-with match an entry's: exact, superset (it has all of them), subset (it has no other), any")
 	fs.StringVar(&f.hint, "hint", "", "only entries with this hint")
-	fs.BoolVar(&f.downstream, "downstream", false, "only entries with (=false: without) the right of a downstream CA")
+	fs.BoolVar(&f.downstream, "downstream", false, "only entries with the right of a downstream CA")
 }
 
 func (f *entryFilter) request(ctx context.Context, cmd *cobra.Command, c *caConn) (*entryv1.ListEntriesRequest_Filter, error) {

@@ -16,8 +16,7 @@ func (a *app) entryExportCommand() *cobra.Command {
 		Use:   "export",
 		Short: "Write all registration entries as JSON that 'entry import' reads",
 		Long: `Write all registration entries, whole, in the JSON of SPIRE's command line (spire-server entry show -output json), for
-'signet entry import' or for keeping. --socket may name the admin socket of a SPIRE server: its entries are written the same way, those for
-downstream servers among them, which its own 'entry show' shows only when asked for them alone.`,
+'signet entry import' or for keeping. --socket may name the admin socket of a SPIRE server.`,
 		Example: `  signet entry export > entries.json
   signet entry export --socket /tmp/spire-server/private/api.sock > entries.json`,
 	}
