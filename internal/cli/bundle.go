@@ -25,7 +25,8 @@ const bundlePage = 100
 
 func (a *app) bundleCommand() *cobra.Command {
 	return a.noun("bundle", "Trust bundles: the authorities of this trust domain and of those it federates with", "",
-		a.bundleShowCommand(), a.bundleListCommand(), a.bundleAppendCommand(), a.bundleSetCommand(), a.bundleDeleteCommand())
+		a.bundleShowCommand(), a.bundleListCommand(), a.bundleAppendCommand(), a.bundleAppendedCommand(), a.bundleRemoveCommand(),
+		a.bundleSetCommand(), a.bundleDeleteCommand())
 }
 
 // A bundle is a trust bundle as it is printed.

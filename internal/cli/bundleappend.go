@@ -11,8 +11,6 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/protobuf/encoding/protojson"
-
-	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 )
 
 func (a *app) bundleAppendCommand() *cobra.Command {
@@ -134,14 +132,14 @@ func (a *app) appendAuthorities(ctx context.Context, c *caConn, given *types.Bun
 // With own, those are left out whose keys are not the CA's own.
 func spireBundle(ctx context.Context, c *caConn, b *types.Bundle, own bool) ([]byte, error) {
 	if own {
-		answer, err := adminv1.NewAdminClient(c).ListAppendedAuthorities(ctx, &adminv1.ListAppendedAuthoritiesRequest{})
+		foreign, err := appendedAuthorities(ctx, c)
 		if err != nil {
-			return nil, caError("asking which authorities were appended", c, err)
+			return nil, err
 		}
-		for _, x := range answer.GetAuthorities() {
-			b.X509Authorities = slices.DeleteFunc(b.X509Authorities, func(h *types.X509Certificate) bool { return slices.Equal(h.GetAsn1(), x.GetCertificate()) })
+		for _, x := range foreign {
+			b.X509Authorities = slices.DeleteFunc(b.X509Authorities, func(h *types.X509Certificate) bool { return slices.Equal(h.GetAsn1(), x.wire.GetCertificate()) })
 			b.JwtAuthorities = slices.DeleteFunc(b.JwtAuthorities, func(h *types.JWTKey) bool {
-				return x.GetType() == adminv1.AuthorityType_AUTHORITY_TYPE_JWT && h.GetKeyId() == x.GetAuthorityId()
+				return x.Type == "jwt" && h.GetKeyId() == x.ID
 			})
 		}
 	}
