@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -92,6 +93,7 @@ func (c *X509POP) open(_ context.Context, e attestorEnv) (nodeattest.Attestor, e
 	if c.Mode == "spiffe" {
 		config.SPIFFE, config.SVIDPrefix = true, c.SVIDPrefix
 		config.Roots = func() (*x509.CertPool, error) { return untainted(e.authorities.Bundle()) }
+		config.Issuer = func(c *x509.Certificate) bool { return issues(e.authorities, c) }
 		return x509pop.New(config)
 	}
 	files, err := nodeattest.NewRootFiles(c.bundles(), e.log)
@@ -102,11 +104,11 @@ func (c *X509POP) open(_ context.Context, e attestorEnv) (nodeattest.Attestor, e
 	return x509pop.New(config)
 }
 
-// untainted are the authorities whose SVIDs still prove something.
+// untainted are the authorities whose SVIDs still prove something to this CA.
 func untainted(b authority.Bundle) (*x509.CertPool, error) {
 	pool, n := x509.NewCertPool(), 0
 	for _, a := range b.X509 {
-		if a.State != authority.StateTainted {
+		if a.State != authority.StateTainted && !a.Appended {
 			pool.AddCert(a.Certificate)
 			n++
 		}
@@ -115,4 +117,15 @@ func untainted(b authority.Bundle) (*x509.CertPool, error) {
 		return nil, errors.New("the trust domain has no X.509 authority that is not tainted")
 	}
 	return pool, nil
+}
+
+// issues tells whether c has the key of an authority of this CA whose SVIDs still prove something. Other CAs of the trust
+// domain, above or below this one, can issue any ID; that must not make them issue nodes here.
+func issues(set *authority.Set, c *x509.Certificate) bool {
+	for _, a := range set.Authorities(authority.KindX509) {
+		if a.State != authority.StateTainted && a.State != authority.StateRevoked && bytes.Equal(a.Certificate.RawSubjectPublicKeyInfo, c.RawSubjectPublicKeyInfo) {
+			return true
+		}
+	}
+	return false
 }

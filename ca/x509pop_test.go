@@ -13,6 +13,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"math/big"
 	"net"
 	"net/url"
 	"os"
@@ -23,9 +24,12 @@ import (
 	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 
+	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/internal/x509pop"
 )
 
@@ -136,7 +140,7 @@ func TestX509POPRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	big, weak := rsaKey(t, 2056), weakRSA(t)
+	large, weak := rsaKey(t, 2056), weakRSA(t)
 	long := slices.Concat(good, slices.Repeat([][]byte{p.mid.Raw}, 4))
 	var lastQuestion, lastAnswer []byte
 	record := func(q []byte) []byte {
@@ -170,7 +174,7 @@ func TestX509POPRefuses(t *testing.T) {
 		{"Ed25519", popPayload(t, p.node(ed.Public(), local)), noAnswer, codes.InvalidArgument, "RSA and ECDSA"},
 		{"P-224", popPayload(t, p.node(p224.Public(), local)), noAnswer, codes.InvalidArgument, "too weak"},
 		{"RSA 1024", popPayload(t, p.node(weak.Public(), local)), noAnswer, codes.InvalidArgument, "1024 bits"},
-		{"RSA 2056", popPayload(t, p.node(big.Public(), local)), noAnswer, codes.InvalidArgument, "2056 bits, not 2048 to 2048"},
+		{"RSA 2056", popPayload(t, p.node(large.Public(), local)), noAnswer, codes.InvalidArgument, "2056 bits, not 2048 to 2048"},
 		{"a stolen certificate", popPayload(t, good), possess(t, key(t)), codes.PermissionDenied, "does not prove"},
 		{"a replayed answer", popPayload(t, good), func([]byte) []byte { return lastAnswer }, codes.PermissionDenied, "does not prove"},
 		{"a mirrored challenge", popPayload(t, good), func(q []byte) []byte { return q }, codes.PermissionDenied, "does not prove"},
@@ -307,6 +311,36 @@ func TestX509POPOfSVIDs(t *testing.T) {
 	p := newPKI(t)
 	if r, err = prove(t.Context(), h.dial(nil, nil), "x509pop", popPayload(t, p.node(k.Public(), nil)), csr(t, key(t)), possess(t, k)); code(err) != codes.PermissionDenied {
 		t.Errorf("a certificate that is no SVID: %v, %v", r, err)
+	}
+	// What another server of the trust domain signs is good for workloads, and makes nobody a node here.
+	other := newSPIRERoot(t)
+	if _, err := bundlev1.NewBundleClient(h.admin).AppendBundle(t.Context(), &bundlev1.AppendBundleRequest{X509Authorities: []*types.X509Certificate{{Asn1: other.cert.Raw}}}); err != nil {
+		t.Fatal(err)
+	}
+	chain, ok := other.svid("/spire-exchange/host/b", big.NewInt(7))
+	if r, err = prove(t.Context(), h.dial(nil, nil), "x509pop", popPayload(t, chain), csr(t, key(t)), possess(t, ok)); code(err) != codes.PermissionDenied {
+		t.Errorf("an SVID of an appended authority: %v, %v", r, err)
+	}
+	// Nor does what a stolen authority of our own has signed.
+	before := mint("spiffe://example.org/spire-exchange/host/c", k)
+	first := h.ca.set.Authorities(authority.KindX509)[0]
+	next, err := h.ca.set.Prepare(t.Context(), authority.KindX509)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := h.ca.set.Activate(t.Context(), authority.KindX509, next.ID); err != nil {
+		t.Fatal(err)
+	}
+	tainted, err := h.ca.set.Taint(t.Context(), authority.KindX509, first.ID)
+	if err != nil || tainted.State != authority.StateTainted {
+		t.Fatal(tainted, err)
+	}
+	until(t, "the taint is followed", func() bool {
+		_, err := prove(t.Context(), h.dial(nil, nil), "x509pop", popPayload(t, before), csr(t, key(t)), possess(t, k))
+		return code(err) == codes.PermissionDenied
+	})
+	if r, err = prove(t.Context(), h.dial(nil, nil), "x509pop", popPayload(t, mint("spiffe://example.org/spire-exchange/host/c", k)), csr(t, key(t)), possess(t, k)); err != nil {
+		t.Errorf("an SVID of the new authority: %v, %v", r, err)
 	}
 }
 

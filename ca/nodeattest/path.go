@@ -40,7 +40,10 @@ func ParsePath(text string, known ...string) (*PathTemplate, error) {
 		}
 		name, isField := strings.CutPrefix(strings.TrimSpace(inner), ".")
 		if !isField || !slices.ContainsFunc(known, func(k string) bool {
-			return k == name || strings.HasSuffix(k, ".") && strings.HasPrefix(name, k) && len(name) > len(k)
+			if strings.HasSuffix(k, ".") {
+				return strings.HasPrefix(name, k) && len(name) > len(k)
+			}
+			return k == name
 		}) {
 			return nil, fmt.Errorf("%q has {{%s}}, which is not one of the variables .%s; functions are not understood", text, inner, strings.Join(known, ", ."))
 		}

@@ -40,6 +40,9 @@ type Config struct {
 	// Roots returns what the chains must end in. It is asked for each attestation.
 	Roots func() (*x509.CertPool, error)
 
+	// Issuer says whether the certificate directly above the node's may issue such certificates. Nil: whoever Roots leads to.
+	Issuer func(*x509.Certificate) bool
+
 	// SPIFFE says that the certificates are X509-SVIDs of the trust domain, and that the rest of their path after SVIDPrefix
 	// names the node.
 	SPIFFE     bool
@@ -177,6 +180,12 @@ func (a *Attestor) verify(leaf *x509.Certificate, others []*x509.Certificate) ([
 	})
 	if err != nil {
 		return nil, nodeattest.Refuse(nodeattest.Denied, "the certificate does not verify: %s", reason(err)).Because(err)
+	}
+	if a.c.Issuer != nil {
+		chains = slices.DeleteFunc(chains, func(chain []*x509.Certificate) bool { return len(chain) < 2 || !a.c.Issuer(chain[1]) })
+		if len(chains) == 0 {
+			return nil, nodeattest.Refuse(nodeattest.Denied, "the X509-SVID was not issued by this CA itself")
+		}
 	}
 	return chains, nil
 }
