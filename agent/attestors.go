@@ -17,6 +17,8 @@ type NodeAttestation struct {
 	AWSIID *AWSIID `yaml:"aws_iid"`
 	// GCPIIT shows an identity token of this instance of Google Compute Engine.
 	GCPIIT *GCPIIT `yaml:"gcp_iit"`
+	// TPM shows that this node holds its TPM 2.0.
+	TPM *TPM `yaml:"tpm"`
 }
 
 // attestorConfig is the configuration of one attestor.
@@ -48,11 +50,17 @@ func (n *NodeAttestation) configured() []namedAttestor {
 	if n.GCPIIT != nil {
 		out = append(out, namedAttestor{"gcp_iit", n.GCPIIT})
 	}
+	if n.TPM != nil {
+		out = append(out, namedAttestor{"tpm", n.TPM})
+	}
 	return out
 }
 
 // check checks the attestor and that nothing excludes it.
 func (n *NodeAttestation) check(c *Config, bad func(field, format string, args ...any)) {
+	if n.TPM != nil {
+		n.TPM.dir = filepath.Join(c.DataDir, "tpm")
+	}
 	configured := n.configured()
 	for i, a := range configured {
 		if i > 0 {

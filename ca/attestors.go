@@ -23,6 +23,8 @@ type NodeAttestors struct {
 	AWSIID *AWSIID `yaml:"aws_iid"`
 	// GCPIIT takes instances of Google Compute Engine by their identity token.
 	GCPIIT *GCPIIT `yaml:"gcp_iit"`
+	// TPM takes nodes that hold a TPM 2.0 which is known, or certified by its manufacturer.
+	TPM *TPM `yaml:"tpm"`
 }
 
 // attestorConfig is the configuration of one attestor, each in a file of its own.
@@ -61,6 +63,9 @@ func (n *NodeAttestors) configured() []namedAttestor {
 	}
 	if n.GCPIIT != nil {
 		out = append(out, namedAttestor{"gcp_iit", n.GCPIIT})
+	}
+	if n.TPM != nil {
+		out = append(out, namedAttestor{"tpm", n.TPM})
 	}
 	return out
 }

@@ -50,14 +50,15 @@ var rules = []rule{
 	{"workloadapi/peer", nil},
 	{"workloadapi/...", []string{"workloadapi/...", "policy", "spiffe", "api/signet/policy/v1/..."}},
 
-	{"agent/...", []string{"internal/nodekey", "internal/x509pop", "workloadapi/...", "policy", "spiffe", "api/signet/node/v1", "api/signet/policy/v1/..."}},
-	{"ca/...", []string{"internal/nodekey", "internal/x509pop", "policy", "spiffe", "api/..."}},
+	{"agent/...", []string{"internal/nodekey", "internal/x509pop", "internal/tpmwire", "workloadapi/...", "policy", "spiffe", "api/signet/node/v1", "api/signet/policy/v1/..."}},
+	{"ca/...", []string{"internal/nodekey", "internal/x509pop", "internal/tpmwire", "policy", "spiffe", "api/..."}},
 
 	// What puts CA and agent together, and what only the command line needs.
 	{"internal/durable", nil},
 	{"internal/strictyaml", nil},
 	{"internal/version", nil},
 	{"internal/nodekey", []string{"spiffe"}}, // what a node signs to win its SVID back, which both sides must know
+	{"internal/tpmwire", nil},                // the messages by which a node shows its TPM, likewise
 	{"internal/x509pop", nil},                // what a node signs to prove that it holds a certificate's key, likewise
 	{"internal/importmap", nil},
 	{"internal/conformance", nil},
@@ -103,7 +104,8 @@ var only = []struct {
 	by       []string
 }{
 	// Bytes of authority keys are seen in one place; drivers of key stores are linked by the program.
-	{"go.step.sm/crypto/...", []string{"ca/keys", "cmd/signet"}},
+	// A node's attestation key is in its TPM, for which the agent has a package.
+	{"go.step.sm/crypto/...", []string{"ca/keys", "cmd/signet", "agent/nodeattest/tpm"}},
 	{"go.etcd.io/bbolt", []string{"ca/store/bolt"}},
 	// A parser of foreign BER stays where its input is bounded and fuzzed.
 	{"github.com/smallstep/pkcs7", []string{"ca/nodeattest/awsiid", "test/cloudtest"}},

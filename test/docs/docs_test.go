@@ -296,7 +296,7 @@ func TestEventsAndMetricsAreDocumented(t *testing.T) {
 func documents(t *testing.T) map[string]string {
 	t.Helper()
 	texts := map[string]string{}
-	for _, pattern := range []string{"*.md", "docs/*.md", "docs/reference/*.md"} {
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/operate/*.md", "docs/operate/*/*.md", "docs/reference/*.md"} {
 		names, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			t.Fatal(err)

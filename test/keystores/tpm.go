@@ -17,6 +17,8 @@ type TPM struct {
 	URI string
 	// Socket is the TPM's socket, and Storage the directory.
 	Socket, Storage string
+	// EKRoots is a PEM file with the CA that has certified the endorsement key and the CA above it, of a CertifiedSWTPM.
+	EKRoots string
 
 	state string
 	stop  func()
@@ -24,6 +26,43 @@ type TPM struct {
 
 // SWTPM starts a TPM, which ends with the test.
 func SWTPM(t testing.TB) *TPM {
+	t.Helper()
+	return newTPM(t, func(string) []string { return nil })
+}
+
+// CertifiedSWTPM starts a TPM whose endorsement keys a CA of its own has certified, as manufacturers do.
+func CertifiedSWTPM(t testing.TB) *TPM {
+	t.Helper()
+	m := newTPM(t, func(dir string) []string {
+		write := func(name, format string, args ...any) string {
+			path := filepath.Join(dir, name)
+			if err := os.WriteFile(path, fmt.Appendf(nil, format, args...), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			return path
+		}
+		ca := write("ca.conf", "statedir = %[1]s\nsigningkey = %[1]s/signkey.pem\nissuercert = %[1]s/issuercert.pem\ncertserial = %[1]s/certserial\n", dir)
+		config := write("setup.conf", "create_certs_tool = %s\ncreate_certs_tool_config = %s\ncreate_certs_tool_options = %s\n",
+			program(t, "swtpm_localca", "swtpm-tools"), ca, write("options", "\n"))
+		return []string{"--config", config, "--create-ek-cert"}
+	})
+	dir := filepath.Dir(m.Socket)
+	var roots []byte
+	for _, name := range []string{"issuercert.pem", "swtpm-localca-rootca-cert.pem"} {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		roots = append(roots, data...)
+	}
+	m.EKRoots = filepath.Join(dir, "ek-roots.pem")
+	if err := os.WriteFile(m.EKRoots, roots, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func newTPM(t testing.TB, setupArgs func(dir string) []string) *TPM {
 	t.Helper()
 	// A Unix socket's path has about 100 bytes at most, so it is not under t.TempDir.
 	dir, err := os.MkdirTemp("", "tpm")
@@ -38,7 +77,7 @@ func SWTPM(t testing.TB) *TPM {
 		}
 	}
 	setup := program(t, "swtpm_setup", "swtpm-tools")
-	if out, err := exec.Command(setup, "--tpm2", "--tpmstate", m.state, "--not-overwrite").CombinedOutput(); err != nil {
+	if out, err := exec.Command(setup, append([]string{"--tpm2", "--tpmstate", m.state, "--not-overwrite"}, setupArgs(dir)...)...).CombinedOutput(); err != nil {
 		t.Fatalf("swtpm_setup: %v\n%s", err, out)
 	}
 	m.URI = fmt.Sprintf("tpmkms:device=%s;storage-directory=%s", m.Socket, m.Storage)

@@ -46,6 +46,10 @@ type CA struct {
 	sync.Mutex
 	// Attest sees the token and the key, and may refuse. Nil accepts.
 	Attest func(token string, key *ecdsa.PublicKey) error
+	// Judge takes evidence of other kinds than join tokens; it may challenge, and refuse. Nil: only tokens are taken.
+	Judge func(kind string, payload []byte, challenge func([]byte) ([]byte, error)) error
+	// Reattestable is what an agent is told that came with evidence.
+	Reattestable bool
 	// Lose makes AttestAgent end without a reply after it has accepted.
 	Lose bool
 	// Follow is the whole of a Follow stream; serial is that of the agent's SVID.
@@ -165,15 +169,32 @@ func (ca *CA) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 		return err
 	}
 	ca.Lock()
-	defer ca.Unlock()
-	if m.GetParams().GetData().GetType() != "join_token" {
-		return status.Error(codes.PermissionDenied, "only join tokens are taken here")
+	judge := ca.Judge
+	ca.Unlock()
+	data := m.GetParams().GetData()
+	evidence := data.GetType() != "join_token"
+	if evidence {
+		if judge == nil {
+			return status.Error(codes.PermissionDenied, "only join tokens are taken here")
+		}
+		err := judge(data.GetType(), data.GetPayload(), func(question []byte) ([]byte, error) {
+			if err := stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: question}}); err != nil {
+				return nil, err
+			}
+			m, err := stream.Recv()
+			return m.GetChallengeResponse(), err
+		})
+		if err != nil {
+			return err
+		}
 	}
+	ca.Lock()
+	defer ca.Unlock()
 	svid, key, err := ca.signAgent(m.GetParams().GetParams().GetCsr())
 	if err != nil {
 		return err
 	}
-	if ca.Attest != nil {
+	if ca.Attest != nil && !evidence {
 		if err := ca.Attest(string(m.GetParams().GetData().GetPayload()), key); err != nil {
 			return err
 		}
@@ -181,7 +202,8 @@ func (ca *CA) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 	if ca.Lose {
 		return status.Error(codes.Unavailable, "the reply is lost")
 	}
-	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{Result: &agentv1.AttestAgentResponse_Result{Svid: svid}}})
+	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{Result: &agentv1.AttestAgentResponse_Result{
+		Svid: svid, Reattestable: evidence && ca.Reattestable}}})
 }
 
 // RenewAgent is SPIRE's.

@@ -1,0 +1,163 @@
+package tpm
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	// responseHeader is tag, size and code; the size counts the header.
+	responseHeader   = 10
+	maxResponseBytes = 8 << 10
+	// maxCommand bounds one command: a hardware TPM may take tens of seconds for a key.
+	maxCommand = 90 * time.Second
+)
+
+// A channel carries commands to a TPM and gives up when the attestation does: a device that hangs must not hold the agent.
+// After Close the next command connects again, since the library closes after each of its steps.
+type channel struct {
+	path string
+	stop func() bool // ends the watch over the context
+
+	mu      sync.Mutex // guards conn and aborted
+	conn    conn
+	aborted bool
+}
+
+// conn is what devices and sockets have in common.
+type conn interface {
+	io.ReadWriteCloser
+	SetDeadline(time.Time) error
+}
+
+// newChannel returns a channel that is of no more use when ctx ends.
+func newChannel(ctx context.Context, path string) *channel {
+	c := &channel{path: path}
+	c.stop = context.AfterFunc(ctx, c.abort)
+	return c
+}
+
+// abort ends the command under way and refuses further ones.
+func (c *channel) abort() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.aborted = true
+	if c.conn != nil {
+		_ = c.conn.SetDeadline(time.Unix(1, 0)) // a device that has no deadlines has those of the kernel's driver
+	}
+}
+
+var errAborted = errors.New("the attestation was given up")
+
+// connect opens the device, if it is not open.
+func (c *channel) connect() error {
+	_, err := c.open()
+	return err
+}
+
+func (c *channel) open() (conn, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.aborted {
+		return nil, errAborted
+	}
+	if c.conn != nil {
+		return c.conn, nil
+	}
+	info, err := os.Stat(c.path)
+	switch {
+	case err != nil:
+		return nil, err
+	case info.Mode()&os.ModeSocket != 0:
+		s, err := net.DialTimeout("unix", c.path, 5*time.Second)
+		if err != nil {
+			return nil, err
+		}
+		c.conn = s.(*net.UnixConn)
+	case info.Mode()&os.ModeCharDevice != 0:
+		// Non-blocking, so that a read waits in the poller and can be ended.
+		f, err := os.OpenFile(c.path, os.O_RDWR|syscall.O_NONBLOCK, 0)
+		if err != nil {
+			return nil, err
+		}
+		c.conn = f
+	default:
+		return nil, errors.New("it is neither a device nor a Unix socket")
+	}
+	return c.conn, nil
+}
+
+// Write sends one command.
+func (c *channel) Write(command []byte) (int, error) {
+	conn, err := c.open()
+	if err != nil {
+		return 0, err
+	}
+	if err := conn.SetDeadline(time.Now().Add(maxCommand)); err != nil && !errors.Is(err, os.ErrNoDeadline) {
+		return 0, err
+	}
+	if c.isAborted() { // between the two: abort's deadline was overwritten
+		return 0, errAborted
+	}
+	return conn.Write(command)
+}
+
+func (c *channel) isAborted() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.aborted
+}
+
+// Read receives one whole response.
+func (c *channel) Read(into []byte) (int, error) {
+	conn, err := c.open()
+	if err != nil {
+		return 0, err
+	}
+	n, err := conn.Read(into) // a device gives the whole response in one read
+	for err == nil {
+		if n >= responseHeader {
+			size := binary.BigEndian.Uint32(into[2:])
+			switch {
+			case size < responseHeader || size > maxResponseBytes || int(size) > len(into):
+				return 0, fmt.Errorf("the TPM announces a response of %d bytes", size)
+			case n >= int(size):
+				return n, nil
+			}
+		}
+		var more int
+		more, err = conn.Read(into[n:])
+		n += more
+	}
+	return 0, err
+}
+
+// MeasurementLog is not needed for what this package does.
+func (*channel) MeasurementLog() ([]byte, error) { return nil, nil }
+
+// Close ends the connection; transient objects in the TPM go with it.
+func (c *channel) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.conn == nil {
+		return nil
+	}
+	err := c.conn.Close()
+	c.conn = nil
+	return err
+}
+
+// release ends the channel for good.
+func (c *channel) release() error {
+	c.stop()
+	c.abort()
+	return c.Close()
+}
