@@ -3,6 +3,7 @@
 #   make demo      the main job in front of your eyes
 #   make test      all tests
 #   make check     about two minutes, before every commit
+#   make interop   real SPIRE programs, which you bring along (docs/interop.md)
 #   make           the programs, in bin/
 
 .POSIX:
@@ -19,7 +20,7 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build demo test check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale interop-k8s release clean tools
+.PHONY: all build demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale interop-k8s release clean tools
 
 all: build
 
@@ -33,6 +34,12 @@ demo: build
 # All there is: unit, conformance, fuzz seeds, scripts of the command line, README's commands, end to end.
 test: tools/installed
 	tools/test.sh
+
+# Unmodified SPIRE programs against this tree. SPIRE_AGENT_BIN, SPIRE_SERVER_BIN and SPIRE_CONTROLLER_MANAGER_BIN name them; what
+# is not named is skipped, and says so. INTEROP=TestMove runs one test.
+INTEROP = .
+interop:
+	go test -count=1 -timeout 30m -v -run '$(INTEROP)' ./test/interop
 
 check: fmt-check vet staticcheck modules generated race fuzz
 	@echo check: all passed
@@ -99,7 +106,7 @@ bin/tools/.made: tools/go.mod tools/go.sum
 
 .PHONY: tools/installed
 tools/installed:
-	@tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools pkcs11-tool=opensc
+	@tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools
 
 clean:
 	rm -rf bin dist
