@@ -263,9 +263,12 @@ const (
 	maxStreamsPerConn = 1000
 	maxRequestBytes   = 4 << 20
 	handshakeTimeout  = 10 * time.Second
-	keepaliveTime     = 5 * time.Minute
-	keepaliveTimeout  = 20 * time.Second
-	minClientPing     = 30 * time.Second
+	// windowBytes is what a caller may send before it is read. A fixed window saves a ping, which is to find out how large
+	// it should be, in every call.
+	windowBytes      = 1 << 20
+	keepaliveTime    = 5 * time.Minute
+	keepaliveTimeout = 20 * time.Second
+	minClientPing    = 30 * time.Second
 	// maxIdle ends connections on which no call is under way; an agent that follows is never idle.
 	maxIdle = 5 * time.Minute
 )
@@ -295,6 +298,7 @@ func (ca *CA) makeServers() {
 		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
+		grpc.InitialWindowSize(windowBytes), grpc.InitialConnWindowSize(windowBytes),
 		grpc.WaitForHandlers(true),
 	}
 	ca.tcp = grpc.NewServer(append(common, grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect}))...)

@@ -64,6 +64,14 @@ func CheckCSR(der []byte, wantID spiffeid.ID) (crypto.PublicKey, error) {
 	if len(der) > MaxCSRBytes {
 		return nil, fmt.Errorf("csr %w: it has %d bytes, more than %d", ErrRefused, len(der), MaxCSRBytes)
 	}
+	if !wantID.IsZero() {
+		if csr, ok := readUsualCSR(der, wantID.String()); ok {
+			if !csr.verifies() {
+				return nil, fmt.Errorf("csr %w: its signature does not verify with its own key", ErrRefused)
+			}
+			return csr.key, nil
+		}
+	}
 	csr, err := x509.ParseCertificateRequest(der)
 	if err != nil {
 		return nil, fmt.Errorf("csr %w: it is not a DER PKCS #10 certificate request: %w", ErrRefused, err)
