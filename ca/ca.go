@@ -4,7 +4,6 @@ package ca
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -22,6 +21,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
@@ -33,7 +33,6 @@ import (
 	"github.com/signet-id/signet/ca/keys"
 	"github.com/signet-id/signet/ca/nodeapi"
 	"github.com/signet-id/signet/ca/registry"
-	"github.com/signet-id/signet/ca/rotation"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/ca/store/bolt"
 	"github.com/signet-id/signet/internal/durable"
@@ -57,8 +56,9 @@ type CA struct {
 	refusals *access.Refusals
 	limiter  *limiter
 	node     *nodeapi.API
-	rotator  *rotation.Rotator
 	svid     *serverSVID
+
+	upstream *upstreamKeeper // nil without an upstream CA
 
 	metrics *metrics
 	health  *health.Server
@@ -114,7 +114,16 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	if err != nil {
 		return ca, err
 	}
-	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Store: ca.store, Seal: seal, Keys: ca.keys, Exclusive: true, Now: c.Now, Log: ca.log,
+	driver, err := c.Upstream.open(ca.td, ca.keys, c.Now, ca.log)
+	if err != nil {
+		return ca, err
+	}
+	var above authority.Upstream
+	if driver != nil {
+		ca.upstream = newUpstreamKeeper(ca, driver)
+		above = ca.upstream
+	}
+	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Upstream: above, UpstreamTTL: c.Upstream.TTL, Store: ca.store, Seal: seal, Keys: ca.keys, Exclusive: true, Now: c.Now, Log: ca.log,
 		X509Lifetime: c.Authorities.X509Lifetime, JWTLifetime: c.Authorities.JWTLifetime, RefreshHint: c.Authorities.RefreshHint,
 		DefaultX509TTL: c.TTL.X509, DefaultJWTTTL: c.TTL.JWT, MaxX509TTL: c.TTL.MaxX509, MaxJWTTTL: c.TTL.MaxJWT, Issuer: c.JWTIssuer}); err != nil {
 		return ca, err
@@ -127,28 +136,28 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	if err = ca.reloadAuthorities(ctx); err != nil {
 		return ca, err
 	}
+	if ca.upstream != nil {
+		// JWT keys are known above before tokens are signed with them. If the upstream is away, they follow when it is back.
+		ca.upstream.note(ctx, "publishing JWT keys", ca.upstream.publish(ctx))
+	}
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
 	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
 	ca.limiter = newLimiter(ca)
-	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, Trusted: bundles{ca.set, ca.reg}.trusted, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
+	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
-	ca.rotator = rotation.New(rotation.Config{TrustDomain: ca.td, Set: ca.set, Registry: ca.reg, Audit: ca.audit, Automatic: c.Authorities.Rotate == rotateAuto,
-		ActivationDeadline: c.Authorities.ActivationDeadline, RefreshHint: ca.set.Bundle().RefreshHint, Federated: func() bool { return len(ca.reg.Bundles()) > 0 },
-		Following: ca.rotationFollowers, Now: c.Now, Log: ca.log})
 	attestors, err := c.NodeAttestors.open(ctx, attestorEnv{td: ca.td, authorities: ca.set, now: c.Now, log: ca.log})
 	if err != nil {
 		return ca, err
 	}
 	ca.node = nodeapi.New(nodeapi.Config{Attestors: append(attestors, c.attestors...), TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage,
-		MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Rotation: ca.rotator, ReissueRate: c.Authorities.ReissueRate, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
+		MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	ca.makeServers()
 	return ca, nil
 }
 
 // bundles are what client certificates must chain to: the own authorities for agents and admins, those of foreign trust
-// domains for the foreign admins that the configuration names. Own authorities that were revoked are among them, so that
-// who holds an SVID of one is told in its first call; trusted is what counts then.
+// domains for the foreign admins that the configuration names.
 type bundles struct {
 	own     *authority.Set
 	foreign *registry.Registry
@@ -158,34 +167,13 @@ type bundles struct {
 func (b bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
 	stored, err := b.foreign.Bundle(td)
 	if err != nil { // not foreign, or not known
-		if td != b.own.Bundle().TrustDomain {
-			return nil, err
-		}
-		return b.own.KnownX509(), nil
+		return b.own.GetX509BundleForTrustDomain(td)
 	}
 	parsed, _, err := spiffe.ParseBundle(td, stored.Content)
 	if err != nil {
 		return nil, err
 	}
 	return parsed.X509Bundle(), nil
-}
-
-// trusted tells whether a chain that was verified earlier is trusted now.
-func (b bundles) trusted(td spiffeid.TrustDomain, chain []*x509.Certificate) bool {
-	if td == b.own.Bundle().TrustDomain {
-		return b.own.Trusts(chain)
-	}
-	foreign, err := b.GetX509BundleForTrustDomain(td)
-	return err == nil && foreign.HasX509Authority(chain[len(chain)-1])
-}
-
-// rotationFollowers returns what is known of the agents that follow this replica.
-func (ca *CA) rotationFollowers() map[spiffeid.ID]rotation.Follower {
-	out := map[spiffeid.ID]rotation.Follower{}
-	for id, st := range ca.node.Status() {
-		out[id] = rotation.Follower{HandedOn: st.HandedOn, InUse: st.InUse}
-	}
-	return out
 }
 
 const trustDomainKey = "meta/trust_domain"
@@ -226,9 +214,6 @@ func (ca *CA) observe(b store.Batch) {
 	}
 	if ca.set.Bundle().Sequence != before && ca.reg != nil {
 		ca.reg.OwnBundleChanged()
-		if ca.rotator != nil {
-			ca.rotator.BundleChanged()
-		}
 	}
 }
 
@@ -291,7 +276,7 @@ func (ca *CA) bind() error {
 // makeServers makes what will serve on the addresses.
 func (ca *CA) makeServers() {
 	ca.health = health.NewServer()
-	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Rotation: ca.rotator, Audit: ca.audit, Epoch: ca.store.Epoch(),
+	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Epoch: ca.store.Epoch(),
 		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
@@ -301,7 +286,7 @@ func (ca *CA) makeServers() {
 		grpc.InitialWindowSize(windowBytes), grpc.InitialConnWindowSize(windowBytes),
 		grpc.WaitForHandlers(true),
 	}
-	ca.tcp = grpc.NewServer(append(common, grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect}))...)
+	ca.tcp = grpc.NewServer(append(common, grpc.Creds(access.LimitedCredentials{TransportCredentials: credentials.NewTLS(ca.guard.TLSConfig()), Admit: ca.limiter.connect}))...)
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
 	register(ca.tcp, ca.node, admin, liveHealth{ca.health, ca})
 	register(ca.local, ca.node, admin, liveHealth{ca.health, ca})
@@ -362,7 +347,9 @@ func (ca *CA) Run(ctx context.Context) error {
 	g.Go(func() error { return serve(ca.tcp, ca.port) })
 	g.Go(func() error { return serve(ca.local, ca.socket) })
 	g.Go(func() error { return ca.maintain(gctx) })
-	g.Go(func() error { return ca.rotator.Run(gctx) })
+	if ca.upstream != nil {
+		g.Go(func() error { return ca.upstream.run(gctx) })
+	}
 	if ca.web != nil {
 		g.Go(func() error { return ca.serveMetrics(gctx) })
 	}
@@ -439,6 +426,9 @@ func (ca *CA) maintain(ctx context.Context) error {
 		}
 		ca.sweepAppended(ctx)
 		ca.refusals.Flush(ctx)
+		if _, err := ca.set.DropEnded(ctx); err != nil && ctx.Err() == nil {
+			ca.log.Warn("removing JWT keys of downstream CAs that have ended", "err", err)
+		}
 		if _, err := ca.svid.get(); err != nil {
 			ca.log.Error("the CA's own X509-SVID", "err", err)
 		}
@@ -478,7 +468,13 @@ func (ca *CA) Health() error {
 		return fmt.Errorf("audit: %w", err)
 	}
 	if err := ca.set.Health(); err != nil {
+		if problems := ca.upstream.problems(); len(problems) > 0 {
+			return fmt.Errorf("authority: %w (%s)", err, strings.Join(problems, "; "))
+		}
 		return fmt.Errorf("authority: %w", err)
+	}
+	if err := ca.upstream.health(); err != nil {
+		return err
 	}
 	return nil
 }
@@ -514,6 +510,11 @@ func (ca *CA) Close() {
 	}
 	if ca.keys != nil {
 		ca.keys.Close()
+	}
+	if ca.upstream != nil {
+		if err := ca.upstream.driver.Close(); err != nil {
+			ca.log.Warn("letting go of the upstream CA", "err", err)
+		}
 	}
 	if ca.audit != nil {
 		if err := ca.audit.Close(); err != nil && !errors.Is(err, auditlog.ErrClosed) {

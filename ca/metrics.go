@@ -56,6 +56,16 @@ func newMetrics(ca *CA) *metrics {
 			return float64(ca.reg.Revision())
 		}),
 		gauge("signet_ca_follow_lag_revisions", "How far the slowest follower's acknowledgement is behind.", m.lag),
+		gauge("signet_ca_upstream_failing", "What the upstream CA does not do at the moment, of: following it, publishing JWT keys, renewing the intermediate.", func() float64 {
+			return float64(len(ca.upstream.problems()))
+		}),
+		gauge("signet_ca_authority_seconds_left", "How long the active X.509 authority, with all above it, is still valid.", func() float64 {
+			if ca.set == nil {
+				return 0
+			}
+			left, _ := ca.set.AuthorityLeft()
+			return left.Seconds()
+		}),
 		gauge("signet_ca_healthy", "1 if the CA can do its work.", func() float64 {
 			if ca.Health() != nil {
 				return 0
@@ -124,6 +134,9 @@ func (m *metrics) handler() http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ready")
+		for _, p := range m.ca.upstream.problems() {
+			fmt.Fprintln(w, "warning:", p)
+		}
 	})
 	return mux
 }

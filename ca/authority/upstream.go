@@ -340,6 +340,17 @@ func (s *Set) changeRoot(ctx context.Context, id string, change func(*rootRecord
 	return err
 }
 
+// AuthorityLeft returns how long the active X.509 authority, and all above it, is valid from now, and how long it is in
+// all. Both are zero if none is active.
+func (s *Set) AuthorityLeft() (left, whole time.Duration) {
+	a := s.current.Load().activeX509
+	if a == nil {
+		return 0, 0
+	}
+	notBefore, notAfter := a.validity()
+	return max(0, notAfter.Sub(s.config.Now())), notAfter.Sub(notBefore)
+}
+
 // HasUpstream tells whether new X.509 authorities are signed by an upstream CA.
 func (s *Set) HasUpstream() bool { return s.config.Upstream != nil }
 
