@@ -20,6 +20,9 @@ type GCPIIT struct {
 	KeysURLCAFile string `yaml:"keys_url_ca_file"`
 	// KeysFile is a file with such keys, for a CA that cannot reach KeysURL. It is read for each attestation.
 	KeysFile string `yaml:"keys_file"`
+	// AgentPathTemplate makes the path of the agent's SPIFFE ID below /spire/agent. Default
+	// /{{ .PluginName }}/{{ .ProjectID }}/{{ .InstanceID }}.
+	AgentPathTemplate string `yaml:"agent_path_template"`
 	// AllowReattestation lets an instance attest again with a token, also while its agent is at work. Then every process that can
 	// ask the instance's metadata server can take the agent's place.
 	AllowReattestation bool `yaml:"allow_reattestation"`
@@ -29,10 +32,17 @@ func (c *GCPIIT) config() gcpiit.Config {
 	return gcpiit.Config{Projects: c.Projects, Audience: c.Audience, KeysURL: c.KeysURL, KeysURLCAFile: c.KeysURLCAFile, KeysFile: c.KeysFile, AllowReattestation: c.AllowReattestation}
 }
 
-func (c *GCPIIT) check(bad func(field, format string, args ...any)) { c.config().Check(bad) }
+func (c *GCPIIT) check(bad func(field, format string, args ...any)) {
+	c.config().Check(bad)
+	checkTemplate(c.AgentPathTemplate, gcpiit.Variables, bad)
+}
 
 func (c *GCPIIT) open(_ context.Context, e attestorEnv) (nodeattest.Attestor, error) {
 	config := c.config()
 	config.Now = e.now
+	var err error
+	if config.Path, err = openTemplate(c.AgentPathTemplate, gcpiit.Variables); err != nil {
+		return nil, err
+	}
 	return gcpiit.New(config)
 }

@@ -106,3 +106,15 @@ func checkTemplate(text string, variables []string, bad func(field, format strin
 		bad("agent_path_template", "%v", err)
 	}
 }
+
+// openTemplate reads an agent_path_template; empty gives none, which means the default.
+func openTemplate(text string, variables []string) (*nodeattest.PathTemplate, error) {
+	if text == "" {
+		return nil, nil
+	}
+	t, err := nodeattest.ParsePath(text, variables...)
+	if err != nil {
+		return nil, fmt.Errorf("agent_path_template: %w", err)
+	}
+	return t, nil
+}

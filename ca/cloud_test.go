@@ -275,7 +275,7 @@ func TestAWSIID(t *testing.T) {
 	h.countsOnce("aws_iid", "/spire/agent/aws_iid/"+account+"/"+region+"/"+instance, []string{"aws_iid:account_id:" + account, "aws_iid:az:eu-central-1a",
 		"aws_iid:image:id:ami-0fa9e1f64142cde17", "aws_iid:instance:id:" + instance, "aws_iid:region:eu-central-1"}, func() []byte { return payload })
 
-	config.AllowReattestation = true
+	config.AllowReattestation, config.MaxInstanceAge = true, 0
 	h = startCloud(t, NodeAttestors{AWSIID: &config})
 	h.refuses("aws_iid", []refusedCase{{"garbage", []byte("null"), codes.InvalidArgument, ""}})
 	h.reattests("aws_iid", "/spire/agent/aws_iid/"+account+"/"+region+"/"+instance, func() []byte { return payload })
@@ -337,6 +337,33 @@ func TestGCPIIT(t *testing.T) {
 	h.reattests("gcp_iit", "/spire/agent/gcp_iit/"+project+"/"+instance, func() []byte { return token(nil) })
 }
 
+// SPIRE's operators keep the names of their agents.
+func TestCloudPathTemplates(t *testing.T) {
+	aws, google := cloudtest.NewAWS(t), cloudtest.NewGoogle(t)
+	h := startCloud(t, NodeAttestors{
+		AWSIID: &AWSIID{Accounts: []string{"123456789012"}, Certificates: map[string]string{"eu-central-1": cloudtest.File(t, aws)}, AgentPathTemplate: "/{{ .PluginName }}/v2/{{ .Region }}/{{ .InstanceID }}"},
+		GCPIIT: &GCPIIT{Projects: []string{"shop-prod"}, KeysFile: google.File(t), AgentPathTemplate: "/gcp/{{ .Zone }}/{{ .InstanceName }}/{{ .ServiceAccount }}"},
+	})
+	document := cloudtest.Document("123456789012", "eu-central-1", "i-1", time.Now())
+	claims := cloudtest.Claims("spire-gcp-node-attestor", "shop-prod", "42", time.Now())
+	for _, tt := range []struct {
+		typ     string
+		payload []byte
+		want    string
+	}{
+		{"aws_iid", cloudtest.Payload(t, document, aws.Sign(t, document)), "/spire/agent/aws_iid/v2/eu-central-1/i-1"},
+		{"gcp_iit", []byte(google.Token(t, "key-1", claims)), "/spire/agent/gcp/europe-west3-a/web-1/12345-compute_developer.gserviceaccount.com"},
+	} {
+		if r, err := h.attempt(tt.typ, tt.payload, key(t)); err != nil || r.Svid.Id.Path != tt.want {
+			t.Errorf("%s: %v, %v; want %s", tt.typ, r, err, tt.want)
+		}
+	}
+	h.refuses("gcp_iit", []refusedCase{
+		{"nothing for the template", []byte(google.Token(t, "key-1", cloudtest.With(claims, map[string]any{"email": nil}))), codes.PermissionDenied, ".ServiceAccount is empty"},
+		{"a name that is no segment", []byte(google.Token(t, "key-1", cloudtest.Machine(claims, map[string]any{"instance_name": ".."}))), codes.PermissionDenied, "cannot be a SPIFFE ID"},
+	})
+}
+
 // Mistakes are told at the start, by field.
 func TestCloudConfig(t *testing.T) {
 	for _, tt := range []struct{ yaml, want string }{
@@ -346,6 +373,9 @@ func TestCloudConfig(t *testing.T) {
 		{"{aws_iid: {}}", "node_attestors.aws_iid.accounts: missing"},
 		{"{aws_iid: {accounts: [123456789012]}}", "write it in quotes"},
 		{"{aws_iid: {accounts: ['123456789012'], certificates: {eu-central-1: a.pem}}}", "node_attestors.aws_iid.certificates.eu-central-1: \"a.pem\" must be absolute"},
+		{"{aws_iid: {accounts: ['123456789012'], certificates: {a: /a}, max_instance_age: 1h, allow_reattestation: true}}", "node_attestors.aws_iid.max_instance_age: excludes"},
+		{"{aws_iid: {accounts: ['123456789012'], certificates: {a: /a}, agent_path_template: '/aws/{{ .Tags.name }}'}}", "node_attestors.aws_iid.agent_path_template: "},
+		{"{gcp_iit: {projects: [a], agent_path_template: '/gcp/{{ .Labels.x }}'}}", "node_attestors.gcp_iit.agent_path_template: "},
 		{"{gcp_iit: {}}", "node_attestors.gcp_iit.projects: missing"},
 		{"{gcp_iit: {projects: [a], keys_url: 'http://keys'}}", "node_attestors.gcp_iit.keys_url"},
 	} {

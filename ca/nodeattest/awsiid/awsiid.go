@@ -27,12 +27,14 @@ type Attestor struct {
 	certificates   map[string][]*x509.Certificate // by region
 	maxAge         time.Duration
 	allowReattests bool
+	path           *nodeattest.PathTemplate // or nil
 	now            func() time.Time
 }
 
 // New returns the attestor of a configuration that Check accepts, after it has read the certificates.
 func New(c Config) (*Attestor, error) {
-	a := &Attestor{accounts: map[string]bool{}, certificates: map[string][]*x509.Certificate{}, maxAge: c.MaxInstanceAge, allowReattests: c.AllowReattestation, now: c.Now}
+	a := &Attestor{accounts: map[string]bool{}, certificates: map[string][]*x509.Certificate{}, maxAge: c.MaxInstanceAge, allowReattests: c.AllowReattestation,
+		path: c.Path, now: c.Now}
 	if a.now == nil {
 		a.now = time.Now
 	}
@@ -82,8 +84,16 @@ func (a *Attestor) Attest(_ context.Context, attempt nodeattest.Attempt) (*nodea
 	case a.maxAge > 0 && age > a.maxAge:
 		return nil, denied("the instance was launched more than %v ago, at %s", a.maxAge, d.PendingTime.UTC().Format(time.RFC3339))
 	}
+	path := []string{Type, d.AccountID, d.Region, d.InstanceID}
+	if a.path != nil {
+		if path, err = a.path.Path(map[string]nodeattest.Variable{
+			"PluginName": {Value: Type}, "AccountID": {Value: d.AccountID}, "Region": {Value: d.Region}, "InstanceID": {Value: d.InstanceID},
+		}); err != nil {
+			return nil, denied("the agent's SPIFFE ID cannot be made: %v", err)
+		}
+	}
 	return &nodeattest.Evidence{
-		Path:        []string{Type, d.AccountID, d.Region, d.InstanceID},
+		Path:        path,
 		Selectors:   d.selectors(),
 		CanReattest: a.allowReattests,
 		Facts:       map[string]any{"account": d.AccountID, "region": d.Region, "instance": d.InstanceID, "launched": d.PendingTime.Unix()},

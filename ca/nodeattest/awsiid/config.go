@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/signet-id/signet/ca/nodeattest"
 )
 
 // Config says whose instances may attest.
@@ -27,10 +29,15 @@ type Config struct {
 	// AllowReattestation lets an instance attest again with the same document, also while its agent is at work. Then
 	// every process that can read the instance's metadata can take the agent's place.
 	AllowReattestation bool
+	// Path makes the path of the agent's SPIFFE ID of Variables. Nil: /aws_iid/<account>/<region>/<instance>.
+	Path *nodeattest.PathTemplate
 
 	// Now tells the time. Nil: time.Now.
 	Now func() time.Time
 }
+
+// Variables are those that a path template may name. SPIRE's Tags need the API of AWS.
+var Variables = []string{"PluginName", "AccountID", "Region", "InstanceID"}
 
 const (
 	accountDigits   = 12
@@ -63,6 +70,9 @@ func (c Config) Check(bad func(field, format string, args ...any)) {
 	}
 	if c.MaxInstanceAge < 0 {
 		bad("max_instance_age", "%v is negative; leave it out for no limit", c.MaxInstanceAge)
+	}
+	if c.MaxInstanceAge > 0 && c.AllowReattestation {
+		bad("max_instance_age", "excludes allow_reattestation: agents that renew by attesting again would be refused at that age")
 	}
 }
 

@@ -4,7 +4,12 @@ import (
 	"net/url"
 	"path/filepath"
 	"time"
+
+	"github.com/signet-id/signet/ca/nodeattest"
 )
+
+// Variables are those that a path template may name. ServiceAccount is the e-mail address with _ for @.
+var Variables = []string{"PluginName", "ProjectID", "Zone", "InstanceID", "InstanceName", "ServiceAccount"}
 
 const (
 	// DefaultAudience is the audience of the tokens that SPIRE's agents ask for.
@@ -31,6 +36,8 @@ type Config struct {
 	// AllowReattestation lets an instance attest again with a token, also while its agent is at work. Then every process
 	// that can ask the instance's metadata server can take the agent's place.
 	AllowReattestation bool
+	// Path makes the path of the agent's SPIFFE ID of Variables. Nil: /gcp_iit/<project>/<instance id>.
+	Path *nodeattest.PathTemplate
 
 	// Now tells the time. Nil: time.Now.
 	Now func() time.Time

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/signet-id/signet/ca/nodeattest"
@@ -20,6 +21,7 @@ type Attestor struct {
 	projects       map[string]bool
 	audience       string
 	allowReattests bool
+	path           *nodeattest.PathTemplate // or nil
 	keys           keySource
 	now            func() time.Time
 }
@@ -27,7 +29,7 @@ type Attestor struct {
 // New returns the attestor of a configuration that Check accepts. Keys that are in a file are read once, so that a mistake is found at the start; keys that are
 // fetched are fetched when the first node attests.
 func New(c Config) (*Attestor, error) {
-	a := &Attestor{projects: map[string]bool{}, audience: c.Audience, allowReattests: c.AllowReattestation, now: c.Now}
+	a := &Attestor{projects: map[string]bool{}, audience: c.Audience, allowReattests: c.AllowReattestation, path: c.Path, now: c.Now}
 	for _, p := range c.Projects {
 		a.projects[p] = true
 	}
@@ -89,11 +91,22 @@ func (a *Attestor) Attest(ctx context.Context, attempt nodeattest.Attempt) (*nod
 		"zone:" + machine.Zone,
 		"instance-name:" + machine.InstanceName,
 	}
+	account := ""
 	if c.Email != "" && c.EmailVerified {
-		selectors = append(selectors, "sa:"+c.Email)
+		account = c.Email
+		selectors = append(selectors, "sa:"+account)
+	}
+	path := []string{Type, machine.ProjectID, machine.InstanceID}
+	if a.path != nil {
+		if path, err = a.path.Path(map[string]nodeattest.Variable{
+			"PluginName": {Value: Type}, "ProjectID": {Value: machine.ProjectID}, "Zone": {Value: machine.Zone}, "InstanceID": {Value: machine.InstanceID},
+			"InstanceName": {Value: machine.InstanceName}, "ServiceAccount": {Value: strings.ReplaceAll(account, "@", "_")},
+		}); err != nil {
+			return nil, nodeattest.Refuse(nodeattest.Denied, "the agent's SPIFFE ID cannot be made: %v", err)
+		}
 	}
 	return &nodeattest.Evidence{
-		Path:        []string{Type, machine.ProjectID, machine.InstanceID},
+		Path:        path,
 		Selectors:   selectors,
 		CanReattest: a.allowReattests,
 		Facts:       map[string]any{"project": machine.ProjectID, "zone": machine.Zone, "instance": machine.InstanceName, "instance_id": machine.InstanceID},

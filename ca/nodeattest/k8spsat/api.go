@@ -109,7 +109,7 @@ func (s *session) call(ctx context.Context, method, path string, body []byte, se
 		if t, ok := errors.AsType[*transientError](err); !ok || try == maxTries || ctx.Err() != nil {
 			return err
 		} else if err := pause(ctx, delay/2+rand.N(delay)); err != nil {
-			return errors.Join(t, err)
+			return fmt.Errorf("%w, and there is no time to try again: %w", t, err)
 		}
 	}
 }
