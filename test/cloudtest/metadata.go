@@ -12,9 +12,10 @@ import (
 func (a *AWS) Metadata(t testing.TB, document string) http.Handler {
 	signature, session := a.Sign(t, document), rand.Text()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		const folder = "/latest/dynamic/instance-identity/"
+		const folder, ttl = "/latest/dynamic/instance-identity/", "X-Aws-Ec2-Metadata-Token-Ttl-Seconds"
 		switch given := r.Header.Get("X-Aws-Ec2-Metadata-Token"); {
-		case r.Method == http.MethodPut && r.URL.Path == "/latest/api/token" && r.Header.Get("X-Aws-Ec2-Metadata-Token-Ttl-Seconds") != "":
+		case r.Method == http.MethodPut && r.URL.Path == "/latest/api/token" && r.Header.Get(ttl) != "":
+			w.Header().Set(ttl, r.Header.Get(ttl)) // AWS's SDK demands it
 			fmt.Fprint(w, session)
 		case r.Method != http.MethodGet || given != session:
 			http.Error(w, "", http.StatusUnauthorized)
