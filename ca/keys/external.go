@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
+	_ "crypto/sha256" // the hashes of prove
+	_ "crypto/sha512"
 	"errors"
 	"fmt"
 	"io"
@@ -21,8 +24,8 @@ import (
 // RegisterLookup.
 type Lookup struct {
 	// Find returns the driver's name for the key that was made under the given name, or ErrNoKey. It is for key stores that
-	// choose names themselves. Nil: the name is known before.
-	Find func(ctx context.Context, kms, name string) (string, error)
+	// choose names themselves. attribute returns what the URI of the key store says. Nil: the name is known before.
+	Find func(ctx context.Context, attribute func(string) string, name string) (string, error)
 
 	// Absent reports whether an error of the driver says that there is no such key. Nil: apiv1.NotFoundError and the gRPC
 	// code NotFound do.
@@ -92,10 +95,15 @@ func (s *storeSigner) sign(ctx context.Context, digest []byte, opts crypto.Signe
 	})
 }
 
-// prove signs a fixed text that is nothing else's encoding.
+// prove signs a fixed text that is nothing else's encoding, with the hash that fits the key: clouds take no other.
 func (s *storeSigner) prove(ctx context.Context) error {
-	digest := sha256.Sum256([]byte("signet: proof that this key signs"))
-	_, err := s.sign(ctx, digest[:], crypto.SHA256)
+	hash := crypto.SHA256
+	if public, ok := s.public.(*ecdsa.PublicKey); ok && public.Curve == elliptic.P384() {
+		hash = crypto.SHA384
+	}
+	h := hash.New()
+	io.WriteString(h, "signet: proof that this key signs")
+	_, err := s.sign(ctx, h.Sum(nil), hash)
 	return err
 }
 
@@ -135,9 +143,11 @@ func (s *keyStore) find(ctx context.Context, name string) (*storeSigner, error) 
 			return nil, err
 		}
 		defer done()
+		limited, cancel := context.WithTimeout(ctx, s.limits.Timeout)
+		defer cancel()
 		key := s.place.found(name)
 		if l.Find != nil {
-			if key, err = l.Find(ctx, s.place.text, name); err != nil {
+			if key, err = l.Find(limited, s.place.parsed.Get, name); err != nil {
 				return nil, err
 			}
 		}

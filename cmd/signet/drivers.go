@@ -9,4 +9,6 @@ import (
 	_ "go.step.sm/crypto/kms/cloudkms"
 	_ "go.step.sm/crypto/kms/pkcs11"
 	_ "go.step.sm/crypto/kms/tpmkms"
+
+	_ "github.com/signet-id/signet/ca/keys/lookup"
 )
