@@ -7,14 +7,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/signet-id/signet/agent/nodeattest"
+	"github.com/signet-id/signet/internal/durable"
 )
 
 const (
@@ -64,14 +63,9 @@ func (Attestor) Type() string { return Type }
 
 // Begin reads the token. It is a secret: no error repeats any of it.
 func (a Attestor) Begin(context.Context) (nodeattest.Evidence, error) {
-	f, err := os.Open(a.config.TokenPath)
+	data, err := durable.ReadFile(a.config.TokenPath, maxTokenBytes)
 	if err != nil {
 		return nil, fmt.Errorf("k8s_psat.token_path: %w (does the pod mount a projected volume there?)", err)
-	}
-	defer func() { _ = f.Close() }() // it was only read
-	data, err := io.ReadAll(io.LimitReader(f, maxTokenBytes+1))
-	if err != nil {
-		return nil, fmt.Errorf("k8s_psat.token_path: %w", err)
 	}
 	token, err := readToken(data)
 	if err != nil {
@@ -87,21 +81,11 @@ func (a Attestor) Begin(context.Context) (nodeattest.Evidence, error) {
 // readToken looks whether a file holds a JWT, so that nothing else is shown to the CA.
 func readToken(data []byte) (string, error) {
 	token := strings.TrimSpace(string(data))
-	parts := strings.Split(token, ".")
 	switch {
 	case token == "":
 		return "", errors.New("the file is empty")
-	case len(token) > maxTokenBytes:
-		return "", fmt.Errorf("the file has more than %d bytes", maxTokenBytes)
-	case len(parts) != 3:
+	case !nodeattest.IsJWT(token):
 		return "", errors.New("the file holds no service account token")
-	}
-	for _, p := range parts {
-		if p == "" || strings.ContainsFunc(p, func(r rune) bool {
-			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_')
-		}) {
-			return "", errors.New("the file holds no service account token")
-		}
 	}
 	return token, nil
 }

@@ -41,7 +41,7 @@ func TestFaults(t *testing.T) {
 		{"empty", "", "is empty"},
 		{"no token", "s3cret", "no service account token"},
 		{"two tokens", token + "\n" + token, "no service account token"},
-		{"huge", "a.b." + strings.Repeat("s3cret", maxTokenBytes), "more than"},
+		{"huge", "a.b." + strings.Repeat("s3cret", maxTokenBytes), "at most"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			path := filepath.Join(dir, "token")

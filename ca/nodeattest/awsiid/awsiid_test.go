@@ -240,7 +240,7 @@ func TestConfig(t *testing.T) {
 		{"a broken one", Config{Accounts: []string{account}, Certificates: map[string]string{region: file("broken", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")}))}}, "certificate 1"},
 		{"the short key", Config{Accounts: []string{account}, Certificates: map[string]string{region: file("short", cloudtest.NewAWSKey(t, 1024, time.Now(), time.Now().Add(time.Hour)).PEM())}}, "2048 bits"},
 		{"too many", Config{Accounts: []string{account}, Certificates: map[string]string{region: file("many", bytes.Repeat(aws.PEM(), maxCertificates+1))}}, "more than"},
-		{"too large", Config{Accounts: []string{account}, Certificates: map[string]string{region: file("large", make([]byte, maxFileBytes+1))}}, "larger than"},
+		{"too large", Config{Accounts: []string{account}, Certificates: map[string]string{region: file("large", make([]byte, maxFileBytes+1))}}, "too large"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -6,15 +6,14 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/signet-id/signet/ca/nodeattest"
+	"github.com/signet-id/signet/internal/durable"
 )
 
 // Config says whose instances may attest.
@@ -78,17 +77,9 @@ func (c Config) Check(bad func(field, format string, args ...any)) {
 
 // readCertificates reads the certificates of one region.
 func readCertificates(file string) ([]*x509.Certificate, error) {
-	f, err := os.Open(file)
+	data, err := durable.ReadFile(file, maxFileBytes)
 	if err != nil {
 		return nil, err
-	}
-	defer func() { _ = f.Close() }() // it was only read
-	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxFileBytes {
-		return nil, fmt.Errorf("%s: larger than %d bytes", file, maxFileBytes)
 	}
 	certificates, err := parseCertificates(data)
 	if err != nil {

@@ -11,7 +11,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +18,8 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/json"
+
+	"github.com/signet-id/signet/internal/durable"
 )
 
 const (
@@ -121,7 +122,7 @@ func (f keyFile) key(_ context.Context, kid string) (*rsa.PublicKey, error) {
 }
 
 func (f keyFile) read() (map[string]*rsa.PublicKey, error) {
-	data, err := readFile(string(f))
+	data, err := durable.ReadFile(string(f), maxKeysBytes)
 	if err != nil {
 		return nil, err
 	}
@@ -130,22 +131,6 @@ func (f keyFile) read() (map[string]*rsa.PublicKey, error) {
 		return nil, fmt.Errorf("%s: %w", string(f), err)
 	}
 	return keys, nil
-}
-
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }() // it was only read
-	data, err := io.ReadAll(io.LimitReader(f, maxKeysBytes+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxKeysBytes {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxKeysBytes)
-	}
-	return data, nil
 }
 
 // A keyURL fetches keys when they are needed and keeps them for as long as their server says, within bounds. It has no
@@ -168,7 +153,7 @@ type keyURL struct {
 func newKeyURL(url, caFile string, now func() time.Time) (*keyURL, error) {
 	u := &keyURL{url: url, now: now, fetching: make(chan struct{}, 1)}
 	if caFile != "" {
-		data, err := readFile(caFile)
+		data, err := durable.ReadFile(caFile, maxKeysBytes)
 		if err != nil {
 			return nil, err
 		}

@@ -8,12 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/signet-id/signet/internal/durable"
 )
 
 // An access says how to reach a cluster's API server. It is asked anew for each attestation: tokens and certificates
@@ -55,7 +56,7 @@ func (i inCluster) load() (*credentials, error) {
 	if err != nil {
 		return nil, err
 	}
-	ca, err := readFile(filepath.Join(dir, "ca.crt"))
+	ca, err := durable.ReadFile(filepath.Join(dir, "ca.crt"), maxCredentialBytes)
 	if err != nil {
 		return nil, err
 	}
@@ -66,30 +67,8 @@ func (i inCluster) load() (*credentials, error) {
 	return &credentials{server: "https://" + net.JoinHostPort(host, port), roots: roots, token: token}, nil
 }
 
-// readFile reads a file of credentials. Its error says the path and nothing of what is in the file.
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = f.Close() }() // it was only read
-	if info, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !info.Mode().IsRegular() {
-		return nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxCredentialBytes+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxCredentialBytes {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxCredentialBytes)
-	}
-	return data, nil
-}
-
 func readToken(path string) (string, error) {
-	data, err := readFile(path)
+	data, err := durable.ReadFile(path, maxCredentialBytes)
 	if err != nil {
 		return "", err
 	}
@@ -146,7 +125,7 @@ func fileOrData(dir, field, file, data string) ([]byte, error) {
 		if !filepath.IsAbs(file) {
 			file = filepath.Join(dir, file)
 		}
-		content, err := readFile(file)
+		content, err := durable.ReadFile(file, maxCredentialBytes)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", field, err)
 		}

@@ -9,6 +9,8 @@ import (
 	"regexp"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/signet-id/signet/internal/durable"
 )
 
 // A kubeconfig is the path of a file in kubectl's format. It is read strictly: server, certificate authority, client
@@ -73,7 +75,7 @@ type kubeUser struct {
 }
 
 func (k kubeconfig) load() (*credentials, error) {
-	data, err := readFile(string(k))
+	data, err := durable.ReadFile(string(k), maxCredentialBytes)
 	if err != nil {
 		return nil, fmt.Errorf("kubeconfig: %w", err)
 	}
