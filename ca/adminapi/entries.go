@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"math"
 	"strings"
 	"time"
@@ -186,7 +187,11 @@ func (a *API) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchUpdateEntr
 		if in == nil {
 			in = &types.Entry{}
 		}
-		e, err := a.c.Registry.UpdateEntry(ctx, registry.EntryID(in.Id), func(e *registry.Entry) error { return a.fill(e, in, req.InputMask) })
+		var e *registry.Entry
+		err := checkGivenID(in.Id)
+		if err == nil {
+			e, err = a.c.Registry.UpdateEntry(ctx, registry.EntryID(in.Id), func(e *registry.Entry) error { return a.fill(e, in, req.InputMask) })
+		}
 		r := &entryv1.BatchUpdateEntryResponse_Result{Status: a.itemStatus(err)}
 		subject, details := clip(in.Id), map[string]any(nil)
 		if err == nil {
@@ -215,7 +220,11 @@ func (a *API) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchDeleteEntr
 	out := &entryv1.BatchDeleteEntryResponse{}
 	var records []auditlog.Record
 	for _, id := range req.Ids {
-		e, _, err := a.c.Registry.DeleteEntry(store.WithReserve(ctx), registry.EntryID(id))
+		var e *registry.Entry
+		err := checkGivenID(id)
+		if err == nil {
+			e, _, err = a.c.Registry.DeleteEntry(store.WithReserve(ctx), registry.EntryID(id))
+		}
 		out.Results = append(out.Results, &entryv1.BatchDeleteEntryResponse_Result{Id: id, Status: a.itemStatus(err)})
 		subject, details := clip(id), map[string]any(nil)
 		if e != nil {
@@ -227,10 +236,18 @@ func (a *API) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchDeleteEntr
 	return out, nil
 }
 
+// checkGivenID tells an ID that was forgotten from one that is not there.
+func checkGivenID(id string) error {
+	if id == "" {
+		return &registry.ValidationError{Field: "id", Problem: "missing"}
+	}
+	return nil
+}
+
 // GetEntry returns one entry. [SPIRE-PROTOCOL §14]
 func (a *API) GetEntry(_ context.Context, req *entryv1.GetEntryRequest) (*types.Entry, error) {
-	if req.Id == "" {
-		return nil, a.toStatus(&registry.ValidationError{Field: "id", Problem: "missing"})
+	if err := checkGivenID(req.Id); err != nil {
+		return nil, a.toStatus(err)
 	}
 	e, err := a.c.Registry.Entry(registry.EntryID(req.Id))
 	if err != nil {
@@ -250,6 +267,9 @@ func (a *API) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*
 		return nil, a.toStatus(err)
 	}
 	after, err := readToken(req.PageToken)
+	if err == nil && after != "" && registry.EntryID(after).Check() != nil {
+		err = &registry.ValidationError{Field: "page_token", Problem: "is not one that this CA handed out for entries"}
+	}
 	if err != nil {
 		return nil, a.toStatus(err)
 	}
@@ -290,6 +310,13 @@ func (a *API) CountEntries(_ context.Context, req *entryv1.CountEntriesRequest) 
 	return &entryv1.CountEntriesResponse{Count: int32(min(a.c.Registry.CountEntries(f), math.MaxInt32))}, nil
 }
 
+// maxFilterItems bounds the lists of a filter, which are compared with those of every entry.
+const maxFilterItems = 1000
+
+func tooManyItems(field string, n int) error {
+	return &registry.ValidationError{Field: field, Problem: fmt.Sprintf("has %d items, at most %d are allowed", n, maxFilterItems)}
+}
+
 func (a *API) filter(in *entryv1.ListEntriesRequest_Filter) (f registry.EntryFilter, err error) {
 	if in == nil {
 		return f, nil
@@ -308,6 +335,9 @@ func (a *API) filter(in *entryv1.ListEntriesRequest_Filter) (f registry.EntryFil
 		if len(m.Selectors) == 0 {
 			return f, &registry.ValidationError{Field: "filter.by_selectors", Problem: "needs at least one selector"}
 		}
+		if len(m.Selectors) > maxFilterItems {
+			return f, tooManyItems("filter.by_selectors", len(m.Selectors))
+		}
 		if f.Selectors, err = selectors("filter.by_selectors", m.Selectors); err != nil {
 			return f, err
 		}
@@ -318,6 +348,9 @@ func (a *API) filter(in *entryv1.ListEntriesRequest_Filter) (f registry.EntryFil
 	if m := in.ByFederatesWith; m != nil {
 		if len(m.TrustDomains) == 0 {
 			return f, &registry.ValidationError{Field: "filter.by_federates_with", Problem: "needs at least one trust domain"}
+		}
+		if len(m.TrustDomains) > maxFilterItems {
+			return f, tooManyItems("filter.by_federates_with", len(m.TrustDomains))
 		}
 		for _, name := range m.TrustDomains {
 			td, err := federated(name)
@@ -360,7 +393,8 @@ func matchKind(field string, n int32) (registry.MatchKind, error) {
 	return 0, &registry.ValidationError{Field: field, Problem: "unknown match behaviour"}
 }
 
-// A page token is the last ID of the page before, so that it stays good however the set changes meanwhile.
+// A page token is the last ID of the page before, so that it stays good however the set changes meanwhile. Whoever makes
+// one up begins where they say, and sees what they may see anyway.
 const tokenPrefix = "1:"
 
 func writeToken(last string) string {
@@ -377,10 +411,15 @@ func readToken(token string) (string, error) {
 		return "", bad
 	}
 	b, err := base64.RawURLEncoding.DecodeString(token)
-	if err != nil || len(b) <= len(tokenPrefix) || string(b[:len(tokenPrefix)]) != tokenPrefix {
+	if err != nil {
 		return "", bad
 	}
-	return string(b[len(tokenPrefix):]), nil
+	last, ok := strings.CutPrefix(string(b), tokenPrefix)
+	// IDs and names are of printable ASCII, and each has one token: the decoder passes over line ends and spare bits.
+	if !ok || last == "" || strings.ContainsFunc(last, func(r rune) bool { return r <= ' ' || r > '~' }) || writeToken(last) != token {
+		return "", bad
+	}
+	return last, nil
 }
 
 // givenID is an ID as the caller gave it, right or wrong, for the record of a refusal.

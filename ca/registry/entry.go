@@ -148,12 +148,17 @@ func invalid(field, value, format string, args ...any) error {
 func (e *Entry) normalise() {
 	e.Selectors = sortedSelectors(e.Selectors)
 	e.On = sortedSelectors(e.On)
-	slices.SortFunc(e.FederatesWith, func(a, b spiffeid.TrustDomain) int { return strings.Compare(a.Name(), b.Name()) })
-	e.FederatesWith = slices.Compact(e.FederatesWith)
+	e.FederatesWith = sortedTrustDomains(e.FederatesWith)
 	e.ParentID = NormaliseAgentID(e.ParentID)
 	if e.OnNodes {
 		e.ParentID = nodesID(e.SPIFFEID.TrustDomain(), e.On)
 	}
+}
+
+func sortedTrustDomains(tds []spiffeid.TrustDomain) []spiffeid.TrustDomain {
+	tds = slices.Clone(tds)
+	slices.SortFunc(tds, func(a, b spiffeid.TrustDomain) int { return strings.Compare(a.Name(), b.Name()) })
+	return slices.Compact(tds)
 }
 
 func sortedSelectors(ss []spiffe.Selector) []spiffe.Selector {
@@ -169,7 +174,7 @@ func sortedSelectors(ss []spiffe.Selector) []spiffe.Selector {
 
 // validate refuses what must not be registered in trust domain td. The entry has been normalised.
 func (e *Entry) validate(td spiffeid.TrustDomain) error {
-	if err := checkEntryID(e.ID); err != nil {
+	if err := e.ID.Check(); err != nil {
 		return err
 	}
 	if err := checkWorkloadID(td, "spiffe_id", e.SPIFFEID); err != nil {
@@ -245,7 +250,8 @@ func (e *Entry) validate(td spiffeid.TrustDomain) error {
 	return nil
 }
 
-func checkEntryID(id EntryID) error {
+// Check says what is wrong with an entry ID.
+func (id EntryID) Check() error {
 	if id == "" || len(id) > MaxEntryIDBytes {
 		return invalid("id", string(id), "must have 1 to %d characters", MaxEntryIDBytes)
 	}

@@ -69,7 +69,7 @@ type MatchKind int
 // The kinds of SPIRE's SelectorMatch.
 const (
 	MatchExact    MatchKind = iota // the same set
-	MatchSubset                    // the entry's set is a subset of the filter's
+	MatchSubset                    // the entry's set is a subset of the filter's, and not empty
 	MatchSuperset                  // the entry's set is a superset of the filter's
 	MatchAny                       // they have something in common
 )
@@ -85,7 +85,7 @@ func matches[T comparable](kind MatchKind, have, want []T) bool {
 	case MatchExact:
 		return n == len(have) && n == len(want)
 	case MatchSubset:
-		return n == len(have)
+		return n == len(have) && n > 0
 	case MatchSuperset:
 		return n == len(want)
 	}
@@ -130,6 +130,7 @@ func (r *Registry) Entry(id EntryID) (*Entry, error) {
 // there are more.
 func (r *Registry) ListEntries(f EntryFilter, after EntryID, limit int) (page []*Entry, more bool) {
 	f.Selectors = sortedSelectors(f.Selectors)
+	f.FederatesWith = sortedTrustDomains(f.FederatesWith)
 	f.ParentID = NormaliseAgentID(f.ParentID)
 	candidates, byID := r.candidates(&f)
 	at, found := slices.BinarySearch(candidates, after)
