@@ -96,7 +96,7 @@ func (n *node) attestByEvidence(ctx context.Context, b *bootstrap, old *nodeReco
 	if old != nil && !old.reattestable {
 		// Evidence that counts once only does not let this node in again, but its key does, unless it was evicted.
 		did, err := n.recover(ctx, old)
-		if did || status.Code(err) != codes.PermissionDenied {
+		if code := status.Code(err); did || code != codes.PermissionDenied && code != codes.Unavailable {
 			return did, err
 		}
 	}
@@ -188,7 +188,7 @@ func (n *node) attestWith(ctx context.Context, request caclient.Attestation, key
 	if err := n.dir.dropPendingKey(); err != nil {
 		n.log.Warn("the key of the attestation was not removed", "err", err)
 	}
-	n.log.Info("this node is attested", "node_id", svid.ID.String(), "not_after", svid.Certificates[0].NotAfter)
+	n.log.Info("this node is attested", "node_id", svid.ID.String(), "attestor", request.Evidence.Type(), "not_after", svid.Certificates[0].NotAfter)
 	n.client.Reconnect()
 	return true, nil
 }

@@ -193,6 +193,36 @@ func TestEvidenceIsForTheRightCAOnly(t *testing.T) {
 	}
 }
 
+// TestEvidenceThatCountsOnceAfterTheCAWasMadeAnew: the new CA knows nothing of the node, and only trust_bundle_path verifies
+// it. The node's key is worth nothing there, its evidence is.
+func TestEvidenceThatCountsOnceAfterTheCAWasMadeAnew(t *testing.T) {
+	r := newRig(t)
+	first := r.useEvidence()
+	r.ca.Reattestable, r.ca.AgentTTL = false, 6*time.Second
+	a, stop := r.run()
+	r.ready(a)
+	stop()
+	anew := faultca.Start(t, "/spire/server")
+	count := new(atomic.Int32)
+	judge := r.ca.Judge
+	anew.Judge = func(kind string, payload []byte, challenge func([]byte) ([]byte, error)) error {
+		if kind != x509pop.Attestor {
+			return status.Error(codes.PermissionDenied, "failed to attest: no such node, or not its key")
+		}
+		count.Add(1)
+		return judge(kind, payload, challenge)
+	}
+	r.config.ServerAddress = anew.Addr
+	if err := os.WriteFile(r.config.TrustBundlePath, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: anew.Root.Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a, _ = r.run()
+	r.ready(a)
+	if first.Load() != 2 || count.Load() != 1 {
+		t.Errorf("%d attestations in all, %d at the new CA", first.Load(), count.Load())
+	}
+}
+
 func TestNodeAttestationConfig(t *testing.T) {
 	pop := func() *X509POP { return &X509POP{CertificatePath: "/c", PrivateKeyPath: "/k"} }
 	for _, tt := range []struct {

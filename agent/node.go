@@ -90,6 +90,14 @@ func (n *node) setBootstrap(c Config) {
 	n.rouse()
 }
 
+// kind is how this node attests.
+func (n *node) kind() string {
+	if n.attestor == nil {
+		return nodeattest.JoinToken{}.Type()
+	}
+	return n.attestor.Type()
+}
+
 // calm forgets what roused the node before.
 func (n *node) calm() {
 	select {
@@ -284,7 +292,9 @@ func (n *node) renewOnce(ctx context.Context, old *x509svid.SVID) error {
 		return err
 	}
 	err := n.renewByKey(ctx, old)
-	if d, ok := errors.AsType[*caclient.DeniedError](err); ok && d.Reason == caclient.MustReattest {
+	d, denied := errors.AsType[*caclient.DeniedError](err)
+	// A CA that cannot be reached may be one that was made anew, which only trust_bundle_path verifies.
+	if denied && d.Reason == caclient.MustReattest || n.attestor != nil && errors.Is(err, caclient.ErrUnreachable) {
 		_, err = n.attest(ctx, old)
 	}
 	return err

@@ -33,6 +33,8 @@ type Status struct {
 	// ID is the agent's own, NotAfter the end of its SVID; zero before the first attestation.
 	ID       spiffeid.ID
 	NotAfter time.Time
+	// Attestor is how this node attests: join_token, or the kind that node_attestation names.
+	Attestor string
 	// Connected says that the CA is there and has confirmed that the agent holds its newest state.
 	Connected bool
 	// Epoch and Revision name the state of the CA that is held; Revision 0: none yet.
@@ -49,7 +51,7 @@ type Status struct {
 func (a *Agent) Status() Status {
 	node, stats := a.node.status.Load(), a.cache.Stats()
 	s := Status{
-		State: node.state, Detail: node.detail, Connected: a.client.Connected(),
+		State: node.state, Detail: node.detail, Attestor: a.node.kind(), Connected: a.client.Connected(),
 		Entries: stats.Entries, X509SVIDs: stats.X509SVIDs, JWTSVIDs: stats.JWTSVIDs, Streams: stats.Watchers, Serving: a.serving.Load(),
 	}
 	if s.State == InSync && !s.Connected {

@@ -230,6 +230,36 @@ func TestAttestorsCannotSpeakForEachOther(t *testing.T) {
 	}
 }
 
+// TestSelectorsFromOutside: names that came from a certificate can be anything. They neither spoil the audit record, after the
+// node was stored, nor pass for an error of the CA's.
+func TestSelectorsFromOutside(t *testing.T) {
+	var values atomic.Pointer[[]string]
+	h := startTold(t, told{reattest: true, selectors: func() []string { return *values.Load() }})
+	many := []string{"first"}
+	for i := range 20 {
+		many = append(many, fmt.Sprintf("%d:%s", i, strings.Repeat("\x01", 4000)))
+	}
+	for _, tt := range []struct {
+		values []string
+		code   codes.Code
+	}{
+		{many, codes.OK}, {[]string{strings.Repeat("x", 5000)}, codes.PermissionDenied}, {[]string{"\xff"}, codes.PermissionDenied}, {[]string{""}, codes.PermissionDenied},
+		{make([]string, 2000), codes.PermissionDenied},
+	} {
+		values.Store(&tt.values)
+		if _, err := prove(t.Context(), h.dial(nil, nil), "told", []byte("told/x"), csr(t, key(t)), noAnswer); code(err) != tt.code {
+			t.Errorf("%d selectors, the first %.20q: %v, want %v", len(tt.values), tt.values[0], err, tt.code)
+		}
+	}
+	got, err := agentv1.NewAgentClient(h.admin).GetAgent(t.Context(), &agentv1.GetAgentRequest{Id: pid("/spire/agent/told/x")})
+	if err != nil || len(got.Selectors) != len(many) {
+		t.Errorf("%d selectors are kept of %d: %v", len(got.GetSelectors()), len(many), err)
+	}
+	if lines := h.audit("agent.attested"); len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]), "and 2") {
+		t.Errorf("the audit log has %d records of the attestation", len(lines))
+	}
+}
+
 func TestRefusalsReachTheRightPeople(t *testing.T) {
 	kinds := map[nodeattest.Kind]codes.Code{nodeattest.Malformed: codes.InvalidArgument, nodeattest.Denied: codes.PermissionDenied,
 		nodeattest.Unavailable: codes.Unavailable, nodeattest.Internal: codes.Internal}

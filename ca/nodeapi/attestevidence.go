@@ -66,8 +66,8 @@ func (a *API) attestByEvidence(s agentv1.Agent_AttestAgentServer, attestor nodea
 // would let one attestor speak for the other.
 func (a *API) nodeOf(attestor string, e *nodeattest.Evidence) (spiffeid.ID, []spiffe.Selector, error) {
 	selectors, err := e.Check(attestor)
-	if err != nil {
-		return spiffeid.ID{}, nil, fmt.Errorf("attestor %s: %w", attestor, err)
+	if err != nil { // what it says of the node came from outside, such as a name in a certificate
+		return spiffeid.ID{}, nil, nodeattest.Refuse(nodeattest.Denied, "what the evidence says of the node cannot be a name or a selector").Because(err)
 	}
 	if first := e.Path[0]; first != attestor && (first == joinToken || first == nodekey.Attestor || a.attestors[first] != nil) {
 		return spiffeid.ID{}, nil, fmt.Errorf("attestor %s: path %q is of another attestor", attestor, e.Path)
@@ -133,11 +133,20 @@ func sameKey(a, b []byte) bool {
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
+// maxAuditedSelectors bounds what a node's selectors take up in one audit record, which has a limit.
+const maxAuditedSelectors = 4 << 10
+
 func selectorTexts(selectors []spiffe.Selector) []string {
 	out := make([]string, len(selectors))
 	for i, s := range selectors {
 		out[i] = s.String()
 	}
 	slices.Sort(out)
+	room := maxAuditedSelectors
+	for i, s := range out {
+		if room -= len(s); room < 0 {
+			return append(out[:i:i], fmt.Sprintf("and %d more", len(out)-i))
+		}
+	}
 	return out
 }

@@ -58,6 +58,9 @@ func nodeLife(t *testing.T, attestor string, configureCA func(*ca.Config), confi
 		t.Fatalf("the CA holds %v", first)
 	}
 	life.serves("at the start")
+	if got := s.Agent().Status().Attestor; got != attestor {
+		t.Errorf("the agent's status says that it attests by %q", got)
+	}
 	life.replaced("at half life", first)
 
 	now := life.node()
