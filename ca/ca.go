@@ -4,6 +4,7 @@ package ca
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -21,7 +22,6 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
@@ -33,6 +33,7 @@ import (
 	"github.com/signet-id/signet/ca/keys"
 	"github.com/signet-id/signet/ca/nodeapi"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/rotation"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/ca/store/bolt"
 	"github.com/signet-id/signet/internal/durable"
@@ -56,6 +57,7 @@ type CA struct {
 	refusals *access.Refusals
 	limiter  *limiter
 	node     *nodeapi.API
+	rotator  *rotation.Rotator
 	svid     *serverSVID
 
 	upstream *upstreamKeeper // nil without an upstream CA
@@ -143,21 +145,25 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
 	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
 	ca.limiter = newLimiter(ca)
-	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
+	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, Trusted: bundles{ca.set, ca.reg}.trusted, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
+	ca.rotator = rotation.New(rotation.Config{TrustDomain: ca.td, Set: ca.set, Registry: ca.reg, Audit: ca.audit, Automatic: c.Authorities.Rotate == rotateAuto,
+		ActivationDeadline: c.Authorities.ActivationDeadline, RefreshHint: ca.set.Bundle().RefreshHint, Federated: func() bool { return len(ca.reg.Bundles()) > 0 },
+		Following: ca.rotationFollowers, Now: c.Now, Log: ca.log})
 	attestors, err := c.NodeAttestors.open(ctx, attestorEnv{td: ca.td, authorities: ca.set, now: c.Now, log: ca.log})
 	if err != nil {
 		return ca, err
 	}
 	ca.node = nodeapi.New(nodeapi.Config{Attestors: append(attestors, c.attestors...), TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage,
-		MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
+		MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Rotation: ca.rotator, ReissueRate: c.Authorities.ReissueRate, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	ca.makeServers()
 	return ca, nil
 }
 
 // bundles are what client certificates must chain to: the own authorities for agents and admins, those of foreign trust
-// domains for the foreign admins that the configuration names.
+// domains for the foreign admins that the configuration names. Own authorities that were revoked are among them, so that
+// who holds an SVID of one is told in its first call; trusted is what counts then.
 type bundles struct {
 	own     *authority.Set
 	foreign *registry.Registry
@@ -167,13 +173,34 @@ type bundles struct {
 func (b bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
 	stored, err := b.foreign.Bundle(td)
 	if err != nil { // not foreign, or not known
-		return b.own.GetX509BundleForTrustDomain(td)
+		if td != b.own.Bundle().TrustDomain {
+			return nil, err
+		}
+		return b.own.KnownX509(), nil
 	}
 	parsed, _, err := spiffe.ParseBundle(td, stored.Content)
 	if err != nil {
 		return nil, err
 	}
 	return parsed.X509Bundle(), nil
+}
+
+// trusted tells whether a chain that was verified earlier is trusted now.
+func (b bundles) trusted(td spiffeid.TrustDomain, chain []*x509.Certificate) bool {
+	if td == b.own.Bundle().TrustDomain {
+		return b.own.Trusts(chain)
+	}
+	foreign, err := b.GetX509BundleForTrustDomain(td)
+	return err == nil && foreign.HasX509Authority(chain[len(chain)-1])
+}
+
+// rotationFollowers returns what is known of the agents that follow this replica.
+func (ca *CA) rotationFollowers() map[spiffeid.ID]rotation.Follower {
+	out := map[spiffeid.ID]rotation.Follower{}
+	for id, st := range ca.node.Status() {
+		out[id] = rotation.Follower{HandedOn: st.HandedOn, InUse: st.InUse}
+	}
+	return out
 }
 
 const trustDomainKey = "meta/trust_domain"
@@ -214,6 +241,9 @@ func (ca *CA) observe(b store.Batch) {
 	}
 	if ca.set.Bundle().Sequence != before && ca.reg != nil {
 		ca.reg.OwnBundleChanged()
+		if ca.rotator != nil {
+			ca.rotator.BundleChanged()
+		}
 	}
 }
 
@@ -276,7 +306,7 @@ func (ca *CA) bind() error {
 // makeServers makes what will serve on the addresses.
 func (ca *CA) makeServers() {
 	ca.health = health.NewServer()
-	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Epoch: ca.store.Epoch(),
+	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Rotation: ca.rotator, Audit: ca.audit, Epoch: ca.store.Epoch(),
 		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
@@ -286,7 +316,7 @@ func (ca *CA) makeServers() {
 		grpc.InitialWindowSize(windowBytes), grpc.InitialConnWindowSize(windowBytes),
 		grpc.WaitForHandlers(true),
 	}
-	ca.tcp = grpc.NewServer(append(common, grpc.Creds(access.LimitedCredentials{TransportCredentials: credentials.NewTLS(ca.guard.TLSConfig()), Admit: ca.limiter.connect}))...)
+	ca.tcp = grpc.NewServer(append(common, grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect}))...)
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
 	register(ca.tcp, ca.node, admin, liveHealth{ca.health, ca})
 	register(ca.local, ca.node, admin, liveHealth{ca.health, ca})
@@ -350,6 +380,7 @@ func (ca *CA) Run(ctx context.Context) error {
 	if ca.upstream != nil {
 		g.Go(func() error { return ca.upstream.run(gctx) })
 	}
+	g.Go(func() error { return ca.rotator.Run(gctx) })
 	if ca.web != nil {
 		g.Go(func() error { return ca.serveMetrics(gctx) })
 	}

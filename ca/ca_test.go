@@ -13,7 +13,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -155,10 +157,22 @@ func attest(ctx context.Context, conn *grpc.ClientConn, token string, csr []byte
 
 // an agent that attested.
 type testAgent struct {
-	id   spiffeid.ID
-	key  *ecdsa.PrivateKey
-	conn *grpc.ClientConn
+	id    spiffeid.ID
+	key   *ecdsa.PrivateKey
+	chain [][]byte
+	conn  *grpc.ClientConn
 }
+
+func ids(t *testing.T, path string) spiffeid.ID {
+	t.Helper()
+	return spiffeid.RequireFromPath(td, path)
+}
+
+// A movedClock is a Config.Now that tests move: ahead of the machine's clock by what it was moved to.
+type movedClock struct{ ahead atomic.Int64 }
+
+func (c *movedClock) now() time.Time       { return time.Now().Add(time.Duration(c.ahead.Load())) }
+func (c *movedClock) move(d time.Duration) { c.ahead.Store(int64(d)) }
 
 func (h *harness) agent(groups ...string) *testAgent {
 	h.t.Helper()
@@ -167,7 +181,7 @@ func (h *harness) agent(groups ...string) *testAgent {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	return &testAgent{spiffeid.RequireFromPath(td, svid.Id.Path), k, h.dial(svid.CertChain, k)}
+	return &testAgent{spiffeid.RequireFromPath(td, svid.Id.Path), k, svid.CertChain, h.dial(svid.CertChain, k)}
 }
 
 func (h *harness) apply(docs string) *adminv1.ApplyResponse {

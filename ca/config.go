@@ -15,6 +15,7 @@ import (
 
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/nodeattest"
+	"github.com/signet-id/signet/ca/rotation"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -136,12 +137,28 @@ type TTL struct {
 	MaxJWT        time.Duration `yaml:"max_jwt"`  // default 1h
 }
 
-// Authorities holds lifetimes.
+// Authorities says how authorities live and are replaced.
 type Authorities struct {
 	X509Lifetime time.Duration `yaml:"x509_lifetime"` // default a year
 	JWTLifetime  time.Duration `yaml:"jwt_lifetime"`  // default 90 days
 	RefreshHint  time.Duration `yaml:"refresh_hint"`  // default 5m
+	// Rotate is auto (default): authorities are prepared, activated and retired by schedule; or manual: only by signet
+	// authority and SPIRE's LocalAuthority API.
+	Rotate string `yaml:"rotate"`
+	// ActivationDeadline is how long after its preparation an authority is activated although agents lag. Default, and at
+	// most: the last moment at which the one before it covers the longest TTL.
+	ActivationDeadline time.Duration `yaml:"activation_deadline"`
+	// ReissueRate is how many SVIDs a second all agents together renew when an authority is tainted. Default 1000.
+	ReissueRate int `yaml:"reissue_rate"`
 }
+
+// The values of Authorities.Rotate.
+const (
+	rotateAuto   = "auto"
+	rotateManual = "manual"
+)
+
+const defaultReissueRate = 1000
 
 // Audit bounds the audit log.
 type Audit struct {
@@ -246,6 +263,22 @@ func (c *Config) Check() error {
 	if c.TTL.Agent < minAgentTTL {
 		bad("ttl.agent", "%v is shorter than %v", c.TTL.Agent, minAgentTTL)
 	}
+	switch c.Authorities.Rotate {
+	case "":
+		c.Authorities.Rotate = rotateAuto
+	case rotateAuto, rotateManual:
+	default:
+		bad("authorities.rotate", "%q is not auto or manual", c.Authorities.Rotate)
+	}
+	if c.Authorities.ActivationDeadline < 0 {
+		bad("authorities.activation_deadline", "%v is negative; 0 means the default", c.Authorities.ActivationDeadline)
+	}
+	switch {
+	case c.Authorities.ReissueRate == 0:
+		c.Authorities.ReissueRate = defaultReissueRate
+	case c.Authorities.ReissueRate < 0:
+		bad("authorities.reissue_rate", "%d is less than 1 SVID a second", c.Authorities.ReissueRate)
+	}
 	c.checkLifetimes(bad)
 	c.NodeAttestors.check(bad)
 	c.Keys.check(bad)
@@ -309,6 +342,24 @@ func (c *Config) checkLifetimes(bad func(field, format string, args ...any)) {
 			bad(f.name, "%v is shorter than 1s", f.value)
 		case f.value > f.most:
 			bad(f.name, "%v is longer than %s, which is %v; shorten the first or lengthen the second", f.value, f.limit, f.most)
+		}
+	}
+	if c.Authorities.Rotate != rotateAuto {
+		return
+	}
+	// While one authority takes over from the other, the old one has to cover the longest TTL for as long as everybody needs
+	// to hear of the new one; more than half of its life for that would leave it none of its own.
+	hint := or(c.Authorities.RefreshHint, authority.DefaultRefreshHint)
+	for _, f := range []struct {
+		ttl, life       string
+		longest, length time.Duration
+	}{
+		{"ttl.max_x509", "authorities.x509_lifetime", maxX509, x509Life},
+		{"ttl.max_jwt", "authorities.jwt_lifetime", maxJWT, jwtLife},
+	} {
+		if needs := rotation.Lead(f.length, f.longest, hint); needs > f.length/2 && f.longest <= f.length {
+			bad(f.life, "%v is too short for rotation: with %s of %v and authorities.refresh_hint of %v at least %v is needed; lengthen it, shorten the others, or set authorities.rotate: manual",
+				f.length, f.ttl, f.longest, hint, 2*needs)
 		}
 	}
 }

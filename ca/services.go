@@ -6,6 +6,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
@@ -32,6 +33,9 @@ type (
 	noSVID  struct{ svidv1.UnimplementedSVIDServer }
 	noEntry struct {
 		entryv1.UnimplementedEntryServer
+	}
+	noLocalAuthority struct {
+		localauthorityv1.UnimplementedLocalAuthorityServer
 	}
 
 	otherAgent  struct{ noAgent }
@@ -60,6 +64,11 @@ type (
 	entryService struct {
 		otherEntry
 		nodeAPI
+		adminAPI
+	}
+	otherLocalAuthority   struct{ noLocalAuthority }
+	localAuthorityService struct {
+		otherLocalAuthority
 		adminAPI
 	}
 )
@@ -100,6 +109,9 @@ func methods() map[string]access.Kind {
 	} {
 		m[name] = operators
 	}
+	for _, rpc := range localauthorityv1.LocalAuthority_ServiceDesc.Methods {
+		m["/"+localauthorityv1.LocalAuthority_ServiceDesc.ServiceName+"/"+rpc.MethodName] = operators
+	}
 	for _, rpc := range adminv1.Admin_ServiceDesc.Methods {
 		m["/"+adminv1.Admin_ServiceDesc.ServiceName+"/"+rpc.MethodName] = operators
 	}
@@ -137,6 +149,7 @@ func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1
 	bundlev1.RegisterBundleServer(s, &bundleService{nodeAPI: n, adminAPI: a})
 	svidv1.RegisterSVIDServer(s, &svidService{nodeAPI: n, adminAPI: a})
 	entryv1.RegisterEntryServer(s, &entryService{nodeAPI: n, adminAPI: a})
+	localauthorityv1.RegisterLocalAuthorityServer(s, &localAuthorityService{adminAPI: a})
 	nodev1.RegisterNodeServer(s, node)
 	adminv1.RegisterAdminServer(s, &adminapi.AdminServer{API: admin})
 	healthv1.RegisterHealthServer(s, h)

@@ -9,6 +9,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -54,6 +55,10 @@ type Caller struct {
 	Node    *registry.Node // agents, as of the start of the RPC
 
 	appended bool // its SVID is of this trust domain, but this CA did not sign it
+	// Revoked is the ID of an SVID that was presented although its authority was revoked. ID is zero then: it proves nothing.
+	Revoked spiffeid.ID
+
+	chains [][]*x509.Certificate // from the SVID to authorities, as they were verified
 }
 
 // String names the caller in the audit log.
@@ -65,6 +70,15 @@ func (c *Caller) String() string {
 		return fmt.Sprintf("uid:%d", c.UID)
 	}
 	return "anonymous"
+}
+
+// AuthorityIDs returns the id of the X.509 authority that signed the caller's SVID, as a list of one; of none if there is no
+// SVID.
+func (c *Caller) AuthorityIDs() []string {
+	for _, chain := range c.chains {
+		return []string{hex.EncodeToString(chain[0].AuthorityKeyId)}
+	}
+	return nil
 }
 
 // KindName names how the caller was identified.
@@ -97,7 +111,8 @@ func From(ctx context.Context) *Caller {
 type Guard struct {
 	TrustDomain spiffeid.TrustDomain
 	Registry    *registry.Registry
-	// Bundles returns the authorities that client certificates must chain to.
+	// Bundles returns the authorities that client certificates must chain to. There may be some among them that are
+	// revoked: then the caller is told so instead of being cut off in the handshake.
 	Bundles x509bundle.Source
 	// Own are the authorities of this trust domain that are this CA's own, and Appended tells whether Bundles holds others
 	// of it. What those signed passes the handshake, so that its owner can be told what to do, and has no rights here: who
@@ -106,6 +121,9 @@ type Guard struct {
 	Appended func() bool
 	// OwnIssuer tells whether an issuer's certificate is of an authority of this CA, and not of one above or below it.
 	OwnIssuer func(*x509.Certificate) bool
+	// Trusted tells whether a chain, from an SVID of td to the authority it was verified with, is trusted now. It is asked in
+	// every RPC, for an authority can be revoked while a connection lasts.
+	Trusted func(td spiffeid.TrustDomain, chain []*x509.Certificate) bool
 	// Certificate returns the CA's own SVID with its authority.
 	Certificate func() (*tls.Certificate, error)
 	// AdminIDs are admins besides those whom an entry makes one.
@@ -124,9 +142,10 @@ type Guard struct {
 	Log     *slog.Logger
 }
 
-// TLSConfig returns the configuration of the port: TLS 1.3, no session tickets (so that every handshake is judged by
-// the bundle of now), client certificates requested but not required, and verified if presented. [DESIGN §4]
-func (g *Guard) TLSConfig() *tls.Config {
+// tlsConfig returns the configuration of one connection to the port: TLS 1.3, no session tickets (so that every
+// handshake is judged by the bundle of now), client certificates requested but not required, and verified if presented.
+// verified is told how the client's leads to authorities. [DESIGN §4]
+func (g *Guard) tlsConfig(verified func([][]*x509.Certificate)) *tls.Config {
 	verify := spiffe.VerifyPeer(g.Bundles, g.Now, func(id spiffeid.ID, chains [][]*x509.Certificate) error {
 		switch {
 		case id.TrustDomain() != g.TrustDomain && !g.listed(id):
@@ -137,6 +156,7 @@ func (g *Guard) TLSConfig() *tls.Config {
 			g.Log.Warn("refused a client whose X509-SVID was issued by another CA of the trust domain", "spiffe_id", id.String())
 			return fmt.Errorf("the X509-SVID of client %s was issued by another CA of the trust domain, not by this one", id)
 		}
+		verified(chains)
 		return nil
 	})
 	return &tls.Config{
@@ -259,7 +279,7 @@ func (g *Guard) identify(ctx context.Context) (*Caller, error) {
 	switch info := p.AuthInfo.(type) {
 	case LocalInfo:
 		c.Kind, c.UID, c.gid, c.groups, c.Address = Local|Anyone, info.UID, info.GID, info.Groups, "unix"
-	case credentials.TLSInfo:
+	case tlsInfo:
 		if len(info.State.PeerCertificates) == 0 {
 			return c, nil
 		}
@@ -268,10 +288,13 @@ func (g *Guard) identify(ctx context.Context) (*Caller, error) {
 		if err != nil {
 			return c, status.Errorf(codes.Unauthenticated, "client certificate: %v", err)
 		}
-		c.ID, c.Serial, c.Expires = id, leaf.SerialNumber.String(), leaf.NotAfter
+		c.ID, c.Serial, c.Expires, c.chains = id, leaf.SerialNumber.String(), leaf.NotAfter, info.chains
 		if id.TrustDomain() == g.TrustDomain && g.Appended() {
 			_, _, err := spiffe.VerifyX509SVID(info.State.PeerCertificates, g.Own, spiffe.X509Options{Now: g.Now()})
 			c.appended = err != nil
+		}
+		if !g.trusted(c) {
+			c.ID, c.Revoked = spiffeid.ID{}, id
 		}
 	default:
 		return c, status.Error(codes.Unauthenticated, "unknown transport")
@@ -289,15 +312,21 @@ func (g *Guard) authorize(ctx context.Context, c *Caller, method string) error {
 	if allowed&c.Kind != 0 {
 		return nil
 	}
+	if !c.Revoked.IsZero() {
+		return revoked(c.Revoked)
+	}
 	if c.ID.IsZero() {
 		return denied
+	}
+	if !g.trusted(c) { // revoked during a stream
+		return revoked(c.ID)
 	}
 	if g.Now().After(c.Expires) {
 		return Denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "X509-SVID of %s has expired", c.ID)
 	}
 	if c.appended {
 		if allowed&Agent != 0 && registry.IsAgentID(c.ID) {
-			return Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s attested to another server of the trust domain; attest to this one", c.ID)
+			return attestedElsewhere(c.ID)
 		}
 		return denied
 	}
@@ -341,6 +370,12 @@ func (g *Guard) isDownstream(ctx context.Context, id spiffeid.ID) (bool, error) 
 // CheckAgent returns the node of a calling agent if its SVID is the one it may use now. The first use of an SVID that a
 // renewal handed out makes it the current one. A no is never given from an index that may lag: the store is asked.
 func (g *Guard) CheckAgent(ctx context.Context, c *Caller) (*registry.Node, error) {
+	if !g.trusted(c) {
+		return nil, revoked(c.ID)
+	}
+	if c.appended {
+		return nil, attestedElsewhere(c.ID)
+	}
 	if !g.Now().Before(c.Expires) {
 		return nil, Denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "agent X509-SVID of %s has expired", c.ID)
 	}
@@ -381,6 +416,28 @@ func (g *Guard) CheckAgent(ctx context.Context, c *Caller) (*registry.Node, erro
 	g.Log.Error("noting the use of an agent's X509-SVID", "node_id", c.ID.String(), "err", err)
 	return nil, status.Error(codes.Unavailable, "the store does not take the change; try again")
 }
+
+func attestedElsewhere(id spiffeid.ID) error {
+	return Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s attested to another server of the trust domain; attest to this one", id)
+}
+
+// trusted tells whether a chain of the caller's SVID is trusted now.
+func (g *Guard) trusted(c *Caller) bool {
+	for _, chain := range c.chains {
+		if g.Trusted(c.ID.TrustDomain(), chain) {
+			return true
+		}
+	}
+	return false
+}
+
+// revoked is the refusal of an SVID whose authority was revoked. An agent wins another one back with its key.
+func revoked(id spiffeid.ID) error {
+	return Denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "the authority that signed the X509-SVID of %s was revoked", id)
+}
+
+// Untrusted tells whether no chain of the caller's SVID is trusted any more.
+func (g *Guard) Untrusted(c *Caller) bool { return !g.trusted(c) }
 
 // Denied returns PermissionDenied with SPIRE's reason, by which agents decide what to do next. [SPIRE-PROTOCOL §12]
 func Denied(reason types.PermissionDeniedDetails_Reason, format string, args ...any) error {

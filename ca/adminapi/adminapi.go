@@ -23,6 +23,7 @@ import (
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/rotation"
 	"github.com/signet-id/signet/ca/spireproto"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/spiffe"
@@ -33,6 +34,7 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	Registry    *registry.Registry
 	Authority   *authority.Set
+	Rotation    *rotation.Rotator
 	Audit       *auditlog.Log
 	Epoch       string
 	Version     string

@@ -89,6 +89,32 @@ func (s *Set) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.
 	return s.current.Load().bundle.SPIFFE().X509Bundle(), nil
 }
 
+// Trusts tells whether a chain, as it was verified earlier, still leads from an SVID to an authority in the bundle, and
+// through none that was revoked.
+func (s *Set) Trusts(chain []*x509.Certificate) bool {
+	n := s.current.Load()
+	for _, cert := range chain[1:] {
+		if a := n.x509[hex.EncodeToString(cert.SubjectKeyId)]; a != nil && a.state == StateRevoked {
+			return false
+		}
+	}
+	return slices.ContainsFunc(n.bundle.X509, func(a X509Authority) bool { return a.Certificate.Equal(chain[len(chain)-1]) })
+}
+
+// KnownX509 returns the X.509 authorities of the bundle and those that were revoked: not to trust what they signed, but to
+// tell its holder what became of it.
+func (s *Set) KnownX509() *x509bundle.Bundle {
+	n := s.current.Load()
+	b := x509bundle.New(s.config.TrustDomain)
+	for _, a := range n.bundle.X509 {
+		b.AddX509Authority(a.Certificate)
+	}
+	for _, a := range n.x509 {
+		b.AddX509Authority(a.root())
+	}
+	return b
+}
+
 // GetJWTBundleForTrustDomain returns the JWT authorities of the Set's own trust domain, and an error for any other. It makes
 // the Set a jwtbundle.Source.
 func (s *Set) GetJWTBundleForTrustDomain(td spiffeid.TrustDomain) (*jwtbundle.Bundle, error) {

@@ -174,7 +174,7 @@ func (s *Set) ownKey(equal func(crypto.PublicKey) bool) bool {
 // else verifies against the bundle was signed by an upstream or downstream CA.
 func (s *Set) OwnIssuer(cert *x509.Certificate) bool {
 	for _, a := range s.current.Load().x509 {
-		if a.state.published() && bytes.Equal(a.certificate.RawSubjectPublicKeyInfo, cert.RawSubjectPublicKeyInfo) {
+		if bytes.Equal(a.certificate.RawSubjectPublicKeyInfo, cert.RawSubjectPublicKeyInfo) {
 			return true
 		}
 	}

@@ -28,6 +28,7 @@ type snapshot struct {
 
 	activeX509 *x509Authority // nil if none is
 	activeJWT  *jwtAuthority  // nil if none is
+	prepared   []string       // as the bundle names them
 	bundle     Bundle
 }
 
@@ -266,6 +267,17 @@ func (n *snapshot) finish(c Config) error {
 		}
 	}
 	n.bundle = n.makeBundle(c)
+	for _, a := range n.x509 {
+		if a.state == StatePrepared {
+			n.prepared = append(n.prepared, rootID(a.root()))
+		}
+	}
+	for _, a := range n.jwt {
+		if a.state == StatePrepared {
+			n.prepared = append(n.prepared, a.id)
+		}
+	}
+	slices.Sort(n.prepared)
 	return nil
 }
 

@@ -98,7 +98,7 @@ func TestLifeOfAnAuthority(t *testing.T) {
 			if active.ID != prepared.ID || !active.Changed || !active.ActivatedAt.Equal(testNow.Add(time.Hour).Truncate(time.Second)) {
 				t.Errorf("activated %+v", active)
 			}
-			longest := s.longestTTL(kind)
+			longest := s.LongestTTL(kind)
 			if old := s.Authorities(kind)[0]; !old.SignedUntil.Equal(old.DeactivatedAt.Add(longest + signedSlack)) {
 				t.Errorf("what the old one signed is good until %v, deactivated %v", old.SignedUntil, old.DeactivatedAt)
 			}

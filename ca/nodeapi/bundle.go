@@ -2,21 +2,49 @@ package nodeapi
 
 import (
 	"context"
+	"crypto/x509"
+	"encoding/hex"
 	"time"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/registry"
 )
 
 // GetBundle returns the trust domain's own bundle. Anyone may ask. [SPIRE-PROTOCOL §8]
-func (a *API) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest) (*types.Bundle, error) {
+func (a *API) GetBundle(ctx context.Context, req *bundlev1.GetBundleRequest) (*types.Bundle, error) {
 	out, err := a.OwnBundle(req.GetOutputMask())
 	if err != nil {
 		return nil, a.toStatus(err)
 	}
+	a.fetched(ctx, out)
 	return out, nil
+}
+
+// fetched notes what an agent that shows its SVID now has. For agents that do not follow it is how they acknowledge an
+// authority that is prepared. [DESIGN §5]
+func (a *API) fetched(ctx context.Context, b *types.Bundle) {
+	c := access.From(ctx)
+	if len(a.c.Authority.Prepared()) == 0 || !registry.IsAgentID(c.ID) || c.ID.TrustDomain() != a.c.TrustDomain {
+		return
+	}
+	n, err := a.c.Guard.CheckAgent(ctx, c)
+	if err != nil {
+		return // the bundle is for anyone; that it was fetched counts for an agent's present SVID only
+	}
+	var ids []string
+	for _, x := range b.X509Authorities {
+		if cert, err := x509.ParseCertificate(x.Asn1); err == nil {
+			ids = append(ids, hex.EncodeToString(cert.SubjectKeyId))
+		}
+	}
+	for _, j := range b.JwtAuthorities {
+		ids = append(ids, j.KeyId)
+	}
+	a.c.Rotation.Fetched(n, ids)
 }
 
 // OwnBundle returns the trust domain's own bundle in SPIRE's form, with those fields that the mask names. Nil names all.

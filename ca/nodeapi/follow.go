@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -45,9 +46,12 @@ type FollowStatus struct {
 	Acknowledged store.Revision
 	Sent         store.Revision
 	HandedOn     []string
-	Version      string
-	Address      string
-	Entries      int
+	// InUse are the X.509 authorities of which the agent, or one of its workloads, holds an X509-SVID; nil before it has
+	// said anything.
+	InUse   []string
+	Version string
+	Address string
+	Entries int
 }
 
 // followState is one Follow stream.
@@ -57,6 +61,8 @@ type followState struct {
 	sent    atomic.Int64
 	entries atomic.Int64
 	handed  atomic.Pointer[[]string]
+	inUse   atomic.Pointer[[]string]
+	own     []string // ids of the authorities to which the SVID of this connection chains
 	version string
 	address string
 }
@@ -70,6 +76,9 @@ func (a *API) Status() map[spiffeid.ID]FollowStatus {
 		st := FollowStatus{Connected: true, Acknowledged: store.Revision(s.acked.Load()), Sent: store.Revision(s.sent.Load()), Version: s.version, Address: s.address, Entries: int(s.entries.Load())}
 		if h := s.handed.Load(); h != nil {
 			st.HandedOn = *h
+		}
+		if u := s.inUse.Load(); u != nil {
+			st.InUse = append(slices.Clone(*u), s.own...)
 		}
 		out[id] = st
 	}
@@ -92,8 +101,10 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 	case hello.Format < FollowFormat:
 		return status.Errorf(codes.FailedPrecondition, "format %d is older than this CA speaks (%d); upgrade the agent", hello.Format, FollowFormat)
 	}
-	st := &followState{cancel: cancel, version: clip(hello.AgentVersion), address: c.Address}
-	a.noteVersion(ctx, c.Node, st.version)
+	st := &followState{cancel: cancel, version: clip(hello.AgentVersion), address: c.Address, own: c.AuthorityIDs()}
+	if err := a.c.Registry.NoteFollows(ctx, c.Node, st.version); err != nil && ctx.Err() == nil { // not worth a refusal
+		a.c.Log.Info("the agent's version was not noted", "node_id", c.ID.String(), "err", err)
+	}
 	a.enter(c.ID, st)
 	defer a.leave(c.ID, st)
 
@@ -101,7 +112,7 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 
 	syncs := make(chan uint64, maxSyncs)
 	recvErr := make(chan error, 1)
-	go func() { recvErr <- receive(ctx, s, st, syncs) }()
+	go func() { recvErr <- a.receive(ctx, c.ID, s, st, syncs) }()
 	pushErr := make(chan error, 1)
 	go func() {
 		defer f.Close()
@@ -136,18 +147,6 @@ var (
 	errStopping = status.Error(codes.Unavailable, "the CA is shutting down")
 )
 
-// noteVersion keeps what version the agent is, for lists of agents. It is a write per upgrade, and not worth a refusal.
-func (a *API) noteVersion(ctx context.Context, n *registry.Node, version string) {
-	if n == nil || n.Version == version {
-		return
-	}
-	changed := *n
-	changed.Version = version
-	if err := a.c.Registry.PutNode(store.WithReserve(ctx), &changed, nil); err != nil && ctx.Err() == nil {
-		a.c.Log.Info("the agent's version was not noted", "node_id", n.ID.String(), "err", err)
-	}
-}
-
 // enter registers a stream. A second stream of the same agent ends the first: the agent reconnected faster than its
 // old connection was found dead.
 func (a *API) enter(id spiffeid.ID, st *followState) {
@@ -170,7 +169,7 @@ func (a *API) leave(id spiffeid.ID, st *followState) {
 
 // receive reads the agent's messages until the stream ends. It ends with the stream's context, which the handler's
 // return cancels.
-func receive(ctx context.Context, s nodev1.Node_FollowServer, st *followState, syncs chan<- uint64) error {
+func (a *API) receive(ctx context.Context, agent spiffeid.ID, s nodev1.Node_FollowServer, st *followState, syncs chan<- uint64) error {
 	for {
 		m, err := s.Recv()
 		if err != nil {
@@ -180,8 +179,12 @@ func receive(ctx context.Context, s nodev1.Node_FollowServer, st *followState, s
 		case m.GetAck() != nil:
 			const maxAuthorities = 64
 			st.acked.Store(m.GetAck().Revision)
+			if u := m.GetAck().AuthoritiesInUse; len(u) <= maxAuthorities {
+				st.inUse.Store(&u)
+			}
 			if h := m.GetAck().AuthoritiesHandedOn; len(h) <= maxAuthorities {
 				st.handed.Store(&h)
+				a.c.Rotation.HandedOn(agent, h)
 			}
 		case m.GetSync() != nil:
 			select {
@@ -227,6 +230,7 @@ func (a *API) push(ctx context.Context, s nodev1.Node_FollowServer, c *access.Ca
 		}
 		// The right to follow is judged before anything is sent: a ban reaches this line together with the change.
 		if _, err := a.c.Guard.CheckAgent(ctx, c); err != nil {
+			a.lastWord(s, c, f)
 			return err
 		}
 		d := f.Next(len(pending) > 0)
@@ -238,6 +242,19 @@ func (a *API) push(ctx context.Context, s nodev1.Node_FollowServer, c *access.Ca
 		}
 		st.entries.Store(int64(f.Held()))
 		st.sent.Store(int64(d.To))
+	}
+}
+
+// lastWord sends an agent whose authority was revoked the bundle that says so and holds the authority in its place:
+// without it, the agent could not verify the CA when it comes back. What else has changed comes with it, for it is the
+// agent's own.
+func (a *API) lastWord(s nodev1.Node_FollowServer, c *access.Caller, f *registry.Follower) {
+	n, err := a.c.Registry.Node(c.ID)
+	if !a.c.Guard.Untrusted(c) || err != nil || n.Banned || n.Serial != c.Serial || !a.c.Now().Before(c.Expires) {
+		return
+	}
+	if d := f.Next(false); d != nil {
+		_ = a.send(s, d, f, nil) // the stream ends in any case
 	}
 }
 
@@ -303,6 +320,7 @@ func (a *API) items(d *registry.Delta) []item {
 	var out []item
 	if d.OwnBundle {
 		b := ownBundle(a.c.Authority.Bundle())
+		b.ReissueSeconds = a.reissueSeconds(b)
 		out = append(out, item{b, func(m *nodev1.FollowResponse) { m.Bundles = append(m.Bundles, b) }})
 	}
 	for _, fb := range d.Bundles {
@@ -349,6 +367,30 @@ var protoStates = map[authority.State]nodev1.AuthorityState{
 	authority.StateActive:   nodev1.AuthorityState_AUTHORITY_STATE_ACTIVE,
 	authority.StateOld:      nodev1.AuthorityState_AUTHORITY_STATE_OLD,
 	authority.StateTainted:  nodev1.AuthorityState_AUTHORITY_STATE_TAINTED,
+}
+
+// Bounds of the time in which agents renew what a tainted authority signed.
+const (
+	minReissue = 2 * time.Second
+	maxReissue = 10 * time.Minute
+)
+
+// reissueSeconds is how long the agents together take to renew what a tainted authority signed, so that they ask for no
+// more than ReissueRate SVIDs a second. It is counted wide: the entries of those who follow this replica, and the agents.
+func (a *API) reissueSeconds(b *nodev1.Bundle) int64 {
+	if !slices.ContainsFunc(b.X509Authorities, func(x *nodev1.X509Authority) bool {
+		return x.State == nodev1.AuthorityState_AUTHORITY_STATE_TAINTED
+	}) {
+		return 0
+	}
+	_, svids, _ := a.c.Registry.Counts()
+	a.mu.Lock()
+	for _, s := range a.streams {
+		svids += int(s.entries.Load())
+	}
+	a.mu.Unlock()
+	wave := time.Duration(svids) * time.Second / time.Duration(a.c.ReissueRate)
+	return int64(min(max(wave, minReissue), maxReissue) / time.Second)
 }
 
 func ownBundle(b authority.Bundle) *nodev1.Bundle {

@@ -49,8 +49,20 @@ type Config struct {
 	Log              *slog.Logger
 	// Attestors judge the evidence of nodes, besides join tokens. Each has a type of its own.
 	Attestors []nodeattest.Attestor
+	// Rotation hears of what agents have handed on.
+	Rotation Rotation
+	// ReissueRate is how many SVIDs of a tainted authority all agents together renew in a second.
+	ReissueRate int
 	// Issued counts what was issued and refused: kind is x509, jwt, agent or downstream; reason is empty on success.
 	Issued func(kind, reason string, n int)
+}
+
+// Rotation learns which prepared authorities agents have. Its methods must not block.
+type Rotation interface {
+	// HandedOn is told what an agent that follows has written to every open stream.
+	HandedOn(agent spiffeid.ID, authorities []string)
+	// Fetched is told of an agent that has fetched a bundle with these authorities, with its SVID.
+	Fetched(agent *registry.Node, authorities []string)
 }
 
 // API implements the RPCs. It is safe for concurrent use.

@@ -37,7 +37,9 @@ type Node struct {
 	Banned      bool
 	CanReattest bool
 	Version     string
-	CreatedAt   time.Time
+	// Follows is set once the agent has opened Follow: its acknowledgements come over it alone.
+	Follows   bool
+	CreatedAt time.Time
 
 	Revision store.Revision
 }
@@ -56,6 +58,7 @@ type nodeRecord struct {
 	Banned       bool     `json:"banned,omitempty"`
 	CanReattest  bool     `json:"can_reattest,omitempty"`
 	Version      string   `json:"version,omitempty"`
+	Follows      bool     `json:"follows,omitempty"`
 	CreatedAt    int64    `json:"created_at"`
 }
 
@@ -63,7 +66,7 @@ func (n *Node) encode() ([]byte, error) {
 	return marshal(nodeRecord{
 		V: recordVersion, Attestation: n.Attestation, Selectors: selectorStrings(n.Selectors),
 		Serial: n.Serial, NewSerial: n.NewSerial, ExpiresAt: unix(n.ExpiresAt), NewExpiresAt: unix(n.NewExpiresAt), Key: n.Key, NewKey: n.NewKey,
-		Active: n.Active, Banned: n.Banned, CanReattest: n.CanReattest, Version: n.Version, CreatedAt: unix(n.CreatedAt),
+		Active: n.Active, Banned: n.Banned, CanReattest: n.CanReattest, Version: n.Version, Follows: n.Follows, CreatedAt: unix(n.CreatedAt),
 	})
 }
 
@@ -75,7 +78,7 @@ func decodeNode(id spiffeid.ID, item store.Item) (*Node, error) {
 	n := &Node{
 		ID: id, Attestation: r.Attestation, Serial: r.Serial, NewSerial: r.NewSerial,
 		ExpiresAt: fromUnix(r.ExpiresAt), NewExpiresAt: fromUnix(r.NewExpiresAt), Key: r.Key, NewKey: r.NewKey,
-		Active: r.Active, Banned: r.Banned, CanReattest: r.CanReattest, Version: r.Version,
+		Active: r.Active, Banned: r.Banned, CanReattest: r.CanReattest, Version: r.Version, Follows: r.Follows,
 		CreatedAt: fromUnix(r.CreatedAt), Revision: item.Modified,
 	}
 	var err error

@@ -255,6 +255,7 @@ type index struct {
 	ended    map[EntryID]bool           // those of them whose end the followers know of
 	groups   map[spiffeid.ID]*nodeGroup // groups of nodes named by Identities
 	nodes    map[spiffeid.ID]*Node
+	acks     map[spiffeid.ID]*Ack
 	tokens   map[string]*Token
 	policies map[string]*Policy
 	exact    map[string]map[string]*Policy // service ID -> policies that name it
@@ -271,7 +272,7 @@ type nodeGroup struct {
 func newIndex() *index {
 	return &index{
 		entries: map[EntryID]*Entry{}, byParent: map[spiffeid.ID]map[EntryID]*Entry{}, byID: map[spiffeid.ID]map[EntryID]*Entry{},
-		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{},
+		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
 		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{},
 	}
@@ -300,6 +301,9 @@ func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) err
 	}
 	if name, ok := strings.CutPrefix(ev.Key, nodePrefix); ok {
 		return ix.applyNode(td, name, ev, ch)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, ackPrefix); ok {
+		return ix.applyAck(td, name, ev)
 	}
 	if name, ok := strings.CutPrefix(ev.Key, tokenPrefix); ok {
 		if ev.Deleted {

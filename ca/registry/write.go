@@ -351,7 +351,7 @@ func (r *Registry) DeleteNode(ctx context.Context, id spiffeid.ID) (store.Revisi
 		return 0, err
 	}
 	// The token dies with the node: otherwise the same key could come back with it after an evict. [DESIGN §4]
-	writes := []store.Write{{Key: nodeKey(id), Delete: true}}
+	writes := []store.Write{{Key: nodeKey(id), Delete: true}, {Key: ackKey(id), Delete: true}}
 	if t, ok := strings.CutPrefix(id.Path(), agentPathPrefix+"join_token/"); ok {
 		writes = append(writes, store.Write{Key: tokenPrefix + t, Delete: true})
 	}

@@ -74,7 +74,8 @@ var rules = []rule{
 var neighbours = map[string][]string{
 	"ca/access":     {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
 	"ca/nodeapi":    {"ca/access", "ca/limits", "ca/nodeattest", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
-	"ca/adminapi":   {"ca/access", "ca/spireproto", "ca/registry", "ca/authority", "ca/auditlog", "ca/store"},
+	"ca/adminapi":   {"ca/access", "ca/spireproto", "ca/registry", "ca/authority", "ca/rotation", "ca/auditlog", "ca/store"},
+	"ca/rotation":   {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"}, // docs/decisions/0008-rotation.md
 	"ca/spireproto": {"ca/registry"},
 	"ca/registry":   {"ca/store"},
 	"ca/authority":  {"ca/store", "ca/keys"},

@@ -2043,6 +2043,957 @@ func (x *ListFederationStatusResponse) GetStatuses() []*FederationStatus {
 	return nil
 }
 
+type Authority struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Type  AuthorityType          `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	Id    string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	// prepared, active, old, tainted or revoked.
+	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	PreparedAt    *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=prepared_at,json=preparedAt,proto3" json:"prepared_at,omitempty"`
+	ActivatedAt   *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=activated_at,json=activatedAt,proto3" json:"activated_at,omitempty"`
+	DeactivatedAt *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=deactivated_at,json=deactivatedAt,proto3" json:"deactivated_at,omitempty"`
+	TaintedAt     *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=tainted_at,json=taintedAt,proto3" json:"tainted_at,omitempty"`
+	RevokedAt     *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=revoked_at,json=revokedAt,proto3" json:"revoked_at,omitempty"`
+	// Nothing that it signed is valid after this.
+	SignedUntil *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=signed_until,json=signedUntil,proto3" json:"signed_until,omitempty"`
+	// X.509: agents that follow this replica and hold an SVID of it, and live agents of which this replica does not know.
+	AgentsUsing   int64 `protobuf:"varint,12,opt,name=agents_using,json=agentsUsing,proto3" json:"agents_using,omitempty"`
+	AgentsUnknown int64 `protobuf:"varint,13,opt,name=agents_unknown,json=agentsUnknown,proto3" json:"agents_unknown,omitempty"`
+	// Prepared: what its activation waits for.
+	Readiness *Readiness `protobuf:"bytes,14,opt,name=readiness,proto3" json:"readiness,omitempty"`
+	// X.509: DER.
+	Certificate   []byte `protobuf:"bytes,15,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Authority) Reset() {
+	*x = Authority{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Authority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Authority) ProtoMessage() {}
+
+func (x *Authority) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Authority.ProtoReflect.Descriptor instead.
+func (*Authority) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *Authority) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+func (x *Authority) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Authority) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Authority) GetNotBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotBefore
+	}
+	return nil
+}
+
+func (x *Authority) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+func (x *Authority) GetPreparedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PreparedAt
+	}
+	return nil
+}
+
+func (x *Authority) GetActivatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ActivatedAt
+	}
+	return nil
+}
+
+func (x *Authority) GetDeactivatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DeactivatedAt
+	}
+	return nil
+}
+
+func (x *Authority) GetTaintedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.TaintedAt
+	}
+	return nil
+}
+
+func (x *Authority) GetRevokedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RevokedAt
+	}
+	return nil
+}
+
+func (x *Authority) GetSignedUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SignedUntil
+	}
+	return nil
+}
+
+func (x *Authority) GetAgentsUsing() int64 {
+	if x != nil {
+		return x.AgentsUsing
+	}
+	return 0
+}
+
+func (x *Authority) GetAgentsUnknown() int64 {
+	if x != nil {
+		return x.AgentsUnknown
+	}
+	return 0
+}
+
+func (x *Authority) GetReadiness() *Readiness {
+	if x != nil {
+		return x.Readiness
+	}
+	return nil
+}
+
+func (x *Authority) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+type Readiness struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most 100, in order of ID.
+	Laggards     []*Laggard `protobuf:"bytes,1,rep,name=laggards,proto3" json:"laggards,omitempty"`
+	LaggardCount int64      `protobuf:"varint,2,opt,name=laggard_count,json=laggardCount,proto3" json:"laggard_count,omitempty"`
+	LiveAgents   int64      `protobuf:"varint,3,opt,name=live_agents,json=liveAgents,proto3" json:"live_agents,omitempty"`
+	// While the bundle is federated: five refresh hints after the preparation.
+	HintsUntil *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=hints_until,json=hintsUntil,proto3" json:"hints_until,omitempty"`
+	// Then it is activated whoever lags.
+	Deadline      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	Ready         bool                   `protobuf:"varint,6,opt,name=ready,proto3" json:"ready,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Readiness) Reset() {
+	*x = Readiness{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Readiness) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Readiness) ProtoMessage() {}
+
+func (x *Readiness) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Readiness.ProtoReflect.Descriptor instead.
+func (*Readiness) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *Readiness) GetLaggards() []*Laggard {
+	if x != nil {
+		return x.Laggards
+	}
+	return nil
+}
+
+func (x *Readiness) GetLaggardCount() int64 {
+	if x != nil {
+		return x.LaggardCount
+	}
+	return 0
+}
+
+func (x *Readiness) GetLiveAgents() int64 {
+	if x != nil {
+		return x.LiveAgents
+	}
+	return 0
+}
+
+func (x *Readiness) GetHintsUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HintsUntil
+	}
+	return nil
+}
+
+func (x *Readiness) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *Readiness) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+// A Laggard is a live agent that has not handed on a prepared authority.
+type Laggard struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AgentId       string                 `protobuf:"bytes,1,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Laggard) Reset() {
+	*x = Laggard{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Laggard) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Laggard) ProtoMessage() {}
+
+func (x *Laggard) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
+func (*Laggard) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *Laggard) GetAgentId() string {
+	if x != nil {
+		return x.AgentId
+	}
+	return ""
+}
+
+func (x *Laggard) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Laggard) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+type ListAuthoritiesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Unspecified: both.
+	Type          AuthorityType `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuthoritiesRequest) Reset() {
+	*x = ListAuthoritiesRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuthoritiesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuthoritiesRequest) ProtoMessage() {}
+
+func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
+func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ListAuthoritiesRequest) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+type ListAuthoritiesResponse struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Authorities []*Authority           `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	// Whether authorities rotate by schedule.
+	Automatic bool `protobuf:"varint,2,opt,name=automatic,proto3" json:"automatic,omitempty"`
+	// What an operator should know now, a sentence each.
+	Warnings      []string `protobuf:"bytes,3,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuthoritiesResponse) Reset() {
+	*x = ListAuthoritiesResponse{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuthoritiesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuthoritiesResponse) ProtoMessage() {}
+
+func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
+func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ListAuthoritiesResponse) GetAuthorities() []*Authority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *ListAuthoritiesResponse) GetAutomatic() bool {
+	if x != nil {
+		return x.Automatic
+	}
+	return false
+}
+
+func (x *ListAuthoritiesResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+type PrepareAuthorityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          AuthorityType          `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareAuthorityRequest) Reset() {
+	*x = PrepareAuthorityRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareAuthorityRequest) ProtoMessage() {}
+
+func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *PrepareAuthorityRequest) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+type ActivateAuthorityRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Type  AuthorityType          `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	// Empty: the prepared one.
+	Id string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	// Wait until every live agent has handed it on, or its deadline. Without it a laggard is FailedPrecondition.
+	Wait bool `protobuf:"varint,3,opt,name=wait,proto3" json:"wait,omitempty"`
+	// Do not wait for laggards.
+	Force         bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ActivateAuthorityRequest) Reset() {
+	*x = ActivateAuthorityRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ActivateAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ActivateAuthorityRequest) ProtoMessage() {}
+
+func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ActivateAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*ActivateAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *ActivateAuthorityRequest) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+func (x *ActivateAuthorityRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ActivateAuthorityRequest) GetWait() bool {
+	if x != nil {
+		return x.Wait
+	}
+	return false
+}
+
+func (x *ActivateAuthorityRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type ActivateAuthorityResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*ActivateAuthorityResponse_Waiting
+	//	*ActivateAuthorityResponse_Change
+	Message       isActivateAuthorityResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ActivateAuthorityResponse) Reset() {
+	*x = ActivateAuthorityResponse{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ActivateAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ActivateAuthorityResponse) ProtoMessage() {}
+
+func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ActivateAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*ActivateAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ActivateAuthorityResponse) GetMessage() isActivateAuthorityResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *ActivateAuthorityResponse) GetWaiting() *Readiness {
+	if x != nil {
+		if x, ok := x.Message.(*ActivateAuthorityResponse_Waiting); ok {
+			return x.Waiting
+		}
+	}
+	return nil
+}
+
+func (x *ActivateAuthorityResponse) GetChange() *AuthorityChange {
+	if x != nil {
+		if x, ok := x.Message.(*ActivateAuthorityResponse_Change); ok {
+			return x.Change
+		}
+	}
+	return nil
+}
+
+type isActivateAuthorityResponse_Message interface {
+	isActivateAuthorityResponse_Message()
+}
+
+type ActivateAuthorityResponse_Waiting struct {
+	Waiting *Readiness `protobuf:"bytes,1,opt,name=waiting,proto3,oneof"`
+}
+
+type ActivateAuthorityResponse_Change struct {
+	Change *AuthorityChange `protobuf:"bytes,2,opt,name=change,proto3,oneof"`
+}
+
+func (*ActivateAuthorityResponse_Waiting) isActivateAuthorityResponse_Message() {}
+
+func (*ActivateAuthorityResponse_Change) isActivateAuthorityResponse_Message() {}
+
+type EndAuthorityRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Type  AuthorityType          `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	Id    string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	// The key may be in wrong hands: any state will do, and if it is the active one another takes over in the same act.
+	Stolen        bool `protobuf:"varint,3,opt,name=stolen,proto3" json:"stolen,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndAuthorityRequest) Reset() {
+	*x = EndAuthorityRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndAuthorityRequest) ProtoMessage() {}
+
+func (x *EndAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*EndAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *EndAuthorityRequest) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+func (x *EndAuthorityRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *EndAuthorityRequest) GetStolen() bool {
+	if x != nil {
+		return x.Stolen
+	}
+	return false
+}
+
+type AuthorityChange struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Authority *Authority             `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	// False: it was in that state already.
+	Changed       bool `protobuf:"varint,2,opt,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthorityChange) Reset() {
+	*x = AuthorityChange{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityChange) ProtoMessage() {}
+
+func (x *AuthorityChange) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityChange.ProtoReflect.Descriptor instead.
+func (*AuthorityChange) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *AuthorityChange) GetAuthority() *Authority {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+func (x *AuthorityChange) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+type ExplainTTLRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainTTLRequest) Reset() {
+	*x = ExplainTTLRequest{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainTTLRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainTTLRequest) ProtoMessage() {}
+
+func (x *ExplainTTLRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainTTLRequest.ProtoReflect.Descriptor instead.
+func (*ExplainTTLRequest) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *ExplainTTLRequest) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+type TTLExplanation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Type  AuthorityType          `protobuf:"varint,1,opt,name=type,proto3,enum=signet.admin.v1.AuthorityType" json:"type,omitempty"`
+	// Seconds that an SVID issued now is valid.
+	Ttl int64 `protobuf:"varint,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// What decided it: entry, default, maximum or authority.
+	DecidedBy string `protobuf:"bytes,3,opt,name=decided_by,json=decidedBy,proto3" json:"decided_by,omitempty"`
+	// Seconds: 0 is none.
+	EntryTtl          int64                  `protobuf:"varint,4,opt,name=entry_ttl,json=entryTtl,proto3" json:"entry_ttl,omitempty"`
+	DefaultTtl        int64                  `protobuf:"varint,5,opt,name=default_ttl,json=defaultTtl,proto3" json:"default_ttl,omitempty"`
+	Maximum           int64                  `protobuf:"varint,6,opt,name=maximum,proto3" json:"maximum,omitempty"`
+	AuthorityId       string                 `protobuf:"bytes,7,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	AuthorityNotAfter *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=authority_not_after,json=authorityNotAfter,proto3" json:"authority_not_after,omitempty"`
+	// A sentence for people.
+	Text          string `protobuf:"bytes,9,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TTLExplanation) Reset() {
+	*x = TTLExplanation{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TTLExplanation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TTLExplanation) ProtoMessage() {}
+
+func (x *TTLExplanation) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TTLExplanation.ProtoReflect.Descriptor instead.
+func (*TTLExplanation) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *TTLExplanation) GetType() AuthorityType {
+	if x != nil {
+		return x.Type
+	}
+	return AuthorityType_AUTHORITY_TYPE_UNSPECIFIED
+}
+
+func (x *TTLExplanation) GetTtl() int64 {
+	if x != nil {
+		return x.Ttl
+	}
+	return 0
+}
+
+func (x *TTLExplanation) GetDecidedBy() string {
+	if x != nil {
+		return x.DecidedBy
+	}
+	return ""
+}
+
+func (x *TTLExplanation) GetEntryTtl() int64 {
+	if x != nil {
+		return x.EntryTtl
+	}
+	return 0
+}
+
+func (x *TTLExplanation) GetDefaultTtl() int64 {
+	if x != nil {
+		return x.DefaultTtl
+	}
+	return 0
+}
+
+func (x *TTLExplanation) GetMaximum() int64 {
+	if x != nil {
+		return x.Maximum
+	}
+	return 0
+}
+
+func (x *TTLExplanation) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *TTLExplanation) GetAuthorityNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AuthorityNotAfter
+	}
+	return nil
+}
+
+func (x *TTLExplanation) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+type ExplainTTLResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	SpiffeId      string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	X509          *TTLExplanation        `protobuf:"bytes,3,opt,name=x509,proto3" json:"x509,omitempty"`
+	Jwt           *TTLExplanation        `protobuf:"bytes,4,opt,name=jwt,proto3" json:"jwt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainTTLResponse) Reset() {
+	*x = ExplainTTLResponse{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainTTLResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainTTLResponse) ProtoMessage() {}
+
+func (x *ExplainTTLResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainTTLResponse.ProtoReflect.Descriptor instead.
+func (*ExplainTTLResponse) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *ExplainTTLResponse) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *ExplainTTLResponse) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *ExplainTTLResponse) GetX509() *TTLExplanation {
+	if x != nil {
+		return x.X509
+	}
+	return nil
+}
+
+func (x *ExplainTTLResponse) GetJwt() *TTLExplanation {
+	if x != nil {
+		return x.Jwt
+	}
+	return nil
+}
+
 var File_signet_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_signet_admin_v1_admin_proto_rawDesc = "" +
@@ -2182,7 +3133,84 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\anext_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06nextAt\x12\x14\n" +
 	"\x05error\x18\x05 \x01(\tR\x05error\"]\n" +
 	"\x1cListFederationStatusResponse\x12=\n" +
-	"\bstatuses\x18\x01 \x03(\v2!.signet.admin.v1.FederationStatusR\bstatuses*o\n" +
+	"\bstatuses\x18\x01 \x03(\v2!.signet.admin.v1.FederationStatusR\bstatuses\"\xf3\x05\n" +
+	"\tAuthority\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x129\n" +
+	"\n" +
+	"not_before\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12;\n" +
+	"\vprepared_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"preparedAt\x12=\n" +
+	"\factivated_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vactivatedAt\x12A\n" +
+	"\x0edeactivated_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\rdeactivatedAt\x129\n" +
+	"\n" +
+	"tainted_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\ttaintedAt\x129\n" +
+	"\n" +
+	"revoked_at\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\trevokedAt\x12=\n" +
+	"\fsigned_until\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\vsignedUntil\x12!\n" +
+	"\fagents_using\x18\f \x01(\x03R\vagentsUsing\x12%\n" +
+	"\x0eagents_unknown\x18\r \x01(\x03R\ragentsUnknown\x128\n" +
+	"\treadiness\x18\x0e \x01(\v2\x1a.signet.admin.v1.ReadinessR\treadiness\x12 \n" +
+	"\vcertificate\x18\x0f \x01(\fR\vcertificate\"\x92\x02\n" +
+	"\tReadiness\x124\n" +
+	"\blaggards\x18\x01 \x03(\v2\x18.signet.admin.v1.LaggardR\blaggards\x12#\n" +
+	"\rlaggard_count\x18\x02 \x01(\x03R\flaggardCount\x12\x1f\n" +
+	"\vlive_agents\x18\x03 \x01(\x03R\n" +
+	"liveAgents\x12;\n" +
+	"\vhints_until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"hintsUntil\x126\n" +
+	"\bdeadline\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x14\n" +
+	"\x05ready\x18\x06 \x01(\bR\x05ready\"n\n" +
+	"\aLaggard\x12\x19\n" +
+	"\bagent_id\x18\x01 \x01(\tR\aagentId\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"L\n" +
+	"\x16ListAuthoritiesRequest\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\"\x91\x01\n" +
+	"\x17ListAuthoritiesResponse\x12<\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x1a.signet.admin.v1.AuthorityR\vauthorities\x12\x1c\n" +
+	"\tautomatic\x18\x02 \x01(\bR\tautomatic\x12\x1a\n" +
+	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"M\n" +
+	"\x17PrepareAuthorityRequest\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\"\x88\x01\n" +
+	"\x18ActivateAuthorityRequest\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n" +
+	"\x04wait\x18\x03 \x01(\bR\x04wait\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"\x9a\x01\n" +
+	"\x19ActivateAuthorityResponse\x126\n" +
+	"\awaiting\x18\x01 \x01(\v2\x1a.signet.admin.v1.ReadinessH\x00R\awaiting\x12:\n" +
+	"\x06change\x18\x02 \x01(\v2 .signet.admin.v1.AuthorityChangeH\x00R\x06changeB\t\n" +
+	"\amessage\"q\n" +
+	"\x13EndAuthorityRequest\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
+	"\x06stolen\x18\x03 \x01(\bR\x06stolen\"e\n" +
+	"\x0fAuthorityChange\x128\n" +
+	"\tauthority\x18\x01 \x01(\v2\x1a.signet.admin.v1.AuthorityR\tauthority\x12\x18\n" +
+	"\achanged\x18\x02 \x01(\bR\achanged\".\n" +
+	"\x11ExplainTTLRequest\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\"\xd0\x02\n" +
+	"\x0eTTLExplanation\x122\n" +
+	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\x12\x10\n" +
+	"\x03ttl\x18\x02 \x01(\x03R\x03ttl\x12\x1d\n" +
+	"\n" +
+	"decided_by\x18\x03 \x01(\tR\tdecidedBy\x12\x1b\n" +
+	"\tentry_ttl\x18\x04 \x01(\x03R\bentryTtl\x12\x1f\n" +
+	"\vdefault_ttl\x18\x05 \x01(\x03R\n" +
+	"defaultTtl\x12\x18\n" +
+	"\amaximum\x18\x06 \x01(\x03R\amaximum\x12!\n" +
+	"\fauthority_id\x18\a \x01(\tR\vauthorityId\x12J\n" +
+	"\x13authority_not_after\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x11authorityNotAfter\x12\x12\n" +
+	"\x04text\x18\t \x01(\tR\x04text\"\xb4\x01\n" +
+	"\x12ExplainTTLResponse\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
+	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x123\n" +
+	"\x04x509\x18\x03 \x01(\v2\x1f.signet.admin.v1.TTLExplanationR\x04x509\x121\n" +
+	"\x03jwt\x18\x04 \x01(\v2\x1f.signet.admin.v1.TTLExplanationR\x03jwt*o\n" +
 	"\x06Action\x12\x16\n" +
 	"\x12ACTION_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10ACTION_UNCHANGED\x10\x01\x12\x11\n" +
@@ -2192,8 +3220,7 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\rAuthorityType\x12\x1e\n" +
 	"\x1aAUTHORITY_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13AUTHORITY_TYPE_X509\x10\x01\x12\x16\n" +
-	"\x12AUTHORITY_TYPE_JWT\x10\x022\xea\n" +
-	"\n" +
+	"\x12AUTHORITY_TYPE_JWT\x10\x022\xaa\x0f\n" +
 	"\x05Admin\x12E\n" +
 	"\x04Plan\x12\x1d.signet.admin.v1.ApplyRequest\x1a\x1e.signet.admin.v1.ApplyResponse\x12F\n" +
 	"\x05Apply\x12\x1d.signet.admin.v1.ApplyRequest\x1a\x1e.signet.admin.v1.ApplyResponse\x12[\n" +
@@ -2209,7 +3236,14 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\x17ListAppendedAuthorities\x12/.signet.admin.v1.ListAppendedAuthoritiesRequest\x1a0.signet.admin.v1.ListAppendedAuthoritiesResponse\x12y\n" +
 	"\x16TaintAppendedAuthority\x12..signet.admin.v1.TaintAppendedAuthorityRequest\x1a/.signet.admin.v1.TaintAppendedAuthorityResponse\x12|\n" +
 	"\x17RevokeAppendedAuthority\x12/.signet.admin.v1.RevokeAppendedAuthorityRequest\x1a0.signet.admin.v1.RevokeAppendedAuthorityResponse\x12s\n" +
-	"\x14ListFederationStatus\x12,.signet.admin.v1.ListFederationStatusRequest\x1a-.signet.admin.v1.ListFederationStatusResponseB9Z7github.com/signet-id/signet/api/signet/admin/v1;adminv1b\x06proto3"
+	"\x14ListFederationStatus\x12,.signet.admin.v1.ListFederationStatusRequest\x1a-.signet.admin.v1.ListFederationStatusResponse\x12d\n" +
+	"\x0fListAuthorities\x12'.signet.admin.v1.ListAuthoritiesRequest\x1a(.signet.admin.v1.ListAuthoritiesResponse\x12^\n" +
+	"\x10PrepareAuthority\x12(.signet.admin.v1.PrepareAuthorityRequest\x1a .signet.admin.v1.AuthorityChange\x12l\n" +
+	"\x11ActivateAuthority\x12).signet.admin.v1.ActivateAuthorityRequest\x1a*.signet.admin.v1.ActivateAuthorityResponse0\x01\x12X\n" +
+	"\x0eTaintAuthority\x12$.signet.admin.v1.EndAuthorityRequest\x1a .signet.admin.v1.AuthorityChange\x12Y\n" +
+	"\x0fRevokeAuthority\x12$.signet.admin.v1.EndAuthorityRequest\x1a .signet.admin.v1.AuthorityChange\x12U\n" +
+	"\n" +
+	"ExplainTTL\x12\".signet.admin.v1.ExplainTTLRequest\x1a#.signet.admin.v1.ExplainTTLResponseB9Z7github.com/signet-id/signet/api/signet/admin/v1;adminv1b\x06proto3"
 
 var (
 	file_signet_admin_v1_admin_proto_rawDescOnce sync.Once
@@ -2224,7 +3258,7 @@ func file_signet_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_signet_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_signet_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_signet_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_signet_admin_v1_admin_proto_goTypes = []any{
 	(Action)(0),                             // 0: signet.admin.v1.Action
 	(AuthorityType)(0),                      // 1: signet.admin.v1.AuthorityType
@@ -2260,65 +3294,116 @@ var file_signet_admin_v1_admin_proto_goTypes = []any{
 	(*ListFederationStatusRequest)(nil),     // 31: signet.admin.v1.ListFederationStatusRequest
 	(*FederationStatus)(nil),                // 32: signet.admin.v1.FederationStatus
 	(*ListFederationStatusResponse)(nil),    // 33: signet.admin.v1.ListFederationStatusResponse
-	(*timestamppb.Timestamp)(nil),           // 34: google.protobuf.Timestamp
-	(*v1.PolicySet)(nil),                    // 35: signet.policy.v1.PolicySet
+	(*Authority)(nil),                       // 34: signet.admin.v1.Authority
+	(*Readiness)(nil),                       // 35: signet.admin.v1.Readiness
+	(*Laggard)(nil),                         // 36: signet.admin.v1.Laggard
+	(*ListAuthoritiesRequest)(nil),          // 37: signet.admin.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),         // 38: signet.admin.v1.ListAuthoritiesResponse
+	(*PrepareAuthorityRequest)(nil),         // 39: signet.admin.v1.PrepareAuthorityRequest
+	(*ActivateAuthorityRequest)(nil),        // 40: signet.admin.v1.ActivateAuthorityRequest
+	(*ActivateAuthorityResponse)(nil),       // 41: signet.admin.v1.ActivateAuthorityResponse
+	(*EndAuthorityRequest)(nil),             // 42: signet.admin.v1.EndAuthorityRequest
+	(*AuthorityChange)(nil),                 // 43: signet.admin.v1.AuthorityChange
+	(*ExplainTTLRequest)(nil),               // 44: signet.admin.v1.ExplainTTLRequest
+	(*TTLExplanation)(nil),                  // 45: signet.admin.v1.TTLExplanation
+	(*ExplainTTLResponse)(nil),              // 46: signet.admin.v1.ExplainTTLResponse
+	(*timestamppb.Timestamp)(nil),           // 47: google.protobuf.Timestamp
+	(*v1.PolicySet)(nil),                    // 48: signet.policy.v1.PolicySet
 }
 var file_signet_admin_v1_admin_proto_depIdxs = []int32{
 	2,  // 0: signet.admin.v1.ApplyRequest.documents:type_name -> signet.admin.v1.Document
 	0,  // 1: signet.admin.v1.Change.action:type_name -> signet.admin.v1.Action
 	4,  // 2: signet.admin.v1.ApplyResponse.changes:type_name -> signet.admin.v1.Change
-	34, // 3: signet.admin.v1.Resource.created_at:type_name -> google.protobuf.Timestamp
+	47, // 3: signet.admin.v1.Resource.created_at:type_name -> google.protobuf.Timestamp
 	2,  // 4: signet.admin.v1.Resource.document:type_name -> signet.admin.v1.Document
 	6,  // 5: signet.admin.v1.GetResourcesResponse.resources:type_name -> signet.admin.v1.Resource
-	35, // 6: signet.admin.v1.GetPolicySetResponse.policies:type_name -> signet.policy.v1.PolicySet
-	34, // 7: signet.admin.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	34, // 8: signet.admin.v1.AgentStatus.expires_at:type_name -> google.protobuf.Timestamp
+	48, // 6: signet.admin.v1.GetPolicySetResponse.policies:type_name -> signet.policy.v1.PolicySet
+	47, // 7: signet.admin.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	47, // 8: signet.admin.v1.AgentStatus.expires_at:type_name -> google.protobuf.Timestamp
 	16, // 9: signet.admin.v1.ListAgentStatusResponse.agents:type_name -> signet.admin.v1.AgentStatus
-	34, // 10: signet.admin.v1.SearchAuditRequest.since:type_name -> google.protobuf.Timestamp
-	34, // 11: signet.admin.v1.SearchAuditRequest.until:type_name -> google.protobuf.Timestamp
+	47, // 10: signet.admin.v1.SearchAuditRequest.since:type_name -> google.protobuf.Timestamp
+	47, // 11: signet.admin.v1.SearchAuditRequest.until:type_name -> google.protobuf.Timestamp
 	1,  // 12: signet.admin.v1.AppendedAuthority.type:type_name -> signet.admin.v1.AuthorityType
-	34, // 13: signet.admin.v1.AppendedAuthority.expires_at:type_name -> google.protobuf.Timestamp
-	34, // 14: signet.admin.v1.AppendedAuthority.appended_at:type_name -> google.protobuf.Timestamp
+	47, // 13: signet.admin.v1.AppendedAuthority.expires_at:type_name -> google.protobuf.Timestamp
+	47, // 14: signet.admin.v1.AppendedAuthority.appended_at:type_name -> google.protobuf.Timestamp
 	24, // 15: signet.admin.v1.ListAppendedAuthoritiesResponse.authorities:type_name -> signet.admin.v1.AppendedAuthority
 	1,  // 16: signet.admin.v1.TaintAppendedAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
 	1,  // 17: signet.admin.v1.RevokeAppendedAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
-	34, // 18: signet.admin.v1.FederationStatus.fetched_at:type_name -> google.protobuf.Timestamp
-	34, // 19: signet.admin.v1.FederationStatus.succeeded_at:type_name -> google.protobuf.Timestamp
-	34, // 20: signet.admin.v1.FederationStatus.next_at:type_name -> google.protobuf.Timestamp
+	47, // 18: signet.admin.v1.FederationStatus.fetched_at:type_name -> google.protobuf.Timestamp
+	47, // 19: signet.admin.v1.FederationStatus.succeeded_at:type_name -> google.protobuf.Timestamp
+	47, // 20: signet.admin.v1.FederationStatus.next_at:type_name -> google.protobuf.Timestamp
 	32, // 21: signet.admin.v1.ListFederationStatusResponse.statuses:type_name -> signet.admin.v1.FederationStatus
-	3,  // 22: signet.admin.v1.Admin.Plan:input_type -> signet.admin.v1.ApplyRequest
-	3,  // 23: signet.admin.v1.Admin.Apply:input_type -> signet.admin.v1.ApplyRequest
-	7,  // 24: signet.admin.v1.Admin.GetResources:input_type -> signet.admin.v1.GetResourcesRequest
-	9,  // 25: signet.admin.v1.Admin.DeleteResource:input_type -> signet.admin.v1.DeleteResourceRequest
-	11, // 26: signet.admin.v1.Admin.GetPolicySet:input_type -> signet.admin.v1.GetPolicySetRequest
-	13, // 27: signet.admin.v1.Admin.CreateJoinToken:input_type -> signet.admin.v1.CreateJoinTokenRequest
-	15, // 28: signet.admin.v1.Admin.ListAgentStatus:input_type -> signet.admin.v1.ListAgentStatusRequest
-	18, // 29: signet.admin.v1.Admin.UnbanAgent:input_type -> signet.admin.v1.UnbanAgentRequest
-	20, // 30: signet.admin.v1.Admin.SearchAudit:input_type -> signet.admin.v1.SearchAuditRequest
-	22, // 31: signet.admin.v1.Admin.GetStatus:input_type -> signet.admin.v1.GetStatusRequest
-	25, // 32: signet.admin.v1.Admin.ListAppendedAuthorities:input_type -> signet.admin.v1.ListAppendedAuthoritiesRequest
-	27, // 33: signet.admin.v1.Admin.TaintAppendedAuthority:input_type -> signet.admin.v1.TaintAppendedAuthorityRequest
-	29, // 34: signet.admin.v1.Admin.RevokeAppendedAuthority:input_type -> signet.admin.v1.RevokeAppendedAuthorityRequest
-	31, // 35: signet.admin.v1.Admin.ListFederationStatus:input_type -> signet.admin.v1.ListFederationStatusRequest
-	5,  // 36: signet.admin.v1.Admin.Plan:output_type -> signet.admin.v1.ApplyResponse
-	5,  // 37: signet.admin.v1.Admin.Apply:output_type -> signet.admin.v1.ApplyResponse
-	8,  // 38: signet.admin.v1.Admin.GetResources:output_type -> signet.admin.v1.GetResourcesResponse
-	10, // 39: signet.admin.v1.Admin.DeleteResource:output_type -> signet.admin.v1.DeleteResourceResponse
-	12, // 40: signet.admin.v1.Admin.GetPolicySet:output_type -> signet.admin.v1.GetPolicySetResponse
-	14, // 41: signet.admin.v1.Admin.CreateJoinToken:output_type -> signet.admin.v1.CreateJoinTokenResponse
-	17, // 42: signet.admin.v1.Admin.ListAgentStatus:output_type -> signet.admin.v1.ListAgentStatusResponse
-	19, // 43: signet.admin.v1.Admin.UnbanAgent:output_type -> signet.admin.v1.UnbanAgentResponse
-	21, // 44: signet.admin.v1.Admin.SearchAudit:output_type -> signet.admin.v1.AuditRecord
-	23, // 45: signet.admin.v1.Admin.GetStatus:output_type -> signet.admin.v1.GetStatusResponse
-	26, // 46: signet.admin.v1.Admin.ListAppendedAuthorities:output_type -> signet.admin.v1.ListAppendedAuthoritiesResponse
-	28, // 47: signet.admin.v1.Admin.TaintAppendedAuthority:output_type -> signet.admin.v1.TaintAppendedAuthorityResponse
-	30, // 48: signet.admin.v1.Admin.RevokeAppendedAuthority:output_type -> signet.admin.v1.RevokeAppendedAuthorityResponse
-	33, // 49: signet.admin.v1.Admin.ListFederationStatus:output_type -> signet.admin.v1.ListFederationStatusResponse
-	36, // [36:50] is the sub-list for method output_type
-	22, // [22:36] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	1,  // 22: signet.admin.v1.Authority.type:type_name -> signet.admin.v1.AuthorityType
+	47, // 23: signet.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	47, // 24: signet.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	47, // 25: signet.admin.v1.Authority.prepared_at:type_name -> google.protobuf.Timestamp
+	47, // 26: signet.admin.v1.Authority.activated_at:type_name -> google.protobuf.Timestamp
+	47, // 27: signet.admin.v1.Authority.deactivated_at:type_name -> google.protobuf.Timestamp
+	47, // 28: signet.admin.v1.Authority.tainted_at:type_name -> google.protobuf.Timestamp
+	47, // 29: signet.admin.v1.Authority.revoked_at:type_name -> google.protobuf.Timestamp
+	47, // 30: signet.admin.v1.Authority.signed_until:type_name -> google.protobuf.Timestamp
+	35, // 31: signet.admin.v1.Authority.readiness:type_name -> signet.admin.v1.Readiness
+	36, // 32: signet.admin.v1.Readiness.laggards:type_name -> signet.admin.v1.Laggard
+	47, // 33: signet.admin.v1.Readiness.hints_until:type_name -> google.protobuf.Timestamp
+	47, // 34: signet.admin.v1.Readiness.deadline:type_name -> google.protobuf.Timestamp
+	47, // 35: signet.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	1,  // 36: signet.admin.v1.ListAuthoritiesRequest.type:type_name -> signet.admin.v1.AuthorityType
+	34, // 37: signet.admin.v1.ListAuthoritiesResponse.authorities:type_name -> signet.admin.v1.Authority
+	1,  // 38: signet.admin.v1.PrepareAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
+	1,  // 39: signet.admin.v1.ActivateAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
+	35, // 40: signet.admin.v1.ActivateAuthorityResponse.waiting:type_name -> signet.admin.v1.Readiness
+	43, // 41: signet.admin.v1.ActivateAuthorityResponse.change:type_name -> signet.admin.v1.AuthorityChange
+	1,  // 42: signet.admin.v1.EndAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
+	34, // 43: signet.admin.v1.AuthorityChange.authority:type_name -> signet.admin.v1.Authority
+	1,  // 44: signet.admin.v1.TTLExplanation.type:type_name -> signet.admin.v1.AuthorityType
+	47, // 45: signet.admin.v1.TTLExplanation.authority_not_after:type_name -> google.protobuf.Timestamp
+	45, // 46: signet.admin.v1.ExplainTTLResponse.x509:type_name -> signet.admin.v1.TTLExplanation
+	45, // 47: signet.admin.v1.ExplainTTLResponse.jwt:type_name -> signet.admin.v1.TTLExplanation
+	3,  // 48: signet.admin.v1.Admin.Plan:input_type -> signet.admin.v1.ApplyRequest
+	3,  // 49: signet.admin.v1.Admin.Apply:input_type -> signet.admin.v1.ApplyRequest
+	7,  // 50: signet.admin.v1.Admin.GetResources:input_type -> signet.admin.v1.GetResourcesRequest
+	9,  // 51: signet.admin.v1.Admin.DeleteResource:input_type -> signet.admin.v1.DeleteResourceRequest
+	11, // 52: signet.admin.v1.Admin.GetPolicySet:input_type -> signet.admin.v1.GetPolicySetRequest
+	13, // 53: signet.admin.v1.Admin.CreateJoinToken:input_type -> signet.admin.v1.CreateJoinTokenRequest
+	15, // 54: signet.admin.v1.Admin.ListAgentStatus:input_type -> signet.admin.v1.ListAgentStatusRequest
+	18, // 55: signet.admin.v1.Admin.UnbanAgent:input_type -> signet.admin.v1.UnbanAgentRequest
+	20, // 56: signet.admin.v1.Admin.SearchAudit:input_type -> signet.admin.v1.SearchAuditRequest
+	22, // 57: signet.admin.v1.Admin.GetStatus:input_type -> signet.admin.v1.GetStatusRequest
+	25, // 58: signet.admin.v1.Admin.ListAppendedAuthorities:input_type -> signet.admin.v1.ListAppendedAuthoritiesRequest
+	27, // 59: signet.admin.v1.Admin.TaintAppendedAuthority:input_type -> signet.admin.v1.TaintAppendedAuthorityRequest
+	29, // 60: signet.admin.v1.Admin.RevokeAppendedAuthority:input_type -> signet.admin.v1.RevokeAppendedAuthorityRequest
+	31, // 61: signet.admin.v1.Admin.ListFederationStatus:input_type -> signet.admin.v1.ListFederationStatusRequest
+	37, // 62: signet.admin.v1.Admin.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
+	39, // 63: signet.admin.v1.Admin.PrepareAuthority:input_type -> signet.admin.v1.PrepareAuthorityRequest
+	40, // 64: signet.admin.v1.Admin.ActivateAuthority:input_type -> signet.admin.v1.ActivateAuthorityRequest
+	42, // 65: signet.admin.v1.Admin.TaintAuthority:input_type -> signet.admin.v1.EndAuthorityRequest
+	42, // 66: signet.admin.v1.Admin.RevokeAuthority:input_type -> signet.admin.v1.EndAuthorityRequest
+	44, // 67: signet.admin.v1.Admin.ExplainTTL:input_type -> signet.admin.v1.ExplainTTLRequest
+	5,  // 68: signet.admin.v1.Admin.Plan:output_type -> signet.admin.v1.ApplyResponse
+	5,  // 69: signet.admin.v1.Admin.Apply:output_type -> signet.admin.v1.ApplyResponse
+	8,  // 70: signet.admin.v1.Admin.GetResources:output_type -> signet.admin.v1.GetResourcesResponse
+	10, // 71: signet.admin.v1.Admin.DeleteResource:output_type -> signet.admin.v1.DeleteResourceResponse
+	12, // 72: signet.admin.v1.Admin.GetPolicySet:output_type -> signet.admin.v1.GetPolicySetResponse
+	14, // 73: signet.admin.v1.Admin.CreateJoinToken:output_type -> signet.admin.v1.CreateJoinTokenResponse
+	17, // 74: signet.admin.v1.Admin.ListAgentStatus:output_type -> signet.admin.v1.ListAgentStatusResponse
+	19, // 75: signet.admin.v1.Admin.UnbanAgent:output_type -> signet.admin.v1.UnbanAgentResponse
+	21, // 76: signet.admin.v1.Admin.SearchAudit:output_type -> signet.admin.v1.AuditRecord
+	23, // 77: signet.admin.v1.Admin.GetStatus:output_type -> signet.admin.v1.GetStatusResponse
+	26, // 78: signet.admin.v1.Admin.ListAppendedAuthorities:output_type -> signet.admin.v1.ListAppendedAuthoritiesResponse
+	28, // 79: signet.admin.v1.Admin.TaintAppendedAuthority:output_type -> signet.admin.v1.TaintAppendedAuthorityResponse
+	30, // 80: signet.admin.v1.Admin.RevokeAppendedAuthority:output_type -> signet.admin.v1.RevokeAppendedAuthorityResponse
+	33, // 81: signet.admin.v1.Admin.ListFederationStatus:output_type -> signet.admin.v1.ListFederationStatusResponse
+	38, // 82: signet.admin.v1.Admin.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
+	43, // 83: signet.admin.v1.Admin.PrepareAuthority:output_type -> signet.admin.v1.AuthorityChange
+	41, // 84: signet.admin.v1.Admin.ActivateAuthority:output_type -> signet.admin.v1.ActivateAuthorityResponse
+	43, // 85: signet.admin.v1.Admin.TaintAuthority:output_type -> signet.admin.v1.AuthorityChange
+	43, // 86: signet.admin.v1.Admin.RevokeAuthority:output_type -> signet.admin.v1.AuthorityChange
+	46, // 87: signet.admin.v1.Admin.ExplainTTL:output_type -> signet.admin.v1.ExplainTTLResponse
+	68, // [68:88] is the sub-list for method output_type
+	48, // [48:68] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_signet_admin_v1_admin_proto_init() }
@@ -2326,13 +3411,17 @@ func file_signet_admin_v1_admin_proto_init() {
 	if File_signet_admin_v1_admin_proto != nil {
 		return
 	}
+	file_signet_admin_v1_admin_proto_msgTypes[39].OneofWrappers = []any{
+		(*ActivateAuthorityResponse_Waiting)(nil),
+		(*ActivateAuthorityResponse_Change)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_admin_v1_admin_proto_rawDesc), len(file_signet_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   32,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -36,6 +36,12 @@ const (
 	Admin_TaintAppendedAuthority_FullMethodName  = "/signet.admin.v1.Admin/TaintAppendedAuthority"
 	Admin_RevokeAppendedAuthority_FullMethodName = "/signet.admin.v1.Admin/RevokeAppendedAuthority"
 	Admin_ListFederationStatus_FullMethodName    = "/signet.admin.v1.Admin/ListFederationStatus"
+	Admin_ListAuthorities_FullMethodName         = "/signet.admin.v1.Admin/ListAuthorities"
+	Admin_PrepareAuthority_FullMethodName        = "/signet.admin.v1.Admin/PrepareAuthority"
+	Admin_ActivateAuthority_FullMethodName       = "/signet.admin.v1.Admin/ActivateAuthority"
+	Admin_TaintAuthority_FullMethodName          = "/signet.admin.v1.Admin/TaintAuthority"
+	Admin_RevokeAuthority_FullMethodName         = "/signet.admin.v1.Admin/RevokeAuthority"
+	Admin_ExplainTTL_FullMethodName              = "/signet.admin.v1.Admin/ExplainTTL"
 )
 
 // AdminClient is the client API for Admin service.
@@ -65,6 +71,19 @@ type AdminClient interface {
 	RevokeAppendedAuthority(ctx context.Context, in *RevokeAppendedAuthorityRequest, opts ...grpc.CallOption) (*RevokeAppendedAuthorityResponse, error)
 	// ListFederationStatus says how this replica last fetched the bundles of the trust domains that it federates with.
 	ListFederationStatus(ctx context.Context, in *ListFederationStatusRequest, opts ...grpc.CallOption) (*ListFederationStatusResponse, error)
+	// ListAuthorities returns the authorities in every state, and whom the activation of a prepared one waits for.
+	ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error)
+	// PrepareAuthority makes and publishes an authority that signs nothing yet, or returns the one that is prepared.
+	PrepareAuthority(ctx context.Context, in *PrepareAuthorityRequest, opts ...grpc.CallOption) (*AuthorityChange, error)
+	// ActivateAuthority makes a prepared authority the one that signs. With wait it sends what it waits for, each time that
+	// this changes, and last the change.
+	ActivateAuthority(ctx context.Context, in *ActivateAuthorityRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ActivateAuthorityResponse], error)
+	// TaintAuthority has all that an old authority signed re-issued.
+	TaintAuthority(ctx context.Context, in *EndAuthorityRequest, opts ...grpc.CallOption) (*AuthorityChange, error)
+	// RevokeAuthority takes a tainted authority out of the bundle.
+	RevokeAuthority(ctx context.Context, in *EndAuthorityRequest, opts ...grpc.CallOption) (*AuthorityChange, error)
+	// ExplainTTL says what decides the validity of an entry's SVIDs.
+	ExplainTTL(ctx context.Context, in *ExplainTTLRequest, opts ...grpc.CallOption) (*ExplainTTLResponse, error)
 }
 
 type adminClient struct {
@@ -224,6 +243,75 @@ func (c *adminClient) ListFederationStatus(ctx context.Context, in *ListFederati
 	return out, nil
 }
 
+func (c *adminClient) ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAuthoritiesResponse)
+	err := c.cc.Invoke(ctx, Admin_ListAuthorities_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) PrepareAuthority(ctx context.Context, in *PrepareAuthorityRequest, opts ...grpc.CallOption) (*AuthorityChange, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AuthorityChange)
+	err := c.cc.Invoke(ctx, Admin_PrepareAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ActivateAuthority(ctx context.Context, in *ActivateAuthorityRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ActivateAuthorityResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[1], Admin_ActivateAuthority_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ActivateAuthorityRequest, ActivateAuthorityResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_ActivateAuthorityClient = grpc.ServerStreamingClient[ActivateAuthorityResponse]
+
+func (c *adminClient) TaintAuthority(ctx context.Context, in *EndAuthorityRequest, opts ...grpc.CallOption) (*AuthorityChange, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AuthorityChange)
+	err := c.cc.Invoke(ctx, Admin_TaintAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RevokeAuthority(ctx context.Context, in *EndAuthorityRequest, opts ...grpc.CallOption) (*AuthorityChange, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AuthorityChange)
+	err := c.cc.Invoke(ctx, Admin_RevokeAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ExplainTTL(ctx context.Context, in *ExplainTTLRequest, opts ...grpc.CallOption) (*ExplainTTLResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainTTLResponse)
+	err := c.cc.Invoke(ctx, Admin_ExplainTTL_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -251,6 +339,19 @@ type AdminServer interface {
 	RevokeAppendedAuthority(context.Context, *RevokeAppendedAuthorityRequest) (*RevokeAppendedAuthorityResponse, error)
 	// ListFederationStatus says how this replica last fetched the bundles of the trust domains that it federates with.
 	ListFederationStatus(context.Context, *ListFederationStatusRequest) (*ListFederationStatusResponse, error)
+	// ListAuthorities returns the authorities in every state, and whom the activation of a prepared one waits for.
+	ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error)
+	// PrepareAuthority makes and publishes an authority that signs nothing yet, or returns the one that is prepared.
+	PrepareAuthority(context.Context, *PrepareAuthorityRequest) (*AuthorityChange, error)
+	// ActivateAuthority makes a prepared authority the one that signs. With wait it sends what it waits for, each time that
+	// this changes, and last the change.
+	ActivateAuthority(*ActivateAuthorityRequest, grpc.ServerStreamingServer[ActivateAuthorityResponse]) error
+	// TaintAuthority has all that an old authority signed re-issued.
+	TaintAuthority(context.Context, *EndAuthorityRequest) (*AuthorityChange, error)
+	// RevokeAuthority takes a tainted authority out of the bundle.
+	RevokeAuthority(context.Context, *EndAuthorityRequest) (*AuthorityChange, error)
+	// ExplainTTL says what decides the validity of an entry's SVIDs.
+	ExplainTTL(context.Context, *ExplainTTLRequest) (*ExplainTTLResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -302,6 +403,24 @@ func (UnimplementedAdminServer) RevokeAppendedAuthority(context.Context, *Revoke
 }
 func (UnimplementedAdminServer) ListFederationStatus(context.Context, *ListFederationStatusRequest) (*ListFederationStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListFederationStatus not implemented")
+}
+func (UnimplementedAdminServer) ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAuthorities not implemented")
+}
+func (UnimplementedAdminServer) PrepareAuthority(context.Context, *PrepareAuthorityRequest) (*AuthorityChange, error) {
+	return nil, status.Error(codes.Unimplemented, "method PrepareAuthority not implemented")
+}
+func (UnimplementedAdminServer) ActivateAuthority(*ActivateAuthorityRequest, grpc.ServerStreamingServer[ActivateAuthorityResponse]) error {
+	return status.Error(codes.Unimplemented, "method ActivateAuthority not implemented")
+}
+func (UnimplementedAdminServer) TaintAuthority(context.Context, *EndAuthorityRequest) (*AuthorityChange, error) {
+	return nil, status.Error(codes.Unimplemented, "method TaintAuthority not implemented")
+}
+func (UnimplementedAdminServer) RevokeAuthority(context.Context, *EndAuthorityRequest) (*AuthorityChange, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeAuthority not implemented")
+}
+func (UnimplementedAdminServer) ExplainTTL(context.Context, *ExplainTTLRequest) (*ExplainTTLResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExplainTTL not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -569,6 +688,107 @@ func _Admin_ListFederationStatus_Handler(srv interface{}, ctx context.Context, d
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ListAuthorities_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAuthoritiesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListAuthorities(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListAuthorities_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListAuthorities(ctx, req.(*ListAuthoritiesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_PrepareAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PrepareAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PrepareAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PrepareAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PrepareAuthority(ctx, req.(*PrepareAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ActivateAuthority_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ActivateAuthorityRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).ActivateAuthority(m, &grpc.GenericServerStream[ActivateAuthorityRequest, ActivateAuthorityResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_ActivateAuthorityServer = grpc.ServerStreamingServer[ActivateAuthorityResponse]
+
+func _Admin_TaintAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EndAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).TaintAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_TaintAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).TaintAuthority(ctx, req.(*EndAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RevokeAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EndAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RevokeAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RevokeAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RevokeAuthority(ctx, req.(*EndAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ExplainTTL_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainTTLRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ExplainTTL(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ExplainTTL_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ExplainTTL(ctx, req.(*ExplainTTLRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -628,11 +848,36 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "ListFederationStatus",
 			Handler:    _Admin_ListFederationStatus_Handler,
 		},
+		{
+			MethodName: "ListAuthorities",
+			Handler:    _Admin_ListAuthorities_Handler,
+		},
+		{
+			MethodName: "PrepareAuthority",
+			Handler:    _Admin_PrepareAuthority_Handler,
+		},
+		{
+			MethodName: "TaintAuthority",
+			Handler:    _Admin_TaintAuthority_Handler,
+		},
+		{
+			MethodName: "RevokeAuthority",
+			Handler:    _Admin_RevokeAuthority_Handler,
+		},
+		{
+			MethodName: "ExplainTTL",
+			Handler:    _Admin_ExplainTTL_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "SearchAudit",
 			Handler:       _Admin_SearchAudit_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "ActivateAuthority",
+			Handler:       _Admin_ActivateAuthority_Handler,
 			ServerStreams: true,
 		},
 	},

@@ -653,8 +653,10 @@ type Bundle struct {
 	RefreshHint     int64            `protobuf:"varint,4,opt,name=refresh_hint,json=refreshHint,proto3" json:"refresh_hint,omitempty"`
 	X509Authorities []*X509Authority `protobuf:"bytes,5,rep,name=x509_authorities,json=x509Authorities,proto3" json:"x509_authorities,omitempty"`
 	JwtAuthorities  []*JWTAuthority  `protobuf:"bytes,6,rep,name=jwt_authorities,json=jwtAuthorities,proto3" json:"jwt_authorities,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Own trust domain, with a tainted authority: what it signed is renewed in this many seconds, spread evenly.
+	ReissueSeconds int64 `protobuf:"varint,7,opt,name=reissue_seconds,json=reissueSeconds,proto3" json:"reissue_seconds,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Bundle) Reset() {
@@ -727,6 +729,13 @@ func (x *Bundle) GetJwtAuthorities() []*JWTAuthority {
 		return x.JwtAuthorities
 	}
 	return nil
+}
+
+func (x *Bundle) GetReissueSeconds() int64 {
+	if x != nil {
+		return x.ReissueSeconds
+	}
+	return 0
 }
 
 type X509Authority struct {
@@ -1210,8 +1219,11 @@ type FollowRequest_Ack struct {
 	Revision int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	// Authorities (X.509 authority ids and JWT key ids) that it has written to every open Workload API stream.
 	AuthoritiesHandedOn []string `protobuf:"bytes,2,rep,name=authorities_handed_on,json=authoritiesHandedOn,proto3" json:"authorities_handed_on,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// X.509 authorities of which it still holds a workload's X509-SVID, so that an operator sees when nobody needs a
+	// tainted one any more.
+	AuthoritiesInUse []string `protobuf:"bytes,3,rep,name=authorities_in_use,json=authoritiesInUse,proto3" json:"authorities_in_use,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *FollowRequest_Ack) Reset() {
@@ -1254,6 +1266,13 @@ func (x *FollowRequest_Ack) GetRevision() int64 {
 func (x *FollowRequest_Ack) GetAuthoritiesHandedOn() []string {
 	if x != nil {
 		return x.AuthoritiesHandedOn
+	}
+	return nil
+}
+
+func (x *FollowRequest_Ack) GetAuthoritiesInUse() []string {
+	if x != nil {
+		return x.AuthoritiesInUse
 	}
 	return nil
 }
@@ -1339,7 +1358,7 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x05token\x18\x03 \x01(\tR\x05token\x12\x1b\n" +
 	"\tissued_at\x18\x04 \x01(\x03R\bissuedAt\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\x05 \x01(\x03R\texpiresAt\"\xaf\x03\n" +
+	"expires_at\x18\x05 \x01(\x03R\texpiresAt\"\xde\x03\n" +
 	"\rFollowRequest\x12;\n" +
 	"\x05hello\x18\x01 \x01(\v2#.signet.node.v1.FollowRequest.HelloH\x00R\x05hello\x125\n" +
 	"\x03ack\x18\x02 \x01(\v2!.signet.node.v1.FollowRequest.AckH\x00R\x03ack\x128\n" +
@@ -1348,10 +1367,11 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x03R\brevision\x12#\n" +
-	"\ragent_version\x18\x04 \x01(\tR\fagentVersion\x1aU\n" +
+	"\ragent_version\x18\x04 \x01(\tR\fagentVersion\x1a\x83\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x122\n" +
-	"\x15authorities_handed_on\x18\x02 \x03(\tR\x13authoritiesHandedOn\x1a\x16\n" +
+	"\x15authorities_handed_on\x18\x02 \x03(\tR\x13authoritiesHandedOn\x12,\n" +
+	"\x12authorities_in_use\x18\x03 \x03(\tR\x10authoritiesInUse\x1a\x16\n" +
 	"\x04Sync\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02idB\t\n" +
 	"\amessage\"\xb0\x04\n" +
@@ -1389,14 +1409,15 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	" \x01(\bR\rjwtIncludeJti\x122\n" +
 	"\x15disable_x509_prefetch\x18\v \x01(\bR\x13disableX509Prefetch\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\f \x01(\x03R\texpiresAt\"\xa4\x02\n" +
+	"expires_at\x18\f \x01(\x03R\texpiresAt\"\xcd\x02\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12'\n" +
 	"\x0fsequence_number\x18\x03 \x01(\x04R\x0esequenceNumber\x12!\n" +
 	"\frefresh_hint\x18\x04 \x01(\x03R\vrefreshHint\x12H\n" +
 	"\x10x509_authorities\x18\x05 \x03(\v2\x1d.signet.node.v1.X509AuthorityR\x0fx509Authorities\x12E\n" +
-	"\x0fjwt_authorities\x18\x06 \x03(\v2\x1c.signet.node.v1.JWTAuthorityR\x0ejwtAuthorities\"\x8a\x01\n" +
+	"\x0fjwt_authorities\x18\x06 \x03(\v2\x1c.signet.node.v1.JWTAuthorityR\x0ejwtAuthorities\x12'\n" +
+	"\x0freissue_seconds\x18\a \x01(\x03R\x0ereissueSeconds\"\x8a\x01\n" +
 	"\rX509Authority\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12!\n" +
 	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\x124\n" +

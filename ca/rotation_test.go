@@ -1,0 +1,547 @@
+package ca
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	"github.com/signet-id/signet/ca/authority"
+)
+
+const (
+	typeX509 = adminv1.AuthorityType_AUTHORITY_TYPE_X509
+	typeJWT  = adminv1.AuthorityType_AUTHORITY_TYPE_JWT
+)
+
+// quiet is a configuration in which the schedule does nothing.
+func quiet(dir string) Config {
+	c := config(dir)
+	c.Authorities.Rotate = rotateManual
+	return c
+}
+
+func (h *harness) prepare(kind adminv1.AuthorityType) string {
+	h.t.Helper()
+	r, err := adminv1.NewAdminClient(h.admin).PrepareAuthority(h.t.Context(), &adminv1.PrepareAuthorityRequest{Type: kind})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return r.Authority.Id
+}
+
+// activate returns what the activation said it waits for, and its outcome.
+func (h *harness) activate(ctx context.Context, req *adminv1.ActivateAuthorityRequest) (waited []*adminv1.Readiness, change *adminv1.AuthorityChange, err error) {
+	h.t.Helper()
+	s, err := adminv1.NewAdminClient(h.admin).ActivateAuthority(ctx, req)
+	if err != nil {
+		return nil, nil, err
+	}
+	for {
+		m, err := s.Recv()
+		if errors.Is(err, io.EOF) {
+			return waited, change, nil
+		}
+		if err != nil {
+			return waited, nil, err
+		}
+		if w := m.GetWaiting(); w != nil {
+			waited = append(waited, w)
+		}
+		if c := m.GetChange(); c != nil {
+			change = c
+		}
+	}
+}
+
+func (h *harness) states(kind adminv1.AuthorityType) string {
+	h.t.Helper()
+	r, err := adminv1.NewAdminClient(h.admin).ListAuthorities(h.t.Context(), &adminv1.ListAuthoritiesRequest{Type: kind})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	var out []string
+	for _, a := range r.Authorities {
+		out = append(out, a.State)
+	}
+	return strings.Join(out, " ")
+}
+
+// A following is an agent's open stream.
+type following struct {
+	t      *testing.T
+	stream nodev1.Node_FollowClient
+	msgs   chan *nodev1.FollowResponse
+	end    chan error
+}
+
+func (h *harness) follows(a *testAgent) *following {
+	h.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	s, err := nodev1.NewNodeClient(a.conn).Follow(ctx)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := s.Send(&nodev1.FollowRequest{Message: &nodev1.FollowRequest_Hello_{Hello: &nodev1.FollowRequest_Hello{Format: 1, AgentVersion: "signet-test"}}}); err != nil {
+		h.t.Fatal(err)
+	}
+	f := &following{t: h.t, stream: s, msgs: make(chan *nodev1.FollowResponse, 100), end: make(chan error, 1)}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			m, err := s.Recv()
+			if err != nil {
+				f.end <- err
+				return
+			}
+			f.msgs <- m
+		}
+	}()
+	h.t.Cleanup(func() { cancel(); <-done })
+	return f
+}
+
+// until waits for a bundle in which the authority is in that state; "" means that it is not in it.
+func (f *following) until(id string, state nodev1.AuthorityState) *nodev1.Bundle {
+	f.t.Helper()
+	for ended := error(nil); ; {
+		if ended != nil && len(f.msgs) == 0 {
+			f.t.Fatalf("the stream ended before %s was %v: %v", id, state, ended)
+		}
+		select {
+		case m := <-f.msgs:
+			for _, b := range m.Bundles {
+				found := nodev1.AuthorityState_AUTHORITY_STATE_UNSPECIFIED
+				for _, x := range b.X509Authorities {
+					if x.AuthorityId == id {
+						found = x.State
+					}
+				}
+				for _, j := range b.JwtAuthorities {
+					if j.KeyId == id {
+						found = j.State
+					}
+				}
+				if found == state {
+					return b
+				}
+			}
+		case ended = <-f.end:
+			f.end <- ended // for whoever asks next
+		case <-f.t.Context().Done():
+			f.t.Fatalf("%s never was %v", id, state)
+		}
+	}
+}
+
+func (f *following) ack(handedOn ...string) {
+	f.t.Helper()
+	if err := f.stream.Send(&nodev1.FollowRequest{Message: &nodev1.FollowRequest_Ack_{Ack: &nodev1.FollowRequest_Ack{Revision: 1, AuthoritiesHandedOn: handedOn}}}); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+// TestActivationWaitsForEveryLiveAgent: JWT-32, FED-03: nothing is signed with an authority that an agent has not handed
+// on. The one that lags is named; when it answers, the waiting request goes on.
+func TestActivationWaitsForEveryLiveAgent(t *testing.T) {
+	for _, kind := range []adminv1.AuthorityType{typeX509, typeJWT} {
+		h := start(t, quiet(t.TempDir()))
+		a, b := h.agent(), h.agent()
+		fa, fb := h.follows(a), h.follows(b)
+		id := h.prepare(kind)
+		fa.until(id, nodev1.AuthorityState_AUTHORITY_STATE_PREPARED)
+		fb.until(id, nodev1.AuthorityState_AUTHORITY_STATE_PREPARED)
+		fa.ack(id)
+		until(t, "the first agent's acknowledgement", func() bool { return h.ca.reg.Ack(a.id).Has(id) })
+
+		_, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind})
+		if code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), b.id.String()) || strings.Contains(err.Error(), a.id.String()) {
+			t.Fatalf("with a laggard: %v, want FailedPrecondition that names %s", err, b.id)
+		}
+		if got := h.states(kind); got != "active prepared" {
+			t.Fatalf("states after the refusal: %s", got)
+		}
+		list, err := adminv1.NewAdminClient(h.admin).ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{Type: kind})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ready := list.Authorities[1].Readiness
+		if ready.LaggardCount != 1 || ready.LiveAgents != 2 || ready.Ready || ready.Laggards[0].AgentId != b.id.String() || ready.Laggards[0].Reason == "" || ready.Laggards[0].Since == nil {
+			t.Errorf("readiness: %v", ready)
+		}
+
+		done := make(chan error, 1)
+		var waited []*adminv1.Readiness
+		go func() {
+			w, change, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind, Wait: true})
+			waited = w
+			if err == nil && (change.Authority.Id != id || !change.Changed) {
+				err = errors.New("it changed " + change.String())
+			}
+			done <- err
+		}()
+		select {
+		case err := <-done:
+			t.Fatalf("it did not wait: %v", err)
+		case <-time.After(300 * time.Millisecond):
+		}
+		fb.ack("something else", id)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if len(waited) == 0 || waited[0].LaggardCount != 1 {
+			t.Errorf("what it waited for: %v", waited)
+		}
+		if got := h.states(kind); got != "old active" {
+			t.Errorf("states: %s", got)
+		}
+		fa.until(id, nodev1.AuthorityState_AUTHORITY_STATE_ACTIVE)
+		h.close()
+	}
+}
+
+// TestAcknowledgementsOutliveTheCA: what an agent has acknowledged it need not say again to the next CA.
+func TestAcknowledgementsOutliveTheCA(t *testing.T) {
+	dir := t.TempDir()
+	h := start(t, quiet(dir))
+	a := h.agent()
+	f := h.follows(a)
+	id := h.prepare(typeX509)
+	f.until(id, nodev1.AuthorityState_AUTHORITY_STATE_PREPARED)
+	f.ack(id)
+	until(t, "the acknowledgement", func() bool { return h.ca.reg.Ack(a.id).Has(id) })
+	h.close()
+	h = start(t, quiet(dir))
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); err != nil {
+		t.Errorf("after a restart: %v", err)
+	}
+}
+
+// TestSPIREAgentsAcknowledgeByFetching: an agent that does not follow acknowledges by GetBundle with its SVID, made since
+// the preparation; without its SVID it counts for nothing.
+func TestSPIREAgentsAcknowledgeByFetching(t *testing.T) {
+	h := start(t, quiet(t.TempDir()))
+	a := h.agent()
+	fetch := func(c *grpc.ClientConn, mask *types.BundleMask) {
+		t.Helper()
+		if _, err := bundlev1.NewBundleClient(c).GetBundle(t.Context(), &bundlev1.GetBundleRequest{OutputMask: mask}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fetch(a.conn, nil)
+	id := h.prepare(typeX509)
+	fetch(h.dial(nil, nil), nil)
+	fetch(a.conn, &types.BundleMask{JwtAuthorities: true})
+	_, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id})
+	if code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "has not fetched the bundle") {
+		t.Fatalf("before it has fetched it: %v", err)
+	}
+	fetch(a.conn, nil)
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id, Wait: true}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestSilentAgentDoesNotBlockRotation: an agent that never acknowledges is overridden by the operator, by the configured
+// deadline, or by the end of its own SVID.
+func TestSilentAgentDoesNotBlockRotation(t *testing.T) {
+	var clock movedClock
+	c := quiet(t.TempDir())
+	c.Now, c.Authorities.ActivationDeadline = clock.now, 30*time.Minute
+	h := start(t, c)
+	h.agent() // silent for ever
+	id := h.prepare(typeX509)
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); code(err) != codes.FailedPrecondition {
+		t.Fatalf("with a silent agent: %v", err)
+	}
+	if _, change, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id, Force: true}); err != nil || !change.Changed {
+		t.Fatalf("forced: %v", err)
+	}
+	if r := h.audit("authority.activate"); len(r) != 1 || r[0]["outcome"] != "ok" || r[0]["details"].(map[string]any)["forced"] != true || r[0]["details"].(map[string]any)["laggards"] != 1.0 {
+		t.Errorf("audit of the override: %v", r)
+	}
+	id = h.prepare(typeX509)
+	done := make(chan error, 1)
+	go func() {
+		_, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id, Wait: true})
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		t.Fatalf("it did not wait: %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	clock.move(31 * time.Minute)
+	if err := <-done; err != nil {
+		t.Errorf("past the deadline: %v", err)
+	}
+	id = h.prepare(typeJWT)
+	clock.move(31*time.Minute + time.Hour) // past the end of the agent's SVID, and of the deadline
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); err != nil {
+		t.Errorf("after the silent agent's SVID has ended: %v", err)
+	}
+}
+
+// TestFederatedBundleIsPublishedForFiveHints: FED-04.
+func TestFederatedBundleIsPublishedForFiveHints(t *testing.T) {
+	var clock movedClock
+	c := quiet(t.TempDir())
+	c.Now, c.Authorities.RefreshHint = clock.now, time.Minute
+	h := start(t, c)
+	root, _ := foreignRoot(t, "partner.example")
+	if _, err := bundlev1.NewBundleClient(h.admin).BatchSetFederatedBundle(t.Context(), &bundlev1.BatchSetFederatedBundleRequest{
+		Bundle: []*types.Bundle{{TrustDomain: "partner.example", X509Authorities: []*types.X509Certificate{{Asn1: root.Raw}}}}}); err != nil {
+		t.Fatal(err)
+	}
+	id := h.prepare(typeX509)
+	clock.move(4*time.Minute + 50*time.Second)
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "fetch the bundle") {
+		t.Errorf("before five hints: %v", err)
+	}
+	clock.move(5*time.Minute + time.Second)
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); err != nil {
+		t.Errorf("after five hints: %v", err)
+	}
+}
+
+// TestRevocationEndsStreamsAndCalls: an agent whose authority is revoked is told the new bundle, then its stream ends; no
+// call on its connection is served any more, nor on a new one; and with its key it comes back without a person.
+func TestRevocationEndsStreamsAndCalls(t *testing.T) {
+	h := start(t, quiet(t.TempDir()))
+	a := h.agent()
+	f := h.follows(a)
+	first := h.ca.set.Bundle().X509[0]
+	f.until(first.ID, nodev1.AuthorityState_AUTHORITY_STATE_ACTIVE)
+	h.apply("kind: Identity\nname: web\nspiffeID: /web\nmatch: [\"unix:uid:1\"]\n")
+	spki, _ := x509.MarshalPKIXPublicKey(key(t).Public())
+	issue := func(c *grpc.ClientConn) error {
+		_, err := nodev1.NewNodeClient(c).IssueX509SVIDs(t.Context(), &nodev1.IssueX509SVIDsRequest{Items: []*nodev1.IssueX509SVIDsRequest_Item{{EntryId: "identity.web", PublicKey: spki}}})
+		return err
+	}
+	if err := issue(a.conn); err != nil {
+		t.Fatal(err)
+	}
+	r, err := adminv1.NewAdminClient(h.admin).RevokeAuthority(t.Context(), &adminv1.EndAuthorityRequest{Type: typeX509, Id: first.ID, Stolen: true})
+	if err != nil || r.Authority.State != "revoked" {
+		t.Fatalf("revoking the stolen active authority: %v %v", r, err)
+	}
+	b := f.until(first.ID, nodev1.AuthorityState_AUTHORITY_STATE_UNSPECIFIED)
+	if len(b.X509Authorities) != 1 || b.X509Authorities[0].State != nodev1.AuthorityState_AUTHORITY_STATE_ACTIVE {
+		t.Errorf("the last bundle of the stream: %v", b)
+	}
+	if err := <-f.end; !deniedFor(err, types.PermissionDeniedDetails_AGENT_NOT_ACTIVE) {
+		t.Errorf("the stream ended with %v", err)
+	}
+	if err := issue(a.conn); !deniedFor(err, types.PermissionDeniedDetails_AGENT_NOT_ACTIVE) {
+		t.Errorf("a call on the old connection: %v", err)
+	}
+	again := h.dial(a.chain, a.key)
+	if err := issue(again); !deniedFor(err, types.PermissionDeniedDetails_AGENT_NOT_ACTIVE) {
+		t.Errorf("a call on a new connection with the old SVID: %v", err)
+	}
+	k := key(t)
+	svid, err := recovery(t.Context(), h.dial(nil, nil), a.id, a.key, csr(t, k))
+	if err != nil {
+		t.Fatalf("the way back: %v", err)
+	}
+	if err := issue(h.dial(svid.CertChain, k)); err != nil {
+		t.Errorf("with the SVID that was won back: %v", err)
+	}
+}
+
+// TestRevokedAuthorityMakesNoAdmin: neither the SVID of an admin nor a stream that it has open is worth anything when its
+// authority is gone.
+func TestRevokedAuthorityMakesNoAdmin(t *testing.T) {
+	c := quiet(t.TempDir())
+	c.AdminIDs = []string{"spiffe://example.org/ops"}
+	h := start(t, c)
+	k := key(t)
+	p, err := h.ca.set.CheckX509(authority.X509Request{ID: ids(t, "/ops"), PublicKey: k.Public()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	svid, err := h.ca.set.SignX509(t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := h.dial(svid.Chain, k)
+	list := func() error {
+		_, err := adminv1.NewAdminClient(conn).ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
+		return err
+	}
+	if err := list(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := adminv1.NewAdminClient(conn).RevokeAuthority(t.Context(), &adminv1.EndAuthorityRequest{Type: typeX509, Id: svid.AuthorityID, Stolen: true}); err != nil {
+		t.Fatalf("an admin over TCP revokes: %v", err)
+	}
+	if err := list(); code(err) != codes.PermissionDenied {
+		t.Errorf("after the revocation of its own authority: %v", err)
+	}
+}
+
+// TestLocalAuthorityIsSPIREs walks through SPIRE's LocalAuthority service as its command line does, with every wrong step.
+// [SPIRE-PROTOCOL §14]
+func TestLocalAuthorityIsSPIREs(t *testing.T) {
+	h := start(t, quiet(t.TempDir()))
+	api := localauthorityv1.NewLocalAuthorityClient(h.admin)
+	ctx := t.Context()
+	want := func(what string, err error, c codes.Code) {
+		t.Helper()
+		if code(err) != c {
+			t.Errorf("%s: %v, want %v", what, err, c)
+		}
+	}
+	x := func() (a, p, o string) {
+		t.Helper()
+		r, err := api.GetX509AuthorityState(ctx, &localauthorityv1.GetX509AuthorityStateRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Active.ExpiresAt < time.Now().Unix() {
+			t.Errorf("active: %v", r.Active)
+		}
+		return r.Active.GetAuthorityId(), r.Prepared.GetAuthorityId(), r.Old.GetAuthorityId()
+	}
+	j := func() (a, p, o string) {
+		t.Helper()
+		r, err := api.GetJWTAuthorityState(ctx, &localauthorityv1.GetJWTAuthorityStateRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Active.GetAuthorityId(), r.Prepared.GetAuthorityId(), r.Old.GetAuthorityId()
+	}
+	for _, kind := range []struct {
+		name    string
+		state   func() (a, p, o string)
+		prepare func() (string, error)
+		act     map[string]func(id string) (string, error)
+	}{
+		{"x509", x, func() (string, error) {
+			r, err := api.PrepareX509Authority(ctx, &localauthorityv1.PrepareX509AuthorityRequest{})
+			return r.GetPreparedAuthority().GetAuthorityId(), err
+		}, map[string]func(string) (string, error){
+			"activate": func(id string) (string, error) {
+				r, err := api.ActivateX509Authority(ctx, &localauthorityv1.ActivateX509AuthorityRequest{AuthorityId: id})
+				return r.GetActivatedAuthority().GetAuthorityId(), err
+			},
+			"taint": func(id string) (string, error) {
+				r, err := api.TaintX509Authority(ctx, &localauthorityv1.TaintX509AuthorityRequest{AuthorityId: id})
+				return r.GetTaintedAuthority().GetAuthorityId(), err
+			},
+			"revoke": func(id string) (string, error) {
+				r, err := api.RevokeX509Authority(ctx, &localauthorityv1.RevokeX509AuthorityRequest{AuthorityId: id})
+				return r.GetRevokedAuthority().GetAuthorityId(), err
+			},
+		}},
+		{"jwt", j, func() (string, error) {
+			r, err := api.PrepareJWTAuthority(ctx, &localauthorityv1.PrepareJWTAuthorityRequest{})
+			return r.GetPreparedAuthority().GetAuthorityId(), err
+		}, map[string]func(string) (string, error){
+			"activate": func(id string) (string, error) {
+				r, err := api.ActivateJWTAuthority(ctx, &localauthorityv1.ActivateJWTAuthorityRequest{AuthorityId: id})
+				return r.GetActivatedAuthority().GetAuthorityId(), err
+			},
+			"taint": func(id string) (string, error) {
+				r, err := api.TaintJWTAuthority(ctx, &localauthorityv1.TaintJWTAuthorityRequest{AuthorityId: id})
+				return r.GetTaintedAuthority().GetAuthorityId(), err
+			},
+			"revoke": func(id string) (string, error) {
+				r, err := api.RevokeJWTAuthority(ctx, &localauthorityv1.RevokeJWTAuthorityRequest{AuthorityId: id})
+				return r.GetRevokedAuthority().GetAuthorityId(), err
+			},
+		}},
+	} {
+		first, prepared, old := kind.state()
+		if first == "" || prepared != "" || old != "" {
+			t.Errorf("%s at first: active %q, prepared %q, old %q", kind.name, first, prepared, old)
+		}
+		for step, do := range kind.act {
+			for _, id := range []string{"", "nobody", first} {
+				_, err := do(id)
+				want(kind.name+": "+step+" "+id+" at first", err, codes.InvalidArgument)
+			}
+		}
+		second, err := kind.prepare()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for step, id := range map[string]string{"taint": second, "revoke": second} {
+			_, err := kind.act[step](id)
+			want(kind.name+": "+step+" the prepared one", err, codes.InvalidArgument)
+		}
+		if got, err := kind.act["activate"](second); err != nil || got != second {
+			t.Fatalf("%s: activate: %s %v", kind.name, got, err)
+		}
+		if a, p, o := kind.state(); a != second || p != "" || o != first {
+			t.Errorf("%s activated: active %q, prepared %q, old %q", kind.name, a, p, o)
+		}
+		_, err = kind.act["activate"](second)
+		want(kind.name+": activate the active one", err, codes.InvalidArgument)
+		_, err = kind.act["revoke"](first)
+		want(kind.name+": revoke an old one that is not tainted", err, codes.InvalidArgument)
+		if got, err := kind.act["taint"](first); err != nil || got != first {
+			t.Fatalf("%s: taint: %s %v", kind.name, got, err)
+		}
+		b, err := bundlev1.NewBundleClient(h.admin).GetBundle(ctx, &bundlev1.GetBundleRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if kind.name == "x509" && (!b.X509Authorities[0].Tainted || b.X509Authorities[1].Tainted) || kind.name == "jwt" && (!b.JwtAuthorities[0].Tainted || b.JwtAuthorities[1].Tainted) {
+			t.Errorf("%s: SPIRE's agents do not see which one is tainted: %v", kind.name, b)
+		}
+		_, err = kind.act["taint"](first)
+		want(kind.name+": taint the tainted one", err, codes.InvalidArgument)
+		if got, err := kind.act["revoke"](first); err != nil || got != first {
+			t.Fatalf("%s: revoke: %s %v", kind.name, got, err)
+		}
+		if _, _, o := kind.state(); o != "" {
+			t.Errorf("%s: %q is still shown as old", kind.name, o)
+		}
+		_, err = kind.act["revoke"](first)
+		want(kind.name+": revoke the revoked one", err, codes.InvalidArgument)
+	}
+	_, err := api.TaintX509UpstreamAuthority(ctx, &localauthorityv1.TaintX509UpstreamAuthorityRequest{SubjectKeyId: "ab"})
+	want("taint an upstream authority without one", err, codes.FailedPrecondition)
+	_, err = api.RevokeX509UpstreamAuthority(ctx, &localauthorityv1.RevokeX509UpstreamAuthorityRequest{SubjectKeyId: "ab"})
+	want("revoke an upstream authority without one", err, codes.FailedPrecondition)
+	_, err = api.GetWITAuthorityState(ctx, &localauthorityv1.GetWITAuthorityStateRequest{})
+	want("WIT", err, codes.Unimplemented)
+	_, err = localauthorityv1.NewLocalAuthorityClient(h.agent().conn).PrepareX509Authority(ctx, &localauthorityv1.PrepareX509AuthorityRequest{})
+	want("an agent", err, codes.PermissionDenied)
+	var events []string
+	for _, r := range h.audit("authority.prepare", "authority.activate", "authority.taint", "authority.revoke") {
+		if r["outcome"] == "ok" && r["details"].(map[string]any)["changed"] == true {
+			events = append(events, r["event"].(string))
+		}
+	}
+	one := []string{"authority.prepare", "authority.activate", "authority.taint", "authority.revoke"}
+	if !slices.Equal(events, append(slices.Clone(one), one...)) {
+		t.Errorf("audit log: %v", events)
+	}
+}
+
+// deniedFor tells whether err is SPIRE's refusal of an agent for a reason.
+func deniedFor(err error, reason types.PermissionDeniedDetails_Reason) bool {
+	st := status.Convert(err)
+	for _, d := range st.Details() {
+		if p, ok := d.(*types.PermissionDeniedDetails); ok {
+			return st.Code() == codes.PermissionDenied && p.Reason == reason
+		}
+	}
+	return false
+}
