@@ -20,13 +20,18 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale interop-k8s release clean tools
+.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale interop-k8s release clean tools
 
 all: build
 
 build:
 	@mkdir -p bin
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/... ./examples/...
+
+# The same program with cgo, linked dynamically, for keys in PKCS #11 tokens; the static one cannot load their modules.
+hsm:
+	@mkdir -p bin
+	CGO_ENABLED=1 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/signet-hsm ./cmd/signet
 
 demo: build
 	bin/signet demo

@@ -1,6 +1,7 @@
 #!/bin/sh
 # release.sh VERSION COMMIT: builds the programs for linux/amd64 and linux/arm64 into dist/, twice: in this tree, and in
-# a copy of it elsewhere with a build cache of its own. The two must be the same bytes.
+# a copy of it elsewhere with a build cache of its own. The two must be the same bytes. All are static but signet-hsm, which
+# loads PKCS #11 modules: it is built with the C compiler of this machine, for this machine's architecture.
 set -eu
 cd "$(dirname "$0")/.."
 version=${1:?version} commit=${2:-}
@@ -19,13 +20,22 @@ build() { # from to
 	done
 }
 
+hsm() { # from to
+	(cd "$1" && CGO_ENABLED=1 GOFLAGS= go build -trimpath -buildvcs=false \
+		-ldflags "-s -w -buildid= -X $pkg.version=$version -X $pkg.commit=$commit" \
+		-o "$2/signet-hsm_linux_$(go env GOARCH)" ./cmd/signet)
+}
+
 rm -rf dist
 mkdir -p dist "$tmp/tree" "$tmp/dist"
 build "$PWD" "$PWD/dist"
+hsm "$PWD" "$PWD/dist"
 git ls-files -co --exclude-standard -z | xargs -0 tar cf - | tar xf - -C "$tmp/tree"
 GOCACHE="$tmp/cache" build "$tmp/tree" "$tmp/dist"
+GOCACHE="$tmp/cache" hsm "$tmp/tree" "$tmp/dist"
 for f in dist/*; do
 	cmp "$f" "$tmp/$f" || { echo "release: $f differs between two builds"; exit 1; }
+	case $f in dist/signet-hsm_*) continue ;; esac
 	if command -v readelf >/dev/null 2>&1 && readelf -l "$f" | grep -q INTERP; then
 		echo "release: $f is not static"
 		exit 1

@@ -159,7 +159,7 @@ func (p Place) Linked() error {
 		return nil
 	}
 	if p.scheme == "pkcs11" && !pkcs11Linked {
-		return errors.New("this program was built without cgo and cannot load a PKCS #11 module; use the dynamically linked signet-hsm (make build makes it where a C compiler is)")
+		return errors.New("this program was built without cgo and cannot load a PKCS #11 module; use signet-hsm, the same program linked dynamically (make hsm builds it)")
 	}
 	if _, ok := apiv1.LoadKeyManagerNewFunc(apiv1.Type(p.scheme)); !ok {
 		return fmt.Errorf("this program has no driver for %s: keys", p.scheme)
