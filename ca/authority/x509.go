@@ -172,8 +172,11 @@ func (s *Set) SignX509Batch(ctx context.Context, batch []PreparedX509) ([]*X509S
 		}
 		svids[i], errs[i] = s.signX509(a, &batch[i], now)
 	}
-	workers := runtime.GOMAXPROCS(0)
-	if len(batch) < parallelFrom || workers == 1 {
+	workers, from := runtime.GOMAXPROCS(0), parallelFrom
+	if err == nil && a.key.Concurrency() > 0 { // signatures of a key store are waited for, not computed
+		workers, from = a.key.Concurrency(), 2
+	}
+	if len(batch) < from || workers == 1 {
 		for i := range batch {
 			signOne(i)
 		}

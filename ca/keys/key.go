@@ -141,6 +141,15 @@ func (k *Key) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byt
 // External reports whether the key signs outside this process.
 func (k *Key) External() bool { return k.external }
 
+// Concurrency returns how many signatures one caller should ask for at once. Zero means as many as there are processors: the
+// key signs in this process. For a key store it is half of what may be under way there, so that one caller leaves room.
+func (k *Key) Concurrency() int {
+	if signer, ok := k.signer.(*storeSigner); ok {
+		return max(1, signer.store.limits.Concurrency/2)
+	}
+	return 0
+}
+
 // Health returns nil if the key can sign as far as is known, or else an error that names the key and its key store and says
 // what is wrong. Asking is cheap. A key store that is down is tried again in the background when it is asked after, so that
 // it recovers without a request.

@@ -381,3 +381,19 @@ func TestPINIsNotInErrors(t *testing.T) {
 		t.Error("the scrubbed error lost its kind, or gives its cause away")
 	}
 }
+
+// A key store that makes another key than it was asked for, a weaker one perhaps, is not believed.
+func TestX509_28_KeyOfAnotherKindIsNotUsed(t *testing.T) {
+	s := newStandIn() // it makes P-256 keys, whatever it is asked for
+	for _, algorithm := range []Algorithm{ECP384, RSA2048, RSA4096} {
+		choice := Choice{Place: mustParse(t, standInURI), Algorithm: algorithm}
+		ring := NewRing(RingConfig{TrustDomain: testBinding.TrustDomain, X509: choice, Log: slog.New(slog.DiscardHandler)})
+		if _, err := ring.Create(t.Context(), ring.Intend(UseX509, 1)); err == nil || !strings.Contains(err.Error(), "the key is EC-P256, not "+string(algorithm)) {
+			t.Errorf("Create of %s = %v, want that the key is of another kind", algorithm, err)
+		}
+		ring.Close()
+	}
+	if s.makes != 3 {
+		t.Errorf("%d keys were made, want 3", s.makes)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 )
 
@@ -57,10 +58,15 @@ func readPIN(path string) (secret, error) {
 	if err != nil {
 		return secret{}, fmt.Errorf("pin-source: %w", err)
 	}
+	// systemd grants a unit's user its credentials through an ACL, which shows in the bits of the group.
+	forbidden := os.FileMode(0o077)
+	if dir := os.Getenv(credentialsDirectory); dir != "" && filepath.Dir(path) == filepath.Clean(dir) {
+		forbidden = 0o007
+	}
 	switch mode := info.Mode().Perm(); {
 	case !info.Mode().IsRegular():
 		return secret{}, fmt.Errorf("pin-source %s is not a regular file", path)
-	case mode&0o077 != 0:
+	case mode&forbidden != 0:
 		return secret{}, fmt.Errorf("pin-source %s has mode %04o, so that users other than its owner can reach it; run chmod 600 on it", path, mode)
 	}
 	content, err := io.ReadAll(io.LimitReader(f, maxPINBytes+1))

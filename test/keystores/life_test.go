@@ -29,7 +29,7 @@ var td = spiffeid.RequireTrustDomainFromString("example.org")
 
 // A trustDomain is the authorities of one store, opened anew as often as a test wants.
 type trustDomain struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	store *bolt.Store
 	ring  *keys.Ring
@@ -38,7 +38,7 @@ type trustDomain struct {
 }
 
 // openTrustDomain opens the authorities in dir with keys at the URI and of the algorithm.
-func openTrustDomain(t *testing.T, dir, uri string, algorithm keys.Algorithm) *trustDomain {
+func openTrustDomain(t testing.TB, dir, uri string, algorithm keys.Algorithm) *trustDomain {
 	t.Helper()
 	d := &trustDomain{t: t, dir: dir}
 	quiet := slog.New(slog.DiscardHandler)
