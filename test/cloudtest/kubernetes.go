@@ -48,7 +48,8 @@ func NewKubernetes(t testing.TB) *Kubernetes {
 	s := &Kubernetes{
 		Review: Object(`{"authenticated": true, "audiences": ["spire-server"], "user": {"username": "system:serviceaccount:signet:agent", "extra": {
 			"authentication.kubernetes.io/pod-name": ["agent-x1"], "authentication.kubernetes.io/pod-uid": ["pod-uid-1"],
-			"authentication.kubernetes.io/node-name": ["node1"], "authentication.kubernetes.io/node-uid": ["node-uid-1"]}}}`),
+			"authentication.kubernetes.io/node-name": ["node1"], "authentication.kubernetes.io/node-uid": ["node-uid-1"],
+			"authentication.kubernetes.io/credential-id": ["JTI=1b4e28ba"]}}}`),
 		Pod: Object(`{"kind": "Pod", "metadata": {"name": "agent-x1", "namespace": "signet", "uid": "pod-uid-1", "labels": {"app": "agent", "secret": "no"}},
 			"spec": {"nodeName": "node1", "serviceAccountName": "agent"}, "status": {"phase": "Running", "hostIP": "10.0.0.7"}}`),
 		Node: Object(`{"kind": "Node", "metadata": {"name": "node1", "uid": "node-uid-1", "labels": {"zone": "a", "tier": "x"}}}`),

@@ -8,24 +8,21 @@
 //	SIGNET_KUBECTL           kubectl; default: the one in PATH
 //	SIGNET_KUBE_IMAGE        an image whose program just waits; default registry.k8s.io/pause:3.10
 //	SPIRE_AGENT_BIN          an unmodified spire-agent
+//	SPIRE_SERVER_BIN         an unmodified spire-server
 //	SIGNET_KUBE_NODE_ROOT    where the file system of the first cluster's only node can be read; then the tokens are those that the
 //	                         kubelet has written into the pods. Default: tokens of the API call that the kubelet makes for them
 package kube
 
 import (
-	"bytes"
 	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -283,80 +280,4 @@ func TestCAInThePod(t *testing.T) {
 	if err != nil || !slices.Equal(e.Path, []string{"k8s_psat", "prod", p.nodeUID}) {
 		t.Errorf("%+v, %v", e, err)
 	}
-}
-
-// An unmodified agent of SPIRE attests with the token of its pod, renews by attesting again, and serves.
-func TestSPIREAgent(t *testing.T) {
-	program := need(t, "SPIRE_AGENT_BIN", "the path of SPIRE's spire-agent")
-	ctx := bounded(t)
-	k := first(t, ctx)
-	p := k.run("agent-1", "agent")
-	s := signettest.Start(t, signettest.Config{CA: func(c *ca.Config) {
-		c.TTL.Agent = 20 * time.Second
-		c.NodeAttestors.K8sPSAT = &ca.K8sPSAT{Clusters: map[string]ca.K8sCluster{"prod": {ServiceAccounts: []string{k.namespace + ":agent"}, Kubeconfig: k.credentials("ca")}}}
-	}})
-	dir, err := os.MkdirTemp("", "kube") // short: a Unix socket's path has at most 107 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	host, port, err := net.SplitHostPort(s.CAAddr())
-	if err != nil {
-		t.Fatal(err)
-	}
-	config := filepath.Join(dir, "agent.conf")
-	if err := os.WriteFile(config, fmt.Appendf(nil, `agent {
-  data_dir = %q
-  server_address = %q
-  server_port = %q
-  socket_path = %q
-  trust_domain = "example.org"
-  trust_bundle_path = %q
-}
-plugins {
-  NodeAttestor "k8s_psat" { plugin_data { cluster = "prod" token_path = %q } }
-  KeyManager "memory" { plugin_data {} }
-  WorkloadAttestor "unix" { plugin_data {} }
-}
-`, dir, host, port, dir+"/agent.sock", s.BundlePath(), p.tokenFile()), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var said bytes.Buffer
-	process := exec.CommandContext(ctx, program, "run", "-config", config)
-	process.Stdout, process.Stderr = &said, &said
-	process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := process.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		process.Process.Kill()
-		process.Wait()
-		if t.Failed() {
-			t.Logf("spire-agent said:\n%s", said.String())
-		}
-	})
-
-	agents, id := agentv1.NewAgentClient(s.AdminConn()), &types.SPIFFEID{TrustDomain: "example.org", Path: "/spire/agent/k8s_psat/prod/" + p.nodeUID}
-	attested := func(not string) string {
-		for {
-			if a, err := agents.GetAgent(ctx, &agentv1.GetAgentRequest{Id: id}); err == nil && a.X509SvidSerialNumber != not && a.CanReattest {
-				return a.X509SvidSerialNumber
-			}
-			pause(t, ctx)
-		}
-	}
-	serial := attested("")
-	s.Apply(fmt.Sprintf("kind: Identity\nname: web\nspiffeID: /web\nmatch: ['unix:uid:%d']\non: ['k8s_psat:agent_sa:agent']\n", os.Getuid()))
-	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+dir+"/agent.sock"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	for {
-		if svid, err := client.FetchX509SVID(ctx); err == nil && svid.ID.Path() == "/web" {
-			break
-		}
-		pause(t, ctx)
-	}
-	attested(serial)
 }

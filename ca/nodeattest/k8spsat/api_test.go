@@ -55,6 +55,7 @@ func TestHostileServer(t *testing.T) {
 		{"overloaded", status(http.StatusTooManyRequests, "later"), "429", maxTries},
 		{"broken, and tells everything", status(http.StatusInternalServerError, "cannot review "+nodeToken), "not shown", maxTries},
 		{"tells our own credential", status(http.StatusInternalServerError, "bad "+ownToken), "not shown", maxTries},
+		{"tells the beginning of a token", status(http.StatusInternalServerError, "cannot review "+nodeToken[:16]+"..."), "not shown", maxTries},
 		{"our credential has ended", status(http.StatusUnauthorized, `{"message":"Unauthorized"}`), "still good?", 1},
 		{"no permission", status(http.StatusForbidden, `{"message":"cannot create resource \"tokenreviews\""}`), "needs create on tokenreviews", 1},
 		{"sends us elsewhere", func(w http.ResponseWriter, r *http.Request) {

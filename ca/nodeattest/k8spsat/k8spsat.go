@@ -48,8 +48,8 @@ type cluster struct {
 	slots  chan struct{}
 }
 
-// New returns the attestor of a configuration that Check accepts. It reads the files that the configuration names, so that a mistake is found at the start, and
-// again for each attestation, so that credentials may rotate.
+// New returns the attestor of a configuration that Check accepts. It reads the files that the configuration names, so
+// that a mistake is found at the start, and again for each attestation, so that credentials may rotate.
 func New(c Config) (*Attestor, error) {
 	a := &Attestor{clusters: map[string]*cluster{}}
 	var errs []error
@@ -242,10 +242,11 @@ func (k *cluster) evidence(who *holder, pod *pod, node *node) *nodeattest.Eviden
 	}
 	selectors = append(selectors, labels("agent_node_label", node.Metadata.Labels, k.nodeLabels)...)
 	selectors = append(selectors, labels("agent_pod_label", pod.Metadata.Labels, k.podLabels)...)
-	return &nodeattest.Evidence{
-		Path: path, Selectors: selectors, CanReattest: true,
-		Facts: map[string]any{"cluster": k.name, "pod": who.namespace + "/" + who.podName, "pod_uid": who.podUID, "node": pod.Spec.NodeName},
+	facts := map[string]any{"cluster": k.name, "pod": who.namespace + "/" + who.podName, "pod_uid": who.podUID, "node": pod.Spec.NodeName}
+	if who.credential != "" {
+		facts["credential_id"] = clip(who.credential) // which the cluster's own audit log has, too
 	}
+	return &nodeattest.Evidence{Path: path, Selectors: selectors, CanReattest: true, Facts: facts}
 }
 
 func labels(kind string, have map[string]string, allowed map[string]bool) []string {

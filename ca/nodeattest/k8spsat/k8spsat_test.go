@@ -23,7 +23,7 @@ func TestAttest(t *testing.T) {
 			"agent_node_ip:10.0.0.7", "agent_node_name:node1", "agent_node_uid:node-uid-1", "agent_node_label:zone:a", "agent_pod_label:app:agent",
 		},
 		CanReattest: true,
-		Facts:       map[string]any{"cluster": "prod", "pod": "signet/agent-x1", "pod_uid": "pod-uid-1", "node": "node1"},
+		Facts:       map[string]any{"cluster": "prod", "pod": "signet/agent-x1", "pod_uid": "pod-uid-1", "node": "node1", "credential_id": "JTI=1b4e28ba"},
 	}
 	got, err := attest(newAttestor(t, s), goodPayload)
 	if err != nil {
@@ -48,6 +48,7 @@ func TestAttestOldServer(t *testing.T) {
 	extra := s.Review["user"].(map[string]any)["extra"].(map[string]any)
 	delete(extra, extraNode)
 	delete(extra, extraNodeUID)
+	delete(extra, extraID)
 	if _, err := attest(newAttestor(t, s), goodPayload); err != nil {
 		t.Error(err)
 	}

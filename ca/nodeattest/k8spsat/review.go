@@ -41,8 +41,8 @@ func (r *tokenReviewJSON) why(token string) error {
 type holder struct {
 	namespace, serviceAccount string
 	podName, podUID           string
-	// nodeName and nodeUID are empty where the API server is older than 1.30.
-	nodeName, nodeUID string
+	// nodeName, nodeUID and the credential's ID are empty where the API server is older than 1.30.
+	nodeName, nodeUID, credential string
 }
 
 const (
@@ -51,6 +51,7 @@ const (
 	extraPodUID  = "authentication.kubernetes.io/pod-uid"
 	extraNode    = "authentication.kubernetes.io/node-name"
 	extraNodeUID = "authentication.kubernetes.io/node-uid"
+	extraID      = "authentication.kubernetes.io/credential-id"
 )
 
 // holder says whom the review is about. Tokens that are not bound to a pod lack what it looks for: anybody who may create
@@ -68,7 +69,7 @@ func (r *tokenReviewJSON) holder() (*holder, error) {
 		required bool
 	}{
 		{extraPodName, &h.podName, true}, {extraPodUID, &h.podUID, true},
-		{extraNode, &h.nodeName, false}, {extraNodeUID, &h.nodeUID, false},
+		{extraNode, &h.nodeName, false}, {extraNodeUID, &h.nodeUID, false}, {extraID, &h.credential, false},
 	} {
 		values, present := r.User.Extra[e.name]
 		switch {
@@ -111,11 +112,12 @@ type node struct {
 	Metadata metadata `json:"metadata"`
 }
 
-// excerpt is a short part of a foreign text for a log line, and none of it if one of the secrets is in it.
+// excerpt is a short part of a foreign text for a log line, and none of it if one of the secrets, or the beginning of
+// one, is in it.
 func excerpt(text string, secrets ...string) string {
-	const most = 300
+	const most, beginning = 300, 16
 	for _, secret := range secrets {
-		if secret != "" && strings.Contains(text, secret) {
+		if secret != "" && strings.Contains(text, secret[:min(beginning, len(secret))]) {
 			return "(a text that repeats a secret is not shown)"
 		}
 	}
