@@ -120,6 +120,8 @@ var limited = map[string]string{
 	svidv1.SVID_BatchNewX509SVID_FullMethodName:        "x509",
 	nodev1.Node_IssueJWTSVIDs_FullMethodName:           "jwt",
 	svidv1.SVID_NewJWTSVID_FullMethodName:              "jwt",
+	svidv1.SVID_NewDownstreamX509CA_FullMethodName:     "x509",
+	bundlev1.Bundle_PublishJWTAuthority_FullMethodName: "status",
 }
 
 // cost is how many signatures a call asks for. A batch that is larger than any that is signed is left to the RPC, which
