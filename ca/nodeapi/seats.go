@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	// maxAttesting bounds the attestations that are under way, and maxAttestingFrom those from one address: callers who
-	// need not be anybody must not fill the CA with streams that wait, nor keep other nodes out.
+	// maxAttesting bounds the attestations that are under way, and maxAttestingFrom those from one address, of IPv6 from one
+	// /64: callers who need not be anybody must not fill the CA with streams that wait, nor keep other nodes out.
 	maxAttesting     = 1024
 	maxAttestingFrom = 128
 )
@@ -29,6 +29,13 @@ type seats struct {
 
 // take takes a seat for a caller from addr, or says that there is none.
 func (s *seats) take(addr netip.Addr) (leave func(), err error) {
+	if addr.Is6() {
+		network, err := addr.Prefix(64)
+		if err != nil {
+			return nil, err
+		}
+		addr = network.Addr()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.taken >= maxAttesting || s.from[addr] >= maxAttestingFrom {

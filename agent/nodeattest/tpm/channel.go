@@ -83,16 +83,32 @@ func (c *channel) open() (conn, error) {
 		}
 		c.conn = s.(*net.UnixConn)
 	case info.Mode()&os.ModeCharDevice != 0:
-		// Non-blocking, so that a read waits in the poller and can be ended.
-		f, err := os.OpenFile(c.path, os.O_RDWR|syscall.O_NONBLOCK, 0)
-		if err != nil {
+		if c.conn, err = openDevice(c.path); err != nil {
 			return nil, err
 		}
-		c.conn = f
 	default:
 		return nil, errors.New("it is neither a device nor a Unix socket")
 	}
 	return c.conn, nil
+}
+
+// openDevice opens a device so that its reads wait in the poller and can be ended. Where the driver cannot be polled (Linux
+// before 4.20), reads end when the driver gives up.
+func openDevice(path string) (conn, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.SetDeadline(time.Time{}); err == nil {
+		return f, nil
+	}
+	if err := f.Close(); err != nil {
+		return nil, err
+	}
+	if f, err = os.OpenFile(path, os.O_RDWR, 0); err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 // Write sends one command.

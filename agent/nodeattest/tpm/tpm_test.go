@@ -10,10 +10,14 @@ import (
 	"path/filepath"
 	"testing"
 
+	"go.uber.org/goleak"
+
 	"github.com/signet-id/signet/agent/nodeattest"
 	wire "github.com/signet-id/signet/internal/tpmwire"
 	"github.com/signet-id/signet/test/keystores"
 )
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func begin(t *testing.T, a Attestor) (nodeattest.Evidence, *wire.Payload) {
 	t.Helper()
