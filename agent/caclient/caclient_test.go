@@ -407,6 +407,65 @@ func TestReconnectUsesTheNewSVID(t *testing.T) {
 	}
 }
 
+// TestAnotherNodeBeginsWithASnapshot: an agent that has attested as another node, after an evict or while it was connected,
+// must not take differences to what the other one was sent.
+func TestAnotherNodeBeginsWithASnapshot(t *testing.T) {
+	ca := faultca.Start(t, "/spire/server")
+	hellos := make(chan int64, 10)
+	deny := make(chan struct{})
+	ca.Follow = func(s nodev1.Node_FollowServer, _ string) error {
+		hello, err := s.Recv()
+		if err != nil {
+			return err
+		}
+		hellos <- hello.GetHello().GetRevision()
+		if hello.GetHello().GetRevision() == 0 {
+			if err := s.Send(&nodev1.FollowResponse{Format: 1, Epoch: "e", To: 7, Snapshot: true, Complete: true}); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-deny:
+			return faultca.Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
+		case <-s.Context().Done():
+			return nil
+		}
+	}
+	x := run(t, ca)
+	become := func(path string) {
+		next := agentSVID(t, ca)
+		next.ID = spiffeid.RequireFromPath(ca.TrustDomain, path)
+		x.mu.Lock()
+		x.svid = next
+		x.mu.Unlock()
+	}
+	held := func(what string, want int64) {
+		t.Helper()
+		if got := wait(t, what, hellos); got != want {
+			t.Errorf("%s: the hello holds revision %d, want %d", what, got, want)
+		}
+		if want == 0 {
+			wait(t, "a snapshot", x.f.news)
+		}
+	}
+	held("the first", 0)
+	become("/spire/agent/x509pop/other")
+	x.client.Reconnect()
+	held("another node", 0)
+	become("/spire/agent/x509pop/other")
+	x.client.Reconnect()
+	held("the same node with another SVID", 7)
+	deny <- struct{}{}
+	if err := wait(t, "the refusal", x.ended); err == nil {
+		t.Fatal("Run ended without the refusal")
+	}
+	become("/spire/agent/x509pop/third")
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { x.ended <- x.client.Run(ctx) }()
+	held("another node after a refusal", 0)
+	cancel()
+}
+
 func TestServerMustHaveTheExactID(t *testing.T) {
 	for _, path := range []string{"/spire/server2", "/spire/agent/x", "/web"} {
 		ca := faultca.Start(t, path)

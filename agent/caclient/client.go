@@ -95,6 +95,7 @@ type Client struct {
 	config Config
 	batch  atomic.Int64 // items in the next IssueX509SVIDs call
 	jwt    *jwtQueue
+	as     spiffeid.ID // whom it was last followed as; Run's own
 
 	mu      sync.Mutex
 	session *session // nil while there is no connection; guarded by mu
@@ -136,7 +137,6 @@ func (c *Client) Run(ctx context.Context) error {
 	var old *session
 	fresh := false   // ask for a snapshot, whatever is held
 	contact := false // InSync was called, and Lost has not been since
-	var as spiffeid.ID
 	for {
 		started := time.Now()
 		s, err := c.open()
@@ -146,8 +146,8 @@ func (c *Client) Run(ctx context.Context) error {
 		}
 		if err == nil {
 			// What was held as another node is no base for differences to what this one is sent.
-			fresh = fresh || !as.IsZero() && as != s.svid.ID
-			as = s.svid.ID
+			fresh = fresh || !c.as.IsZero() && c.as != s.svid.ID
+			c.as = s.svid.ID
 			err = c.follow(ctx, s, fresh)
 			contact = contact || s.inSync.Load()
 		}
