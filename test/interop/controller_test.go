@@ -30,7 +30,7 @@ watchClassless: true
 clusterName: test
 clusterDomain: cluster.local
 trustDomain: %s
-gcInterval: 1s
+gcInterval: 1000000000
 spireServerSocketPath: %s
 %s`, trustDomain, ca.socket, extra))
 	p := daemon(t, "spire-controller-manager", foreign(t, envController), "--config", config)

@@ -135,8 +135,8 @@ func issuedBy(t *testing.T, ctx context.Context, w *workload, s *server) {
 	}
 }
 
-// trusts waits until the workload's bundle has so many authorities.
-func trusts(t *testing.T, ctx context.Context, n int, all ...*workload) {
+// trusts waits until the workloads' bundles have so many X.509 and JWT authorities.
+func trusts(t *testing.T, ctx context.Context, roots, keys int, all ...*workload) {
 	t.Helper()
 	for _, w := range all {
 		if err := eventually(ctx, func() error {
@@ -145,8 +145,8 @@ func trusts(t *testing.T, ctx context.Context, n int, all ...*workload) {
 				return err
 			}
 			j, err := w.jwt.GetJWTBundleForTrustDomain(w.id.TrustDomain())
-			if err == nil && (len(x.X509Authorities()) != n || len(j.JWTAuthorities()) != n) {
-				err = fmt.Errorf("%s has %d X.509 and %d JWT authorities, want %d of each", w.id, len(x.X509Authorities()), len(j.JWTAuthorities()), n)
+			if err == nil && (len(x.X509Authorities()) != roots || len(j.JWTAuthorities()) != keys) {
+				err = fmt.Errorf("%s has %d X.509 and %d JWT authorities, want %d and %d", w.id, len(x.X509Authorities()), len(j.JWTAuthorities()), roots, keys)
 			}
 			return err
 		}); err != nil {
@@ -205,7 +205,7 @@ func TestMoveFromSPIRE(t *testing.T) {
 	}
 	sameEntries(t, ctx, spire, ca, "/node/c")
 	g.run(ctx, "bundles")
-	trusts(t, ctx, 2, a, b, c)
+	trusts(t, ctx, 2, 2, a, b, c)
 	again := must[string](t)(run(ctx, g.env, "sh", "-c", "cd "+g.dir+" && sh keep-bundles.sh"))
 	if strings.Count(again, "nothing to append") != 2 {
 		t.Errorf("run again, keep-bundles.sh says\n%s", again)
@@ -230,14 +230,14 @@ func TestMoveFromSPIRE(t *testing.T) {
 	agents[1].end(syscall.SIGTERM)
 	moved()
 	issuedBy(t, ctx, b, ca)
-	trusts(t, ctx, 2, b)
+	trusts(t, ctx, 2, 2, b)
 
 	// The SPIRE server rotates. Its next authority must be everywhere before it signs.
 	for _, kind := range []string{"x509", "jwt"} {
 		must[string](t)(spire.spire(ctx, "localauthority", kind, "prepare"))
 	}
 	must[string](t)(run(ctx, g.env, "sh", "-c", "cd "+g.dir+" && sh keep-bundles.sh"))
-	trusts(t, ctx, 3, a, b, c)
+	trusts(t, ctx, 3, 3, a, b, c)
 	for _, kind := range []string{"x509", "jwt"} {
 		must[string](t)(spire.spire(ctx, "localauthority", kind, "activate", "-authorityID", authorityID(t, ctx, spire, kind, "prepared")))
 	}
@@ -282,7 +282,7 @@ func TestMoveFromSPIRE(t *testing.T) {
 	spire.end(syscall.SIGTERM)
 	tr.more(t, ctx, 12)
 	g.run(ctx, "end")
-	trusts(t, ctx, 1, a, b, c)
+	trusts(t, ctx, 1, 1, a, b, c)
 	tr.more(t, ctx, 12)
 	tr.stop(t)
 	g.allDone()

@@ -3,7 +3,8 @@
 //
 //	SPIRE_AGENT_BIN               the spire-agent
 //	SPIRE_SERVER_BIN              the spire-server, which is its command line, too
-//	SPIRE_CONTROLLER_MANAGER_BIN  the spire-controller-manager, with INTEROP_KUBECONFIG a cluster whose API it may use
+//	SPIRE_CONTROLLER_MANAGER_BIN  the spire-controller-manager
+//	SIGNET_KUBECONFIG, SPIRE_CONTROLLER_MANAGER_CRDS  a cluster for it, and a directory of its resource definitions
 //
 // and a test whose program is not named says so and is skipped. `make interop` runs it; docs/interop.md says what was run.
 package interop
@@ -37,7 +38,8 @@ const (
 	envAgent      = "SPIRE_AGENT_BIN"
 	envServer     = "SPIRE_SERVER_BIN"
 	envController = "SPIRE_CONTROLLER_MANAGER_BIN"
-	envKubeconfig = "INTEROP_KUBECONFIG"
+	envCRDs       = "SPIRE_CONTROLLER_MANAGER_CRDS"
+	envKubeconfig = "SIGNET_KUBECONFIG"
 )
 
 const trustDomain = "example.org"
@@ -105,7 +107,7 @@ func daemon(t *testing.T, name string, args ...string) *process {
 	t.Cleanup(func() {
 		p.kill()
 		if s := p.out.String(); t.Failed() && s != "" {
-			t.Logf("%s said:\n%s", name, s[max(0, len(s)-6000):])
+			t.Logf("%s said:\n%s", name, s[max(0, len(s)-8000):])
 		}
 	})
 	return p

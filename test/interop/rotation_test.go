@@ -45,9 +45,9 @@ func TestRotation(t *testing.T) {
 	foreign(t, envServer)
 	ctx := bounded(t, 4*time.Minute)
 	ca := startCA(t, ctx, "")
-	token, _ := ca.joinToken(ctx, "/node/spire")
+	token, spireID := ca.joinToken(ctx, "/node/spire")
 	spire := newSPIREAgent(t, agentConfig{server: ca, token: token, bundle: ca.bundleFile(ctx), extra: `experimental { sync_interval = "1s" }`})
-	token, _ = ca.joinToken(ctx, "/node/signet")
+	token, signetID := ca.joinToken(ctx, "/node/signet")
 	signet := newSignetAgent(t, agentConfig{server: ca, token: token})
 	spire.start()
 	signet.start()
@@ -61,6 +61,7 @@ func TestRotation(t *testing.T) {
 
 	before, after := rotate(t, ctx, ca, "x509")
 	tr.more(t, ctx, 10)
+	own := map[string]string{spireID: agentSerial(t, ctx, ca, spireID), signetID: agentSerial(t, ctx, ca, signetID)}
 	if _, err := ca.spire(ctx, "localauthority", "x509", "taint", "-authorityID", before); err != nil {
 		t.Fatal(err)
 	}
@@ -76,10 +77,10 @@ func TestRotation(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if err := eventually(ctx, func() error { // the agents' own SVIDs are part of the wave
-		_, err := ca.spire(ctx, "localauthority", "x509", "revoke", "-authorityID", before)
-		return err
-	}); err != nil {
+	for id, serial := range own { // the agents' own SVIDs, too
+		awaitOtherSerial(t, ctx, ca, id, serial)
+	}
+	if _, err := ca.spire(ctx, "localauthority", "x509", "revoke", "-authorityID", before); err != nil {
 		t.Errorf("revoke: %v", err)
 	}
 	tr.more(t, ctx, 20)
