@@ -30,6 +30,7 @@ import (
 	"github.com/signet-id/signet/ca/adminapi"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/federation"
 	"github.com/signet-id/signet/ca/keys"
 	"github.com/signet-id/signet/ca/nodeapi"
 	"github.com/signet-id/signet/ca/registry"
@@ -58,6 +59,7 @@ type CA struct {
 	limiter  *limiter
 	node     *nodeapi.API
 	rotator  *rotation.Rotator
+	poller   *federation.Poller
 	svid     *serverSVID
 
 	upstream *upstreamKeeper // nil without an upstream CA
@@ -131,7 +133,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		return ca, err
 	}
 	if ca.reg, err = registry.Open(ctx, registry.Config{TrustDomain: ca.td, Store: ca.store, Now: c.Now, Log: ca.log,
-		CheckTTL: ca.checkTTL, Observe: ca.observe, Relisted: ca.reloadAuthorities}); err != nil {
+		CheckTTL: ca.checkTTL, CheckBundle: ca.checkForeignBundle, Observe: ca.observe, Relisted: ca.reloadAuthorities}); err != nil {
 		return ca, err
 	}
 	// What changed between the two listings reaches the authorities by this one; the watch continues it.
@@ -157,6 +159,9 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	ca.node = nodeapi.New(nodeapi.Config{Attestors: append(attestors, c.attestors...), TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage,
 		MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Rotation: ca.rotator, ReissueRate: c.Authorities.ReissueRate, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
+	if ca.poller, err = newPoller(ca); err != nil {
+		return ca, err
+	}
 	ca.makeServers()
 	return ca, nil
 }
@@ -307,7 +312,7 @@ func (ca *CA) bind() error {
 func (ca *CA) makeServers() {
 	ca.health = health.NewServer()
 	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Rotation: ca.rotator, Audit: ca.audit, Epoch: ca.store.Epoch(),
-		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
+		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Refresh: ca.poller.Refresh, FederationStatus: ca.federationStatus, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
 		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),
@@ -381,6 +386,7 @@ func (ca *CA) Run(ctx context.Context) error {
 		g.Go(func() error { return ca.upstream.run(gctx) })
 	}
 	g.Go(func() error { return ca.rotator.Run(gctx) })
+	g.Go(func() error { return ca.poller.Run(gctx) })
 	if ca.web != nil {
 		g.Go(func() error { return ca.serveMetrics(gctx) })
 	}

@@ -44,6 +44,8 @@ type Config struct {
 	Upstream Upstream `yaml:"upstream"`
 	// Downstream says what CAs below this one get. Which may ask is said by registration entries (downstream: true).
 	Downstream Downstream `yaml:"downstream"`
+	// Federation says how the bundles of foreign trust domains are fetched.
+	Federation Federation `yaml:"federation"`
 	// JWTIssuer is the iss claim of JWT-SVIDs. Empty: none.
 	JWTIssuer string `yaml:"jwt_issuer"`
 	// NodeAttestors says how nodes may prove what they are, besides by join token. Absent: not at all.

@@ -104,7 +104,7 @@ func methods() map[string]access.Kind {
 		entryv1.Entry_CountEntries_FullMethodName, entryv1.Entry_ListEntries_FullMethodName, entryv1.Entry_GetEntry_FullMethodName,
 		entryv1.Entry_BatchCreateEntry_FullMethodName, entryv1.Entry_BatchUpdateEntry_FullMethodName, entryv1.Entry_BatchDeleteEntry_FullMethodName,
 		bundlev1.Bundle_CountBundles_FullMethodName, bundlev1.Bundle_ListFederatedBundles_FullMethodName, bundlev1.Bundle_AppendBundle_FullMethodName,
-		bundlev1.Bundle_BatchSetFederatedBundle_FullMethodName, bundlev1.Bundle_BatchCreateFederatedBundle_FullMethodName, bundlev1.Bundle_BatchDeleteFederatedBundle_FullMethodName,
+		bundlev1.Bundle_BatchUpdateFederatedBundle_FullMethodName, bundlev1.Bundle_BatchSetFederatedBundle_FullMethodName, bundlev1.Bundle_BatchCreateFederatedBundle_FullMethodName, bundlev1.Bundle_BatchDeleteFederatedBundle_FullMethodName,
 		svidv1.SVID_MintX509SVID_FullMethodName, svidv1.SVID_MintJWTSVID_FullMethodName, svidv1.SVID_MintWITSVID_FullMethodName,
 	} {
 		m[name] = operators
@@ -118,6 +118,7 @@ func methods() map[string]access.Kind {
 	for _, rpc := range adminv1.Admin_ServiceDesc.Streams {
 		m["/"+adminv1.Admin_ServiceDesc.ServiceName+"/"+rpc.StreamName] = operators
 	}
+	addOperatorMethods(m)
 	return m
 }
 
@@ -145,6 +146,7 @@ func (ca *CA) noteHealth() {
 // register puts the same services on the port and on the admin socket.
 func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1.HealthServer) {
 	n, a := nodeAPI{node}, adminAPI{admin}
+	registerForOperators(s, a)
 	agentv1.RegisterAgentServer(s, &agentService{nodeAPI: n, adminAPI: a})
 	bundlev1.RegisterBundleServer(s, &bundleService{nodeAPI: n, adminAPI: a})
 	svidv1.RegisterSVIDServer(s, &svidService{nodeAPI: n, adminAPI: a})

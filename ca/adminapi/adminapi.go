@@ -42,9 +42,13 @@ type Config struct {
 	Following func() map[spiffeid.ID]Following
 	// OwnBundle returns the trust domain's own bundle as GetBundle does.
 	OwnBundle func(*types.BundleMask) (*types.Bundle, error)
-	Now       func() time.Time
-	Log       *slog.Logger
-	Issued    func(kind, reason string, n int)
+	// Refresh fetches the bundle of a trust domain with which there is a relationship, or returns registry.ErrNotFound.
+	Refresh func(context.Context, spiffeid.TrustDomain) error
+	// FederationStatus returns how each relationship's bundle was last fetched, in order of trust domain.
+	FederationStatus func() []FederationStatus
+	Now              func() time.Time
+	Log              *slog.Logger
+	Issued           func(kind, reason string, n int)
 	// Stop is closed when the CA shuts down: streams then end with Unavailable.
 	Stop <-chan struct{}
 }

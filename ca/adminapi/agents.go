@@ -97,7 +97,8 @@ func (a *API) ListAgents(_ context.Context, req *agentv1.ListAgentsRequest) (*ag
 	if err != nil {
 		return nil, a.toStatus(err)
 	}
-	after, err := readToken(req.PageToken)
+	list := cursor{list: "agents", filter: req.Filter}
+	after, err := list.read(req.PageToken)
 	if err != nil {
 		return nil, a.toStatus(err)
 	}
@@ -110,7 +111,7 @@ func (a *API) ListAgents(_ context.Context, req *agentv1.ListAgentsRequest) (*ag
 		out.Agents = append(out.Agents, protoAgent(n, req.OutputMask))
 	}
 	if more {
-		out.NextPageToken = writeToken(page[len(page)-1].ID.String())
+		out.NextPageToken = list.write(page[len(page)-1].ID.String())
 	}
 	return out, nil
 }

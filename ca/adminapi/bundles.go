@@ -2,8 +2,11 @@ package adminapi
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 	"errors"
+	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -14,6 +17,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/registry"
@@ -21,10 +25,10 @@ import (
 	"github.com/signet-id/signet/spiffe"
 )
 
-// Bounds of a foreign bundle given by hand. [TDB-21]
+// Bounds of foreign bundles given by hand. [TDB-21]
 const (
 	maxAuthorities = 1000
-	maxBundles     = 100
+	maxBundles     = 250
 )
 
 // parseProtoBundle validates a bundle in SPIRE's form and returns it in SPIFFE bundle format.
@@ -36,11 +40,14 @@ func (a *API) parseProtoBundle(in *types.Bundle) (spiffeid.TrustDomain, []byte, 
 	if td == a.c.TrustDomain {
 		return td, nil, &registry.ValidationError{Field: "trust_domain", Value: td.Name(), Problem: "is this trust domain itself [ID-24]"}
 	}
-	if n := len(in.X509Authorities) + len(in.JwtAuthorities); n > maxAuthorities {
+	if n := len(in.X509Authorities) + len(in.JwtAuthorities) + len(in.WitAuthorities); n > maxAuthorities {
 		return td, nil, &registry.ValidationError{Field: "bundle", Value: td.Name(), Problem: "has more than 1000 authorities"}
 	}
 	b := spiffebundle.New(td)
 	for _, x := range in.X509Authorities {
+		if x.GetTainted() {
+			return td, nil, errTaintedInput("x509_authorities")
+		}
 		cert, err := x509.ParseCertificate(x.GetAsn1())
 		if err != nil {
 			return td, nil, &registry.ValidationError{Field: "x509_authorities", Value: td.Name(), Problem: err.Error()}
@@ -54,22 +61,47 @@ func (a *API) parseProtoBundle(in *types.Bundle) (spiffeid.TrustDomain, []byte, 
 		if j.GetKeyId() == "" {
 			return td, nil, &registry.ValidationError{Field: "jwt_authorities", Value: td.Name(), Problem: "a key has no key_id"}
 		}
-		key, err := x509.ParsePKIXPublicKey(j.PublicKey)
-		if err != nil {
-			return td, nil, &registry.ValidationError{Field: "jwt_authorities", Value: j.KeyId, Problem: err.Error()}
+		if j.GetTainted() {
+			return td, nil, errTaintedInput("jwt_authorities")
 		}
-		if err := b.AddJWTAuthority(j.KeyId, key); err != nil {
-			return td, nil, &registry.ValidationError{Field: "jwt_authorities", Value: j.KeyId, Problem: err.Error()}
+		if err := addKey(j.KeyId, j.PublicKey, b.HasJWTAuthority, b.AddJWTAuthority); err != nil {
+			return td, nil, &registry.ValidationError{Field: "jwt_authorities", Value: clip(j.KeyId), Problem: err.Error()}
 		}
 	}
+	for _, w := range in.WitAuthorities {
+		if w.GetTainted() {
+			return td, nil, errTaintedInput("wit_authorities")
+		}
+		if err := addKey(w.GetKeyId(), w.GetPublicKey(), b.HasWITAuthority, b.AddWITAuthority); err != nil {
+			return td, nil, &registry.ValidationError{Field: "wit_authorities", Value: clip(w.GetKeyId()), Problem: err.Error()}
+		}
+	}
+	if in.RefreshHint < 0 {
+		return td, nil, &registry.ValidationError{Field: "refresh_hint", Value: td.Name(), Problem: "must not be negative"}
+	}
 	if in.RefreshHint > 0 {
-		b.SetRefreshHint(time.Duration(in.RefreshHint) * time.Second)
+		const longest = int64(math.MaxInt64 / time.Second)
+		b.SetRefreshHint(time.Duration(min(in.RefreshHint, longest)) * time.Second)
 	}
 	if in.SequenceNumber > 0 {
 		b.SetSequenceNumber(in.SequenceNumber)
 	}
 	doc, err := spiffe.MarshalBundle(b)
-	return td, doc, err
+	if err != nil { // such as a kind of key that no SVID may have
+		return td, nil, &registry.ValidationError{Field: "bundle", Value: td.Name(), Problem: err.Error()}
+	}
+	return td, doc, nil
+}
+
+func addKey(kid string, der []byte, has func(string) bool, add func(string, crypto.PublicKey) error) error {
+	key, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		return err
+	}
+	if has(kid) {
+		return errors.New("the key_id occurs twice [DEC-09]")
+	}
+	return add(kid, key)
 }
 
 func protoBundle(b *registry.Bundle, m *types.BundleMask) (*types.Bundle, error) {
@@ -84,14 +116,24 @@ func protoBundle(b *registry.Bundle, m *types.BundleMask) (*types.Bundle, error)
 		}
 	}
 	if m == nil || m.JwtAuthorities {
-		for kid, key := range parsed.JWTAuthorities() {
-			der, err := x509.MarshalPKIXPublicKey(key)
+		keys := parsed.JWTAuthorities()
+		for _, kid := range slices.Sorted(maps.Keys(keys)) {
+			der, err := x509.MarshalPKIXPublicKey(keys[kid])
 			if err != nil {
 				return nil, err
 			}
 			out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{KeyId: kid, PublicKey: der})
 		}
-		slices.SortFunc(out.JwtAuthorities, func(x, y *types.JWTKey) int { return strings.Compare(x.KeyId, y.KeyId) })
+	}
+	if m == nil || m.WitAuthorities {
+		keys := parsed.WITAuthorities()
+		for _, kid := range slices.Sorted(maps.Keys(keys)) {
+			der, err := x509.MarshalPKIXPublicKey(keys[kid])
+			if err != nil {
+				return nil, err
+			}
+			out.WitAuthorities = append(out.WitAuthorities, &types.WITKey{KeyId: kid, PublicKey: der})
+		}
 	}
 	if h, ok := parsed.RefreshHint(); ok && (m == nil || m.RefreshHint) {
 		out.RefreshHint = int64(h / time.Second)
@@ -130,22 +172,29 @@ func (a *API) ListFederatedBundles(_ context.Context, req *bundlev1.ListFederate
 	if err != nil {
 		return nil, a.toStatus(err)
 	}
-	after, err := readToken(req.PageToken)
+	list := cursor{list: "federated bundles"}
+	after, err := list.read(req.PageToken)
 	if err != nil {
 		return nil, a.toStatus(err)
 	}
 	out := &bundlev1.ListFederatedBundlesResponse{}
+	bytes := 0
 	for _, b := range a.c.Registry.Bundles() {
 		if b.TrustDomain.Name() <= after {
 			continue
 		}
-		if len(out.Bundles) == size {
-			out.NextPageToken = writeToken(out.Bundles[size-1].TrustDomain)
-			break
-		}
 		m, err := protoBundle(b, req.OutputMask)
 		if err != nil {
 			return nil, a.toStatus(err)
+		}
+		n := len(out.Bundles)
+		bytes += proto.Size(m)
+		if n == size || n > 0 && req.PageSize > 0 && bytes > maxPageBytes {
+			out.NextPageToken = list.write(out.Bundles[n-1].TrustDomain)
+			break
+		}
+		if err := checkUnpaged(req.PageSize, bytes > maxUnpagedBytes); err != nil {
+			return nil, err
 		}
 		out.Bundles = append(out.Bundles, m)
 	}
@@ -156,6 +205,7 @@ func (a *API) ListFederatedBundles(_ context.Context, req *bundlev1.ListFederate
 type setMode struct {
 	event            string
 	mustExist, fresh bool
+	input            *types.BundleMask // which fields are taken; nil: all
 }
 
 func (a *API) setBundles(ctx context.Context, in []*types.Bundle, out *types.BundleMask, mode setMode) ([]*types.Status, []*types.Bundle, error) {
@@ -172,6 +222,9 @@ func (a *API) setBundles(ctx context.Context, in []*types.Bundle, out *types.Bun
 	states, shown := make([]*types.Status, len(in)), make([]*types.Bundle, len(in))
 	var records []auditlog.Record
 	for i, b := range in {
+		if b == nil {
+			b = &types.Bundle{}
+		}
 		var err error
 		shown[i], err = a.setBundle(ctx, b, out, mode)
 		states[i] = a.itemStatus(err)
@@ -182,23 +235,93 @@ func (a *API) setBundles(ctx context.Context, in []*types.Bundle, out *types.Bun
 }
 
 func (a *API) setBundle(ctx context.Context, in *types.Bundle, mask *types.BundleMask, mode setMode) (*types.Bundle, error) {
-	td, doc, err := a.parseProtoBundle(in)
+	const attempts = 4 // conflicts come only from the same bundle being changed at the same moment
+	for range attempts {
+		td, doc, err := a.parseProtoBundle(in)
+		if err != nil {
+			return nil, err
+		}
+		have, err := a.c.Registry.Bundle(td)
+		switch exists := err == nil; {
+		case mode.mustExist && !exists:
+			return nil, status.Errorf(codes.NotFound, "bundle of %q not found", td.Name())
+		case mode.fresh && exists:
+			shown, _ := protoBundle(have, mask)
+			return shown, status.Errorf(codes.AlreadyExists, "bundle of %q exists already", td.Name())
+		}
+		var rev store.Revision
+		switch {
+		case mode.fresh:
+			rev, err = a.c.Registry.ReplaceBundle(ctx, td, 0, doc)
+		case mode.mustExist:
+			if doc, err = mergeBundle(have, doc, mode.input); err == nil {
+				rev, err = a.c.Registry.ReplaceBundle(ctx, td, have.Revision, doc)
+			}
+		default:
+			rev, err = a.c.Registry.SetBundle(ctx, td, doc)
+		}
+		switch {
+		case errors.Is(err, registry.ErrConflict):
+			if _, err := a.c.Registry.Barrier(ctx); err != nil {
+				return nil, err
+			}
+			continue
+		case err != nil:
+			return nil, err
+		}
+		return protoBundle(&registry.Bundle{TrustDomain: td, Content: doc, Revision: rev}, mask)
+	}
+	return nil, registry.ErrConflict
+}
+
+// mergeBundle returns have with those fields of doc that the mask names.
+func mergeBundle(have *registry.Bundle, doc []byte, m *types.BundleMask) ([]byte, error) {
+	if m == nil {
+		return doc, nil
+	}
+	out, _, err := spiffe.ParseBundle(have.TrustDomain, have.Content)
 	if err != nil {
 		return nil, err
 	}
-	have, err := a.c.Registry.Bundle(td)
-	switch exists := err == nil; {
-	case mode.mustExist && !exists:
-		return nil, status.Errorf(codes.NotFound, "bundle of %q not found", td.Name())
-	case mode.fresh && exists:
-		shown, _ := protoBundle(have, mask)
-		return shown, status.Errorf(codes.AlreadyExists, "bundle of %q exists already", td.Name())
-	}
-	rev, err := a.c.Registry.SetBundle(ctx, td, doc)
+	in, _, err := spiffe.ParseBundle(have.TrustDomain, doc)
 	if err != nil {
 		return nil, err
 	}
-	return protoBundle(&registry.Bundle{TrustDomain: td, Content: doc, Revision: rev}, mask)
+	if m.X509Authorities {
+		out.SetX509Authorities(in.X509Authorities())
+	}
+	if m.JwtAuthorities {
+		out.SetJWTAuthorities(in.JWTAuthorities())
+	}
+	if m.WitAuthorities {
+		out.SetWITAuthorities(in.WITAuthorities())
+	}
+	if m.RefreshHint {
+		out.ClearRefreshHint()
+		if d, ok := in.RefreshHint(); ok {
+			out.SetRefreshHint(d)
+		}
+	}
+	if m.SequenceNumber {
+		out.ClearSequenceNumber()
+		if n, ok := in.SequenceNumber(); ok {
+			out.SetSequenceNumber(n)
+		}
+	}
+	return spiffe.MarshalBundle(out)
+}
+
+// BatchUpdateFederatedBundle changes those fields of known foreign bundles that the input mask names. [SPIRE-PROTOCOL §14]
+func (a *API) BatchUpdateFederatedBundle(ctx context.Context, req *bundlev1.BatchUpdateFederatedBundleRequest) (*bundlev1.BatchUpdateFederatedBundleResponse, error) {
+	states, shown, err := a.setBundles(ctx, req.Bundle, req.OutputMask, setMode{event: "bundle.update", mustExist: true, input: req.InputMask})
+	if err != nil {
+		return nil, err
+	}
+	out := &bundlev1.BatchUpdateFederatedBundleResponse{}
+	for i := range states {
+		out.Results = append(out.Results, &bundlev1.BatchUpdateFederatedBundleResponse_Result{Status: states[i], Bundle: shown[i]})
+	}
+	return out, nil
 }
 
 // BatchSetFederatedBundle stores foreign bundles, new or known. [SPIRE-PROTOCOL §14]
@@ -227,43 +350,55 @@ func (a *API) BatchCreateFederatedBundle(ctx context.Context, req *bundlev1.Batc
 	return out, nil
 }
 
-// BatchDeleteFederatedBundle forgets foreign bundles. RESTRICT refuses while an entry federates with the trust domain;
-// the other modes, which change entries, are refused. [SPIRE-PROTOCOL §14]
+// BatchDeleteFederatedBundle forgets foreign bundles. RESTRICT refuses while an entry federates with the trust domain, DELETE
+// deletes such entries, DISSOCIATE strikes it from them. [SPIRE-PROTOCOL §14]
 func (a *API) BatchDeleteFederatedBundle(ctx context.Context, req *bundlev1.BatchDeleteFederatedBundleRequest) (*bundlev1.BatchDeleteFederatedBundleResponse, error) {
 	if len(req.TrustDomains) > maxBundles {
 		return nil, status.Errorf(codes.ResourceExhausted, "trust_domains: %d in one call, at most %d are allowed", len(req.TrustDomains), maxBundles)
 	}
-	if req.Mode != bundlev1.BatchDeleteFederatedBundleRequest_RESTRICT {
-		return nil, status.Errorf(codes.Unimplemented, "mode %s is not supported; change or delete the entries first, then delete the bundle", req.Mode)
+	mode, ok := map[bundlev1.BatchDeleteFederatedBundleRequest_Mode]registry.FederatedEntries{bundlev1.BatchDeleteFederatedBundleRequest_RESTRICT: registry.RestrictEntries,
+		bundlev1.BatchDeleteFederatedBundleRequest_DELETE: registry.DeleteEntries, bundlev1.BatchDeleteFederatedBundleRequest_DISSOCIATE: registry.DissociateEntries}[req.Mode]
+	if !ok {
+		return nil, a.toStatus(&registry.ValidationError{Field: "mode", Value: req.Mode.String(), Problem: "must be RESTRICT, DELETE or DISSOCIATE"})
 	}
 	subjects := make([]string, len(req.TrustDomains))
 	for i, n := range req.TrustDomains {
 		subjects[i] = clip(n)
 	}
-	if err := a.intend(ctx, auditlog.Essential, "bundle.delete", subjects, nil); err != nil {
+	if err := a.intend(ctx, auditlog.Essential, "bundle.delete", subjects, map[string]any{"mode": req.Mode.String()}); err != nil {
 		return nil, a.toStatus(err)
 	}
 	out := &bundlev1.BatchDeleteFederatedBundleResponse{}
 	var records []auditlog.Record
 	for _, name := range req.TrustDomains {
-		err := a.deleteBundle(ctx, name)
+		touched, err := a.deleteBundle(ctx, name, mode)
 		out.Results = append(out.Results, &bundlev1.BatchDeleteFederatedBundleResponse_Result{TrustDomain: name, Status: a.itemStatus(err)})
-		records = append(records, a.record(ctx, "bundle.delete", clip(name), err, nil))
+		records = append(records, a.record(ctx, "bundle.delete", clip(name), err, map[string]any{"mode": req.Mode.String()}))
+		event := "entry.delete"
+		if mode == registry.DissociateEntries {
+			event = "entry.update"
+		}
+		for _, e := range touched {
+			details := entryDetails(e)
+			details["because"] = "bundle.delete " + clip(name)
+			records = append(records, a.record(ctx, event, e.SPIFFEID.String(), nil, details))
+		}
 	}
 	a.outcome(ctx, auditlog.Essential, records...)
 	return out, nil
 }
 
-func (a *API) deleteBundle(ctx context.Context, name string) error {
+func (a *API) deleteBundle(ctx context.Context, name string, mode registry.FederatedEntries) ([]*registry.Entry, error) {
 	td, err := spiffe.ParseTrustDomain(strings.TrimPrefix(name, "spiffe://"))
 	if err != nil {
-		return &registry.ValidationError{Field: "trust_domains", Value: name, Problem: err.Error()}
+		return nil, &registry.ValidationError{Field: "trust_domains", Value: clip(name), Problem: err.Error()}
 	}
-	if used, _ := a.c.Registry.ListEntries(registry.EntryFilter{FederatesWith: []spiffeid.TrustDomain{td}, FederatesMatch: registry.MatchAny}, "", 1); len(used) > 0 {
-		return status.Errorf(codes.FailedPrecondition, "entry %q federates with %q; change or delete such entries first", string(used[0].ID), td.Name())
+	touched, err := a.c.Registry.DeleteBundle(store.WithReserve(ctx), td, mode)
+	switch {
+	case errors.Is(err, registry.ErrFederated):
+		err = status.Error(codes.FailedPrecondition, err.Error())
+	case errors.Is(err, registry.ErrNotFound):
+		err = status.Errorf(codes.NotFound, "bundle of %q not found", td.Name())
 	}
-	if _, err = a.c.Registry.DeleteBundle(store.WithReserve(ctx), td); errors.Is(err, registry.ErrNotFound) {
-		return status.Errorf(codes.NotFound, "bundle of %q not found", td.Name())
-	}
-	return err
+	return touched, err
 }

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
@@ -47,6 +48,8 @@ type Config struct {
 	Store       store.Store
 	// CheckTTL refuses TTLs that the authorities could not honour; nil allows all.
 	CheckTTL func(x509, jwt time.Duration) error
+	// CheckBundle refuses a foreign bundle that must not be stored; nil allows all.
+	CheckBundle func(*spiffebundle.Bundle) error
 	// Observe is called with every batch of the store before it is indexed, in order, so that what else lives in the
 	// store can be followed through the same watch. It must not block. Nil: nobody else.
 	Observe func(store.Batch)
@@ -67,6 +70,8 @@ type Registry struct {
 	applied chan struct{} // closed and replaced whenever ix.revision moves
 	watch   store.Watcher
 	follow  followers
+
+	federationsChanged chan struct{} // one slot: look again
 
 	// wmu guards pending: registrations that are being written, by what makes them similar.
 	wmu     sync.Mutex
@@ -107,7 +112,7 @@ func Open(ctx context.Context, c Config) (*Registry, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}}
+	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}, federationsChanged: make(chan struct{}, 1)}
 	r.follow.init()
 	if err := r.load(ctx); err != nil {
 		return nil, err
@@ -137,6 +142,7 @@ func (r *Registry) load(ctx context.Context) error {
 	r.ix, r.watch = ix, w
 	r.moved()
 	r.follow.markAll()
+	r.noteFederations()
 	return nil
 }
 
@@ -194,6 +200,9 @@ func (r *Registry) applyBatch(b store.Batch) error {
 	}
 	r.ix.revision = b.Revision
 	r.follow.mark(r.ix, &ch)
+	if ch.federations {
+		r.noteFederations()
+	}
 	r.moved()
 	return nil
 }
@@ -262,6 +271,8 @@ type index struct {
 	wild     map[string]*Policy            // policies with a pattern among their services
 	defaults *Defaults
 	bundles  map[spiffeid.TrustDomain]*Bundle
+
+	federations map[spiffeid.TrustDomain]*Federation
 }
 
 type nodeGroup struct {
@@ -274,18 +285,19 @@ func newIndex() *index {
 		entries: map[EntryID]*Entry{}, byParent: map[spiffeid.ID]map[EntryID]*Entry{}, byID: map[spiffeid.ID]map[EntryID]*Entry{},
 		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
-		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{},
+		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
 	}
 }
 
 // changes collects what a batch changed, for the followers.
 type changes struct {
-	entries  []entryChange
-	policies []policyChange
-	bundles  []spiffeid.TrustDomain
-	nodes    []spiffeid.ID
-	defaults bool
-	roots    bool // aliases or groups changed: which node has which roots must be worked out again
+	entries     []entryChange
+	policies    []policyChange
+	bundles     []spiffeid.TrustDomain
+	nodes       []spiffeid.ID
+	defaults    bool
+	federations bool
+	roots       bool // aliases or groups changed: which node has which roots must be worked out again
 }
 
 type entryChange struct{ old, new *Entry }
@@ -322,6 +334,9 @@ func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) err
 	}
 	if name, ok := strings.CutPrefix(ev.Key, bundlePrefix); ok {
 		return ix.applyBundle(name, ev, ch)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, federationPrefix); ok {
+		return ix.applyFederation(td, name, ev, ch)
 	}
 	if ev.Key == defaultsKey {
 		ch.defaults = true

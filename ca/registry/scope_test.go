@@ -250,7 +250,7 @@ func follows(t *testing.T, rnd *rand.Rand) {
 			if rnd.IntN(2) == 0 {
 				_, err = r.SetBundle(ctx, fed, []byte(fmt.Sprintf(`{"keys":[],"spiffe_sequence":%d}`, step+1)))
 			} else {
-				_, err = r.DeleteBundle(ctx, fed)
+				_, err = r.commit(ctx, nil, []store.Write{{Key: bundlePrefix + fed.Name(), Delete: true}}) // as the end of a relationship does
 			}
 		}
 		_, exists := errors.AsType[*ExistsError](err)

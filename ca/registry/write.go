@@ -3,7 +3,6 @@ package registry
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -13,7 +12,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/signet-id/signet/ca/store"
-	"github.com/signet-id/signet/spiffe"
 )
 
 // An ExistsError means that an entry with the same ID, or with the same SPIFFE ID, parent and selectors, exists.
@@ -356,34 +354,6 @@ func (r *Registry) DeleteNode(ctx context.Context, id spiffeid.ID) (store.Revisi
 		writes = append(writes, store.Write{Key: tokenPrefix + t, Delete: true})
 	}
 	return r.commit(ctx, []store.Check{{Key: nodeKey(id), Modified: n.Revision}}, writes)
-}
-
-// SetBundle stores a foreign trust domain's bundle, replacing what was there.
-func (r *Registry) SetBundle(ctx context.Context, td spiffeid.TrustDomain, content []byte) (store.Revision, error) {
-	if td == r.c.TrustDomain {
-		return 0, invalid("trust_domain", td.Name(), "is this trust domain itself [ID-24]")
-	}
-	if _, _, err := spiffe.ParseBundle(td, content); err != nil {
-		return 0, invalid("bundle", td.Name(), "%v", err)
-	}
-	b, err := marshal(bundleRecord{recordVersion, json.RawMessage(content)})
-	if err != nil {
-		return 0, err
-	}
-	return r.commit(ctx, nil, []store.Write{{Key: bundlePrefix + td.Name(), Value: b}})
-}
-
-// DeleteBundle forgets a foreign trust domain. ErrNotFound if it is not known.
-func (r *Registry) DeleteBundle(ctx context.Context, td spiffeid.TrustDomain) (store.Revision, error) {
-	key := bundlePrefix + td.Name()
-	it, err := r.c.Store.Get(ctx, key)
-	if errors.Is(err, store.ErrNotFound) {
-		return 0, ErrNotFound
-	}
-	if err != nil {
-		return 0, err
-	}
-	return r.commit(ctx, []store.Check{{Key: key, Modified: it.Modified}}, []store.Write{{Key: key, Delete: true}})
 }
 
 // NoteEnds tells the followers which entries came to their end since the last call, or hold again because the clock

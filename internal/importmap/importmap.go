@@ -78,6 +78,7 @@ var neighbours = map[string][]string{
 	"ca/rotation":   {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"}, // docs/decisions/0008-rotation.md
 	"ca/spireproto": {"ca/registry"},
 	"ca/registry":   {"ca/store"},
+	"ca/federation": {"ca/registry", "ca/auditlog"}, // keeps bundles in the one, and says so in the other
 	"ca/authority":  {"ca/store", "ca/keys"},
 }
 
