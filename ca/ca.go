@@ -74,6 +74,7 @@ type CA struct {
 
 	reconfigured atomic.Pointer[Config]
 	stopping     atomic.Bool
+	started      time.Time
 	stop         chan struct{}
 }
 
@@ -83,7 +84,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	if err := c.Check(); err != nil {
 		return nil, err
 	}
-	ca = &CA{c: c, td: c.trustDomain(), level: new(slog.LevelVar), stop: make(chan struct{})}
+	ca = &CA{c: c, td: c.trustDomain(), level: new(slog.LevelVar), started: c.Now(), stop: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			ca.Close()
@@ -312,7 +313,7 @@ func (ca *CA) bind() error {
 func (ca *CA) makeServers() {
 	ca.health = health.NewServer()
 	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Rotation: ca.rotator, Audit: ca.audit, Epoch: ca.store.Epoch(),
-		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Refresh: ca.poller.Refresh, FederationStatus: ca.federationStatus, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
+		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Refresh: ca.poller.Refresh, FederationStatus: ca.federationStatus, LogLevel: ca.logLevel(), Certificate: ca.svid.get, Started: ca.started, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
 		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),
@@ -574,8 +575,8 @@ func (ca *CA) Reload(c Config) (needRestart []string, err error) {
 	old := ca.reconfigured.Load()
 	now := *old
 	now.Logging.Level, now.AdminIDs, now.AdminSocket.UIDs, now.AdminSocket.Group = c.Logging.Level, c.AdminIDs, c.AdminSocket.UIDs, c.AdminSocket.Group
-	if lv, err := c.Logging.level(); err == nil {
-		ca.level.Set(lv)
+	if lv, err := c.Logging.level(); err == nil && c.Logging.Level != old.Logging.Level {
+		ca.level.Set(lv) // one that was set by SetLogLevel stays otherwise
 	}
 	if err := now.AdminSocket.admit(); err != nil {
 		return nil, fmt.Errorf("admin_socket: %w", err)

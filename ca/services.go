@@ -79,6 +79,7 @@ func methods() map[string]access.Kind {
 	m := map[string]access.Kind{
 		agentv1.Agent_AttestAgent_FullMethodName:                         access.Anyone,
 		agentv1.Agent_RenewAgent_FullMethodName:                          access.Agent,
+		agentv1.Agent_PostStatus_FullMethodName:                          access.Agent,
 		bundlev1.Bundle_GetBundle_FullMethodName:                         access.Anyone,
 		entryv1.Entry_GetAuthorizedEntries_FullMethodName:                access.Agent,
 		entryv1.Entry_SyncAuthorizedEntries_FullMethodName:               access.Agent,

@@ -5,6 +5,7 @@ package adminapi
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -46,9 +47,14 @@ type Config struct {
 	Refresh func(context.Context, spiffeid.TrustDomain) error
 	// FederationStatus returns how each relationship's bundle was last fetched, in order of trust domain.
 	FederationStatus func() []FederationStatus
-	Now              func() time.Time
-	Log              *slog.Logger
-	Issued           func(kind, reason string, n int)
+	// LogLevel is how much is logged.
+	LogLevel LogLevel
+	// Certificate returns the CA's own SVID with its chain, and Started when the CA began.
+	Certificate func() (*tls.Certificate, error)
+	Started     time.Time
+	Now         func() time.Time
+	Log         *slog.Logger
+	Issued      func(kind, reason string, n int)
 	// Stop is closed when the CA shuts down: streams then end with Unavailable.
 	Stop <-chan struct{}
 }

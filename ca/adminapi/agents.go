@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -107,8 +108,17 @@ func (a *API) ListAgents(_ context.Context, req *agentv1.ListAgentsRequest) (*ag
 		return nil, err
 	}
 	out := &agentv1.ListAgentsResponse{}
-	for _, n := range page {
-		out.Agents = append(out.Agents, protoAgent(n, req.OutputMask))
+	bytes := 0
+	for i, n := range page {
+		m := protoAgent(n, req.OutputMask)
+		if bytes += proto.Size(m); req.PageSize > 0 && i > 0 && bytes > maxPageBytes {
+			out.NextPageToken = list.write(page[i-1].ID.String())
+			return out, nil
+		}
+		if err := checkUnpaged(req.PageSize, bytes > maxUnpagedBytes); err != nil {
+			return nil, err
+		}
+		out.Agents = append(out.Agents, m)
 	}
 	if more {
 		out.NextPageToken = list.write(page[len(page)-1].ID.String())

@@ -31,8 +31,8 @@ func TestPageTokenBelongsToItsListAndFilter(t *testing.T) {
 	}
 }
 
-// FuzzPageToken: what is no token is a *ValidationError; what is one is written as it was read.
-func FuzzPageToken(f *testing.F) {
+// FuzzCursor: what is no token is a *ValidationError; what is one is written as it was read.
+func FuzzCursor(f *testing.F) {
 	c := cursor{list: "agents"}
 	f.Add(c.write("spiffe://example.org/spire/agent/x"))
 	f.Add("")

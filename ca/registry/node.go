@@ -1,11 +1,13 @@
 package registry
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/base32"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -195,4 +197,25 @@ func decodeToken(id string, item store.Item) (*Token, error) {
 		return nil, err
 	}
 	return &Token{id, r.SecretHash, fromUnix(r.ExpiresAt), r.Groups, r.UsedBy, item.Modified}, nil
+}
+
+// NoteVersion stores what version an attested agent says it is. It is a write per upgrade. ErrNotFound if the agent was
+// evicted meanwhile.
+func (r *Registry) NoteVersion(ctx context.Context, id spiffeid.ID, version string) error {
+	n, err := r.Node(id)
+	for range maxAttempts {
+		if err != nil {
+			return err
+		}
+		if n.Version == version {
+			return nil
+		}
+		changed := *n
+		changed.Version = version
+		if err = r.PutNode(ctx, &changed, nil); !errors.Is(err, ErrConflict) {
+			return err
+		}
+		n, err = r.NodeNow(ctx, id) // its SVID was renewed or it was banned meanwhile
+	}
+	return ErrConflict
 }
