@@ -316,8 +316,7 @@ func TestFED_55_SelfServingEndpointRotatesItsRoot(t *testing.T) {
 	}
 	// Each step has a server of its own, since a server's certificate is fixed.
 	var w *world
-	var fetcher *Fetcher
-	fetcher = &Fetcher{Bundles: sourceFunc(func(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	fetcher := &Fetcher{Bundles: sourceFunc(func(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
 		b, err := w.registry.Bundle(td)
 		if err != nil {
 			return nil, err
