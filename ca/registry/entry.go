@@ -187,8 +187,6 @@ func (e *Entry) validate(td spiffeid.TrustDomain) error {
 		return invalid("parent_id", e.ParentID.String(), "must be in trust domain %q", td.Name())
 	case e.ParentID.Path() == "":
 		return invalid("parent_id", e.ParentID.String(), "must have a path")
-	case e.ParentID == e.SPIFFEID:
-		return invalid("parent_id", e.ParentID.String(), "must differ from spiffe_id")
 	case !e.OnNodes && strings.HasPrefix(e.ParentID.Path(), nodesPathPrefix):
 		return invalid("parent_id", e.ParentID.String(), "is reserved for Identities; use kind: Identity with `on`")
 	}
