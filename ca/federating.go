@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 
@@ -63,6 +64,27 @@ func (ca *CA) federationStatus() (out []adminapi.FederationStatus) {
 		out = append(out, adminapi.FederationStatus(st))
 	}
 	return out
+}
+
+// federationHealth counts the relationships and those that fail, and says how old the bundle is that was fetched longest
+// ago: since the start if it never was. [FED-28]
+func (ca *CA) federationHealth() (all, failing int, oldest time.Duration) {
+	if ca.poller == nil {
+		return 0, 0, 0
+	}
+	now := ca.c.Now()
+	for _, st := range ca.poller.Statuses() {
+		all++
+		if st.Err != nil {
+			failing++
+		}
+		at := st.SucceededAt
+		if at.IsZero() {
+			at = ca.started
+		}
+		oldest = max(oldest, now.Sub(at))
+	}
+	return all, failing, oldest
 }
 
 // checkForeignBundle refuses a bundle of another trust domain that holds a key of our own: what we sign would be good as

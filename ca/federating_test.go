@@ -429,3 +429,29 @@ func TestFederationIsForOperators(t *testing.T) {
 		}
 	}
 }
+
+// FED-28: what fails, and since when, is in the metrics.
+func TestFED_28_FailingFederationShowsInTheMetrics(t *testing.T) {
+	c := config(t.TempDir())
+	c.Metrics.Listen = "127.0.0.1:0"
+	h := start(t, c)
+	wantCodes(t, "create", create(t, trustdomainv1.NewTrustDomainClient(h.admin), webRelationship("partner.example", "https://127.0.0.1:1/")), codes.OK)
+	metrics := func() string {
+		t.Helper()
+		resp, err := http.Get("http://" + h.ca.MetricsAddr().String() + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	defer http.DefaultClient.CloseIdleConnections()
+	until(t, "the failure shows", func() bool { return strings.Contains(metrics(), "\nsignet_ca_federations_failing 1\n") })
+	if text := metrics(); !strings.Contains(text, "\nsignet_ca_federations 1\n") || !strings.Contains(text, "\nsignet_ca_federation_age_seconds ") || strings.Contains(text, "partner.example") {
+		t.Errorf("metrics:\n%s", text)
+	}
+}

@@ -66,6 +66,9 @@ func newMetrics(ca *CA) *metrics {
 			left, _ := ca.set.AuthorityLeft()
 			return left.Seconds()
 		}),
+		gauge("signet_ca_federations", "Federation relationships.", func() float64 { n, _, _ := ca.federationHealth(); return float64(n) }),
+		gauge("signet_ca_federations_failing", "Relationships whose bundle could not be fetched the last time.", func() float64 { _, n, _ := ca.federationHealth(); return float64(n) }),
+		gauge("signet_ca_federation_age_seconds", "Age of the bundle that was fetched longest ago.", func() float64 { _, _, age := ca.federationHealth(); return age.Seconds() }),
 		gauge("signet_ca_healthy", "1 if the CA can do its work.", func() float64 {
 			if ca.Health() != nil {
 				return 0
