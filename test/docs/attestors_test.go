@@ -1,0 +1,50 @@
+package docs
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/signet-id/signet/agent"
+	"github.com/signet-id/signet/ca"
+)
+
+// TestAttestorPages reads each configuration of docs/operate/attestors as the programs do.
+func TestAttestorPages(t *testing.T) {
+	pages, err := filepath.Glob(filepath.Join(root, "docs", "operate", "attestors", "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := map[string]int{}
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, block := range strings.Split(string(text), "```") {
+			config, ok := strings.CutPrefix(block, "yaml\n")
+			if i%2 == 0 || !ok {
+				continue
+			}
+			var err error
+			switch top, _, _ := strings.Cut(config, ":"); top {
+			case "node_attestors":
+				_, err = ca.ReadConfig([]byte("trust_domain: example.org\ndata_dir: /d\nseal: {key_file: /k}\n"+config), page)
+				read[top]++
+			case "node_attestation":
+				if !strings.Contains(config, "\ntrust_bundle_path:") {
+					config += "trust_bundle_path: /b\n"
+				}
+				_, err = agent.ReadConfig([]byte("trust_domain: example.org\nserver_address: ca\ndata_dir: /d\n"+config), page)
+				read[top]++
+			}
+			if err != nil {
+				t.Errorf("%v, in:\n%s", err, config)
+			}
+		}
+	}
+	if read["node_attestors"] < 4 || read["node_attestation"] < 4 {
+		t.Errorf("read %v configurations of %d pages; are the blocks found?", read, len(pages))
+	}
+}
