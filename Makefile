@@ -60,7 +60,7 @@ vet:
 staticcheck: bin/tools/.made
 	bin/tools/staticcheck ./...
 
-race:
+race: tools/installed
 	go test -race -timeout 10m $(quick)
 
 # Each fuzz target for FUZZTIME, which finds what its seeds do not; longer by hand: make fuzz FUZZTIME=5m

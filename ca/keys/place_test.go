@@ -124,3 +124,52 @@ func TestIntentIsSealed(t *testing.T) {
 		t.Error("an intent opens as a private key")
 	}
 }
+
+func TestParseKeyURI(t *testing.T) {
+	for _, tt := range []struct{ in, store, key string }{
+		{"pkcs11:module-path=/usr/lib/m.so;token=signet;object=seal;id=01?pin-source=/etc/pin", "pkcs11:module-path=%2Fusr%2Flib%2Fm.so;token=signet?pin-source=%2Fetc%2Fpin", "pkcs11:id=01;object=seal"},
+		{"pkcs11:token=signet?object=seal", "pkcs11:token=signet", "pkcs11:object=seal"},
+		{"awskms:key-id=1234;region=eu-central-1", "awskms:region=eu-central-1", "awskms:key-id=1234"},
+		{"awskms:key-id=1234", "awskms:", "awskms:key-id=1234"},
+		{"tpmkms:name=ca;storage-directory=/t", "tpmkms:storage-directory=%2Ft", "tpmkms:name=ca"},
+		{"azurekms:name=ca;vault=v?version=7", "azurekms:vault=v", "azurekms:name=ca;vault=v;version=7"},
+		{"cloudkms:projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/3?credentials-file=/c", "cloudkms:projects/p/locations/l/keyRings/r?credentials-file=/c",
+			"cloudkms:projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/3"},
+	} {
+		k, err := ParseKeyURI(tt.in)
+		if err != nil || k.place.text != tt.store || k.key != tt.key || k.String() != tt.in {
+			t.Errorf("ParseKeyURI(%q) = key store %q, key %q, %v; want %q, %q", tt.in, k.place.text, k.key, err, tt.store, tt.key)
+		}
+	}
+	for _, in := range []string{"", "seal", "softkms:a", "pkcs11:token=a", "awskms:region=a", "cloudkms:projects/p/locations/l/keyRings/r",
+		"cloudkms:projects/p/locations/l/keyRings/r/cryptoKeys/k", "pkcs11:object=a;token=b?pin-value=4711", "pkcs11:object=a;pin-value=4711;token=%zz", "yubikey:slot-id=9c"} {
+		if _, err := ParseKeyURI(in); err == nil || strings.Contains(err.Error(), "4711") {
+			t.Errorf("ParseKeyURI(%q) = %v, want an error without secrets", in, err)
+		}
+	}
+}
+
+// FuzzParseKeyURI: what parses names a key and a key store that parses, and neither holds what may be a secret.
+func FuzzParseKeyURI(f *testing.F) {
+	f.Add("pkcs11:module-path=/usr/lib/m.so;token=signet;object=seal;id=01?pin-source=/etc/pin")
+	f.Add("cloudkms:projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/3?credentials-file=/c")
+	f.Add("azurekms:name=ca;vault=v?version=7")
+	f.Add("awskms:key-id=1234?pin-value=a")
+	f.Fuzz(func(t *testing.T, in string) {
+		k, err := ParseKeyURI(in)
+		if err != nil {
+			return
+		}
+		if k.key == "" || k.place.Software() {
+			t.Fatalf("ParseKeyURI(%q) = key %q in %s", in, k.key, k.place)
+		}
+		if _, err := ParsePlace(k.place.text); err != nil {
+			t.Errorf("ParseKeyURI(%q) has the key store %q: %v", in, k.place.text, err)
+		}
+		for _, s := range secrets {
+			if strings.Contains(k.key+k.place.text, s+"=") {
+				t.Errorf("ParseKeyURI(%q) took %s", in, s)
+			}
+		}
+	})
+}

@@ -121,3 +121,12 @@ func (k *Token) WrappingKey(t testing.TB, label string) string {
 	}
 	return fmt.Sprintf("pkcs11:module-path=%s;token=signet;object=%s?pin-source=%s", k.Module, label, k.PINFile)
 }
+
+// Hide takes the file of the PIN away, so that no new connection comes about, until the returned function is called.
+func (k *Token) Hide(t testing.TB) (restore func()) {
+	t.Helper()
+	if err := os.Remove(k.PINFile); err != nil {
+		t.Fatal(err)
+	}
+	return func() { write(t, k.PINFile, k.PIN) }
+}
