@@ -383,6 +383,11 @@ func (ca *CA) Run(ctx context.Context) error {
 	g.Go(func() error { return serve(ca.tcp, ca.port) })
 	g.Go(func() error { return serve(ca.local, ca.socket) })
 	g.Go(func() error { return ca.maintain(gctx) })
+	g.Go(func() error {
+		ca.set.Prove(gctx)
+		ca.noteHealth()
+		return nil
+	})
 	if ca.upstream != nil {
 		g.Go(func() error { return ca.upstream.run(gctx) })
 	}

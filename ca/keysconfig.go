@@ -17,11 +17,7 @@ const (
 
 // choices returns where new keys are made.
 func (k Keys) choices(bad func(field, format string, args ...any)) (x509, jwt keys.Choice) {
-	parse := func(field, own string) keys.Choice {
-		text := own
-		if text == "" {
-			field, text = "uri", k.URI
-		}
+	parse := func(field, text string) keys.Choice {
 		place, err := keys.ParsePlace(text)
 		if err == nil {
 			err = place.Linked()
@@ -31,7 +27,14 @@ func (k Keys) choices(bad func(field, format string, args ...any)) (x509, jwt ke
 		}
 		return keys.Choice{Place: place}
 	}
-	x509, jwt = parse("x509", k.X509), parse("jwt", k.JWT)
+	both := parse("uri", k.URI)
+	x509, jwt = both, both
+	if k.X509 != "" {
+		x509 = parse("x509", k.X509)
+	}
+	if k.JWT != "" {
+		jwt = parse("jwt", k.JWT)
+	}
 	var err error
 	if x509.Algorithm, err = keys.ParseAlgorithm(k.X509Algorithm); err != nil {
 		bad("keys.x509_algorithm", "%v", err)

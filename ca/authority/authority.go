@@ -269,6 +269,23 @@ func (s *Set) Health() error {
 	return nil
 }
 
+// Prove makes one signature with each active key that is in a key store, and logs which cannot. A CA starts without its key
+// store, since most of its work needs no signature; so it is told of a wrong PIN at once, and Health says so.
+func (s *Set) Prove(ctx context.Context) {
+	now := s.config.Now()
+	prove := func(use keys.Use, id string, key *keys.Key) {
+		if err := key.Prove(ctx); err != nil && ctx.Err() == nil {
+			s.config.Log.Error("an active authority cannot sign; its key store is asked again from time to time", "kind", string(use), "authority_id", id, "err", err)
+		}
+	}
+	if a, err := s.activeX509(now); err == nil {
+		prove(keys.UseX509, a.id, a.key)
+	}
+	if a, err := s.activeJWT(now); err == nil {
+		prove(keys.UseJWT, a.id, a.key)
+	}
+}
+
 func (s *Set) list(ctx context.Context) ([]store.Item, error) {
 	var items []store.Item
 	_, err := s.config.Store.List(ctx, keyPrefix, 0, func(item store.Item) error {

@@ -207,3 +207,30 @@ func short(t *testing.T) string {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
 }
+
+// TestCAStartsWithoutItsKeyStore starts a CA whose token refuses the PIN: it says so at once, and serves again when the PIN
+// is put right.
+func TestCAStartsWithoutItsKeyStore(t *testing.T) {
+	token, dir := keystores.SoftHSM(t), short(t)
+	change := func(c *ca.Config) { c.Keys = ca.Keys{URI: token.URI} }
+	i := start(t, dir, change)
+	fetch(t, client(t, i), "a")
+	if err := i.StopCA(); err != nil {
+		t.Fatal(err)
+	}
+	restore := token.Hide(t)
+	if err := i.RestartCA(t.Context()); err != nil {
+		t.Fatalf("start without a PIN = %v, want a CA that is not ready", err)
+	}
+	for deadline := time.Now().Add(time.Minute); i.CA().Health() == nil; {
+		if time.Now().After(deadline) {
+			t.Fatal("a CA whose key store does not answer says that it is well")
+		}
+		<-time.After(10 * time.Millisecond)
+	}
+	if err := i.CA().Health(); !strings.Contains(err.Error(), "pin-source") || !strings.Contains(err.Error(), "signet-example-org-") {
+		t.Errorf("Health = %v, want the key and the file named", err)
+	}
+	restore()
+	fetch(t, client(t, i), "b")
+}
