@@ -422,6 +422,7 @@ func (ca *CA) shutdown() {
 	ca.stopping.Store(true)
 	ca.health.Shutdown()
 	close(ca.stop)
+	ca.limiter.stop()
 	ca.node.Shutdown()
 	done := make(chan struct{})
 	go func() {
@@ -544,6 +545,9 @@ func (ca *CA) Close() {
 		if l != nil {
 			l.Close()
 		}
+	}
+	if ca.limiter != nil {
+		ca.limiter.stop()
 	}
 	if ca.tcp != nil {
 		ca.tcp.Stop()

@@ -93,10 +93,14 @@ type limitedCaller struct {
 type limiter struct {
 	ca     *CA
 	tables map[string]*limits.Table[limitedCaller] // by key in the configuration; what has no limit has no table
+	// serving ends when the CA is told to stop: new connections do not wait any longer then.
+	serving context.Context
+	stop    context.CancelFunc
 }
 
 func newLimiter(ca *CA) *limiter {
 	l := &limiter{ca: ca, tables: map[string]*limits.Table[limitedCaller]{}}
+	l.serving, l.stop = context.WithCancel(context.Background())
 	c := ca.c.Limits
 	c.each(func(name string, one *Limit) {
 		if one.Rate != Unlimited {
@@ -170,7 +174,7 @@ func (l *limiter) connect(from net.Addr) error {
 	if table == nil {
 		return nil
 	}
-	err := table.Take(context.Background(), limitedCaller{address: limits.Address(from.String())}, 1)
+	err := table.Take(l.serving, limitedCaller{address: limits.Address(from.String())}, 1)
 	if x, ok := errors.AsType[*limits.ExceededError](err); ok {
 		l.note("connections", "anonymous", from.String(), x)
 		return fmt.Errorf("%w: limits.connections in the CA's configuration", x)

@@ -2,12 +2,15 @@ package ca
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -301,4 +304,24 @@ func TestLimitsConfiguration(t *testing.T) {
 	if l.Attest != (Limit{100, 100}) || l.Renew.Rate != Unlimited || l.X509SVIDs != (Limit{50, 1000}) || l.JWTSVIDs != (Limit{500, 1000}) || l.MaxWait != 5*time.Second {
 		t.Errorf("%+v", l)
 	}
+}
+
+// TestConnectionsThatWaitDoNotHoldTheCA: what waits for its turn when the CA is told to stop is let go.
+func TestConnectionsThatWaitDoNotHoldTheCA(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var c Config
+		c.Limits.Connections, c.Limits.MaxWait = Limit{Rate: 1, Burst: 1}, maxMaxWait
+		l := newLimiter(&CA{c: c})
+		from := &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}
+		if err := l.connect(from); err != nil {
+			t.Fatal(err)
+		}
+		begun, done := time.Now(), make(chan error, 1)
+		go func() { done <- l.connect(from) }()
+		synctest.Wait()
+		l.stop()
+		if err := <-done; !errors.Is(err, context.Canceled) || time.Since(begun) != 0 {
+			t.Errorf("%v after %v", err, time.Since(begun))
+		}
+	})
 }
