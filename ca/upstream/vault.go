@@ -106,6 +106,9 @@ func CheckVaultAddress(address string) (*url.URL, error) {
 	return nil, fmt.Errorf("%q is neither https nor http", address)
 }
 
+// Format names the server, and hides the token, whatever the verb.
+func (v *Vault) Format(f fmt.State, _ rune) { io.WriteString(f, v.Name()) }
+
 // Name implements authority.Upstream.
 func (v *Vault) Name() string { return "Vault " + v.base.Host + ", mount " + v.c.Mount }
 

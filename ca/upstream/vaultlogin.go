@@ -91,6 +91,9 @@ type token struct {
 	got       time.Time
 }
 
+// Format hides the token: fmt prints what is inside a struct as it is, whatever methods it has.
+func (token) Format(f fmt.State, _ rune) { io.WriteString(f, "[token]") }
+
 func (t token) due(now time.Time) bool { return t.lease > 0 && now.Sub(t.got) >= t.lease/2 }
 func (t token) over(now time.Time) bool {
 	return t.value == "" || t.lease > 0 && now.Sub(t.got) >= t.lease
