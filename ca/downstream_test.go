@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"math/big"
 	"net/url"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -235,6 +237,21 @@ func TestSPIRE10_PublishJWTAuthority(t *testing.T) {
 		if m := follow(t, f); len(m.Bundles) != 1 || len(m.Bundles[0].JwtAuthorities) != 2 {
 			t.Errorf("a follower holds %v", m.Bundles)
 		}
+	}
+	// An operator finds it, with whose it is, and takes it out.
+	admin := adminv1.NewAdminClient(h.admin)
+	list, err := admin.ListAppendedAuthorities(t.Context(), &adminv1.ListAppendedAuthoritiesRequest{})
+	if err != nil || len(list.Authorities) != 1 || list.Authorities[0].AuthorityId != "nested-1" || !strings.Contains(list.Authorities[0].Source, "spiffe://example.org/nested") {
+		t.Errorf("listed: %v, %v", list, err)
+	}
+	if _, err := admin.RevokeAppendedAuthority(t.Context(), &adminv1.RevokeAppendedAuthorityRequest{Type: adminv1.AuthorityType_AUTHORITY_TYPE_JWT, AuthorityId: "nested-1"}); err != nil {
+		t.Error(err)
+	}
+	if b := h.ca.set.Bundle(); len(b.JWT) != 1 {
+		t.Errorf("after it was removed the bundle has %d JWT keys", len(b.JWT))
+	}
+	if _, err := admin.RevokeAppendedAuthority(t.Context(), &adminv1.RevokeAppendedAuthorityRequest{Type: adminv1.AuthorityType_AUTHORITY_TYPE_JWT, AuthorityId: "nested-1"}); code(err) != codes.NotFound {
+		t.Errorf("removing it again: %v", err)
 	}
 	if _, err := client.PublishWITAuthority(t.Context(), &bundlev1.PublishWITAuthorityRequest{}); code(err) != codes.Unimplemented {
 		t.Errorf("WIT: %v", err)

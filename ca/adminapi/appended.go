@@ -104,6 +104,17 @@ func (a *API) ListAppendedAuthorities(context.Context, *adminv1.ListAppendedAuth
 		}
 		out.Authorities = append(out.Authorities, m)
 	}
+	for _, j := range a.c.Authority.Bundle().JWT {
+		if j.Origin == "" || j.Origin == authority.OriginUpstream {
+			continue
+		}
+		der, err := x509.MarshalPKIXPublicKey(j.PublicKey)
+		if err != nil {
+			return nil, a.toStatus(err)
+		}
+		out.Authorities = append(out.Authorities, &adminv1.AppendedAuthority{Type: adminv1.AuthorityType_AUTHORITY_TYPE_JWT, AuthorityId: j.KeyID, PublicKey: der,
+			ExpiresAt: timestamppb.New(j.ExpiresAt), Source: "downstream CA " + j.Origin})
+	}
 	return out, nil
 }
 
@@ -145,9 +156,23 @@ func (a *API) TaintAppendedAuthority(ctx context.Context, req *adminv1.TaintAppe
 
 // RevokeAppendedAuthority implements signet.admin.v1.
 func (a *API) RevokeAppendedAuthority(ctx context.Context, req *adminv1.RevokeAppendedAuthorityRequest) (*adminv1.RevokeAppendedAuthorityResponse, error) {
-	rev, err := a.changeAppended(ctx, "authority.revoke", req.Type, req.AuthorityId, a.c.Authority.RevokeAppended)
+	rev, err := a.changeAppended(ctx, "authority.revoke", req.Type, req.AuthorityId, a.revokeForeign)
 	if err != nil {
 		return nil, err
 	}
 	return &adminv1.RevokeAppendedAuthorityResponse{Revision: rev}, nil
+}
+
+// revokeForeign takes an appended authority out of the bundle, or a JWT key that a downstream CA has published.
+func (a *API) revokeForeign(ctx context.Context, x509 bool, id string) (store.Revision, error) {
+	rev, err := a.c.Authority.RevokeAppended(ctx, x509, id)
+	if x509 || !errors.Is(err, authority.ErrUnknown) {
+		return rev, err
+	}
+	switch _, err := a.c.Authority.RemoveJWTKey(ctx, id); {
+	case errors.Is(err, authority.ErrUnknownAuthority):
+		return 0, authority.ErrUnknown
+	default:
+		return 0, err // it returns when this CA follows the change
+	}
 }
