@@ -36,3 +36,5 @@ func (d *door) NewJWTSVID(ctx context.Context, entryID string, audience []string
 func (d *door) Sync(ctx context.Context) error { return d.client.Sync(ctx) }
 
 func (d *door) HandedOn(authorities []string) { d.client.HandedOn(authorities) }
+
+func (d *door) InUse(authorities []string) { d.client.InUse(authorities) }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/nodeattest"
+	"github.com/signet-id/signet/agent/svidcache"
 )
 
 const (
@@ -43,6 +44,9 @@ type node struct {
 	status atomic.Pointer[nodeStatus]
 	wonAt  atomic.Pointer[time.Time] // the last attestation, on the steady clock; nil before
 	wake   chan struct{}             // one slot: the SVID or the means to attest have changed
+
+	planned atomic.Pointer[plannedRenewal] // nil: none
+	replan  chan struct{}                  // one slot: a renewal was planned
 
 	mu        sync.Mutex // one change of the record at a time, with its file
 	attesting sync.Mutex // one attestation at a time
@@ -70,7 +74,7 @@ func openNode(c Config, log *slog.Logger) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &node{attestor: attestor, config: c, td: c.trustDomain(), log: log, dir: dir, wake: make(chan struct{}, 1)}
+	n := &node{attestor: attestor, config: c, td: c.trustDomain(), log: log, dir: dir, wake: make(chan struct{}, 1), replan: make(chan struct{}, 1)}
 	n.setBootstrap(c)
 	n.setStatus(Starting, "")
 	record, err := dir.load()
@@ -150,8 +154,10 @@ func (n *node) rouse() {
 	}
 }
 
-// takeBundle keeps the trust domain's new authorities. If one is gone, the CA must show again that it is still trusted.
-func (n *node) takeBundle(authorities []*x509.Certificate) {
+// takeBundle keeps the trust domain's new authorities. If one is gone, the CA must show again that it is still trusted; if
+// the one of the agent's own SVID is tainted, the SVID is renewed with the wave.
+func (n *node) takeBundle(a svidcache.Authorities) {
+	authorities := a.X509
 	removed := false
 	err := n.replace(func(old *nodeRecord) *nodeRecord {
 		if old == nil {
@@ -173,6 +179,42 @@ func (n *node) takeBundle(authorities []*x509.Certificate) {
 	if removed {
 		n.client.Reconnect()
 	}
+	n.planRenewal(a)
+}
+
+// A plannedRenewal is the renewal of an SVID before its time.
+type plannedRenewal struct {
+	svid *x509svid.SVID
+	at   time.Time // on the steady clock
+}
+
+// planRenewal gives the agent's own SVID its moment in the wave, if its authority is tainted.
+func (n *node) planRenewal(a svidcache.Authorities) {
+	svid := n.identity()
+	if svid == nil {
+		return
+	}
+	chain := svid.Certificates
+	if _, tainted := a.Tainted[string(chain[len(chain)-1].AuthorityKeyId)]; !tainted {
+		return
+	}
+	if p := n.planned.Load(); p != nil && p.svid == svid {
+		return
+	}
+	n.planned.Store(&plannedRenewal{svid: svid, at: time.Now().Add(rand.N(a.Reissue + 1))})
+	select {
+	case n.replan <- struct{}{}:
+	default:
+	}
+}
+
+// planFor returns how long until the SVID is to be renewed although its time has not come, and whether it is to be.
+func (n *node) planFor(svid *x509svid.SVID) (time.Duration, bool) {
+	p := n.planned.Load()
+	if p == nil || p.svid != svid {
+		return 0, false
+	}
+	return time.Until(p.at), true
 }
 
 // run keeps the agent connected to its CA until ctx ends. Nothing that the CA says ends it.
@@ -256,7 +298,11 @@ func (n *node) renew(ctx context.Context) error {
 		leaf := svid.Certificates[0]
 		// A clock that went back leaves an SVID that is not valid yet, and the CA refuses it.
 		valid := now.Before(leaf.NotAfter) && !now.Before(leaf.NotBefore)
-		if left := due.Sub(now); left > 0 && !now.Before(leaf.NotBefore) {
+		left := due.Sub(now)
+		if planned, ok := n.planFor(svid); ok {
+			left = min(left, planned)
+		}
+		if left > 0 && !now.Before(leaf.NotBefore) {
 			n.nap(ctx, min(left, lookEvery))
 			continue
 		}
@@ -363,12 +409,13 @@ func (n *node) sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// nap waits for d or ctx's end.
+// nap waits for d, for ctx's end, or until a renewal was planned.
 func (n *node) nap(ctx context.Context, d time.Duration) {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
+	case <-n.replan:
 	case <-ctx.Done():
 	}
 }

@@ -101,6 +101,7 @@ type Client struct {
 	session *session // nil while there is no connection; guarded by mu
 	lastErr error    // why there is none; guarded by mu
 	handed  []string // authorities handed on to every open stream; guarded by mu
+	inUse   []string // X.509 authorities of which workloads hold SVIDs; guarded by mu
 
 	applied     atomic.Int64
 	connections atomic.Int64
@@ -259,9 +260,10 @@ func (c *Client) open() (*session, error) {
 	s.out.init()
 	c.mu.Lock()
 	c.session = s
-	handed := c.handed
+	handed, inUse := c.handed, c.inUse
 	c.mu.Unlock()
 	s.out.setHandedOn(handed)
+	s.out.setInUse(inUse)
 	return s, nil
 }
 

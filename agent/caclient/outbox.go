@@ -43,6 +43,7 @@ type outbox struct {
 	acked   int64
 	ackDue  bool
 	handed  []string
+	inUse   []string
 	queued  *syncCall            // not yet sent, so that newcomers may join it
 	open    map[uint64]*syncCall // sent, not yet answered
 	lastID  uint64
@@ -74,6 +75,20 @@ func (o *outbox) setHandedOn(ids []string) {
 	o.mu.Lock()
 	changed := !slices.Equal(o.handed, ids)
 	o.handed = ids
+	if changed && o.acked > 0 {
+		o.ackDue = true
+	}
+	o.mu.Unlock()
+	if changed {
+		o.kick()
+	}
+}
+
+// setInUse makes the next acknowledgement name the authorities in use.
+func (o *outbox) setInUse(ids []string) {
+	o.mu.Lock()
+	changed := !slices.Equal(o.inUse, ids)
+	o.inUse = ids
 	if changed && o.acked > 0 {
 		o.ackDue = true
 	}
@@ -173,7 +188,7 @@ func (o *outbox) next(sinceSync time.Duration) (ack, sync *nodev1.FollowRequest,
 	if o.ackDue {
 		o.ackDue = false
 		ack = &nodev1.FollowRequest{Message: &nodev1.FollowRequest_Ack_{Ack: &nodev1.FollowRequest_Ack{
-			Revision: o.acked, AuthoritiesHandedOn: o.handed,
+			Revision: o.acked, AuthoritiesHandedOn: o.handed, AuthoritiesInUse: o.inUse,
 		}}}
 	}
 	if o.queued != nil {
@@ -217,5 +232,17 @@ func (c *Client) HandedOn(ids []string) {
 	c.mu.Unlock()
 	if s != nil {
 		s.out.setHandedOn(ids)
+	}
+}
+
+// InUse tells the CA of which X.509 authorities the agent holds workloads' SVIDs. ids replaces what was told before; the
+// slice is the client's from now on.
+func (c *Client) InUse(ids []string) {
+	c.mu.Lock()
+	c.inUse = ids
+	s := c.session
+	c.mu.Unlock()
+	if s != nil {
+		s.out.setInUse(ids)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"slices"
 	"sort"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -33,6 +34,8 @@ type bundle struct {
 	// The following are known for the own trust domain only.
 	ids      []string            // X.509 authority ids and JWT key ids
 	signers  map[string]struct{} // SKIs of X.509 authorities that are not tainted
+	tainted  map[string]struct{} // SKIs of those that are
+	reissue  time.Duration       // over which what those signed is renewed
 	jwtKnown map[string]struct{} // key ids of JWT authorities that are not tainted
 }
 
@@ -50,7 +53,8 @@ func readBundle(m *nodev1.Bundle) (b *bundle, skipped []error, err error) {
 	}
 	b = &bundle{
 		trustDomain: td, revision: m.GetRevision(), jwt: make(map[string]crypto.PublicKey),
-		signers: make(map[string]struct{}), jwtKnown: make(map[string]struct{}),
+		signers: make(map[string]struct{}), tainted: make(map[string]struct{}), jwtKnown: make(map[string]struct{}),
+		reissue: time.Duration(min(max(m.GetReissueSeconds(), 0), int64(maxWave/time.Second))) * time.Second,
 	}
 	for i, a := range m.GetX509Authorities() {
 		cert, err := x509.ParseCertificate(a.GetCertificate())
@@ -67,6 +71,8 @@ func readBundle(m *nodev1.Bundle) (b *bundle, skipped []error, err error) {
 		}
 		if a.GetState() != nodev1.AuthorityState_AUTHORITY_STATE_TAINTED {
 			b.signers[string(cert.SubjectKeyId)] = struct{}{}
+		} else {
+			b.tainted[string(cert.SubjectKeyId)] = struct{}{}
 		}
 	}
 	for i, a := range m.GetJwtAuthorities() {

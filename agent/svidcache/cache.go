@@ -7,7 +7,6 @@ package svidcache
 import (
 	"container/list"
 	"context"
-	"crypto/x509"
 	"errors"
 	"log/slog"
 	"sync"
@@ -34,6 +33,9 @@ type CA interface {
 
 	// HandedOn is told, in order, each new set of authorities that all open streams have. It must not block.
 	HandedOn(authorities []string)
+
+	// InUse is told, in order, each new set of X.509 authorities of which the cache holds SVIDs. It must not block.
+	InUse(authorities []string)
 }
 
 // An X509Request asks for an X509-SVID of an entry.
@@ -102,7 +104,7 @@ type Config struct {
 	ServiceMatches func(pattern string, id spiffeid.ID) bool
 
 	// OnBundle is told the X.509 authorities of the own trust domain when they change. It is called by Apply. May be nil.
-	OnBundle func([]*x509.Certificate)
+	OnBundle func(Authorities)
 
 	// Log receives what operators want to know. Nil means slog.Default.
 	Log *slog.Logger
@@ -143,6 +145,8 @@ type Cache struct {
 	held     int
 	heldUID  map[uint32]int
 	handed   handedOn
+	inUse    map[string]int // X.509 authority id → SVIDs of it
+	toldUse  *[]string      // what the CA was told last; nil: nothing
 
 	// offline is since when there has been no contact to the CA, zero while there is; told is what watchers are told of
 	// it, from tellAt on.
@@ -184,6 +188,7 @@ func New(c Config) (*Cache, error) {
 		byChan:   make(map[<-chan workloadapi.Update]*watcher),
 		bySel:    make(map[spiffe.Selector]map[*watcher]struct{}),
 		heldUID:  make(map[uint32]int),
+		inUse:    make(map[string]int),
 	}
 	for i := range cache.lanes {
 		cache.lanes[i] = make(chan struct{}, 1)
@@ -263,7 +268,8 @@ func (c *Cache) Apply(m *nodev1.FollowResponse) error {
 		c.jwts.sweep(next, c.config.TrustDomain, c.config.Now())
 	}
 	if change.own && c.config.OnBundle != nil {
-		c.config.OnBundle(next.bundles[c.config.TrustDomain].x509)
+		own := next.bundles[c.config.TrustDomain]
+		c.config.OnBundle(Authorities{X509: own.x509, Tainted: own.tainted, Reissue: own.reissue})
 	}
 	return nil
 }
@@ -302,11 +308,13 @@ func (c *Cache) takeChange(s *state, change change) {
 		w.kick()
 	}
 	if change.own {
+		c.planWave(s.bundles[c.config.TrustDomain])
 		for _, r := range c.records {
 			c.check(r, now)
 		}
 		c.handOn()
 	}
+	c.tellUse()
 	if change.own || change.foreign || change.policies {
 		for w := range c.watchers {
 			w.kick()

@@ -82,8 +82,9 @@ type testCA struct {
 	batches  []int                      // sizes
 	jwts     int                        //
 	syncs    int                        //
-	handedOn [][]string                 //
-	kid      string                     // of JWT-SVIDs
+	inUse    []string
+	handedOn [][]string //
+	kid      string     // of JWT-SVIDs
 }
 
 func newTestCA(t testing.TB) *testCA {
@@ -173,6 +174,18 @@ func (ca *testCA) HandedOn(ids []string) {
 	ca.mu.Lock()
 	defer ca.mu.Unlock()
 	ca.handedOn = append(ca.handedOn, slices.Clone(ids))
+}
+
+func (ca *testCA) InUse(ids []string) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.inUse = ids
+}
+
+func (ca *testCA) lastInUse() []string {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	return ca.inUse
 }
 
 func (ca *testCA) lastHandedOn() []string {

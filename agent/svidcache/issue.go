@@ -3,6 +3,8 @@ package svidcache
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"time"
 )
 
@@ -35,14 +37,22 @@ type job struct {
 func (c *Cache) take(lane int) []job {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	var batch []job
-	for r := range c.due[lane] {
+	due := slices.Collect(maps.Keys(c.due[lane]))
+	if len(due) > maxBatch { // who has nothing yet, and then the oldest, comes first
+		begin := func(r *record) time.Time {
+			if r.svid == nil {
+				return time.Time{}
+			}
+			return r.svid.notBefore
+		}
+		slices.SortFunc(due, func(a, b *record) int { return begin(a).Compare(begin(b)) })
+		due = due[:maxBatch]
+	}
+	batch := make([]job, 0, len(due))
+	for _, r := range due {
 		delete(c.due[lane], r)
 		r.inFlight = true
 		batch = append(batch, job{record: r, entry: r.entry, key: r.next})
-		if len(batch) == maxBatch {
-			break
-		}
 	}
 	return batch
 }
@@ -104,8 +114,9 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 			r.failed(retryMax)
 		} else {
 			c.stats.issued.Add(1)
-			r.svid, r.next = svids[i], nil
-			if why := r.svid.stale(r.entry, own, now); why == "" || r.entry != j.entry {
+			c.use(r.svid, svids[i])
+			r.svid, r.next, r.waveAt = svids[i], nil, time.Time{}
+			if why := r.stale(own, now); why == "" || r.entry != j.entry {
 				r.failures, r.retryAt = 0, time.Time{} // if the entry moved on meanwhile, the next is asked for at once
 			} else {
 				// Asking again at once would bring the same.
@@ -119,6 +130,7 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 			w.kick()
 		}
 	}
+	c.tellUse()
 	if failures > 0 && ctx.Err() == nil {
 		c.config.Log.Warn("X509-SVIDs were not issued, retrying", "failed", failures, "asked", len(batch), "err", sample)
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
@@ -48,6 +49,7 @@ type record struct {
 	triedAt  time.Time // the last failure, on the steady clock
 	retryAt  time.Time // on the steady clock; zero: at once
 	usable   bool      // what the last look at the clock found
+	waveAt   time.Time // on the steady clock: its moment, if a tainted authority signed its SVID; zero: not planned
 }
 
 // An svid is one X509-SVID with its key. It never changes.
@@ -59,6 +61,7 @@ type svid struct {
 	notBefore, notAfter time.Time
 	renewAt             time.Time
 	signer              string // key id of the authority that ends the chain; empty: not stated
+	authority           string // id of the authority that signed the leaf
 }
 
 // A key is one that was made for a workload and is not certified yet.
@@ -106,6 +109,7 @@ func readSVID(e *entry, k *key, a X509Answer, now time.Time) (*svid, error) {
 				return nil, errors.New("it is for another key")
 			}
 			s.notBefore, s.notAfter = cert.NotBefore, cert.NotAfter
+			s.authority = hex.EncodeToString(cert.AuthorityKeyId)
 		}
 		s.chain = append(s.chain, der...)
 		last = cert
@@ -140,12 +144,24 @@ func (s *svid) stale(e *entry, own *bundle, now time.Time) string {
 	switch {
 	case s.entryRevision < e.revision:
 		return "the entry has changed"
-	case own != nil && s.signer != "" && !has(own.signers, s.signer):
-		return "its authority is tainted or gone"
+	case own != nil && s.signer != "" && !has(own.signers, s.signer) && !has(own.tainted, s.signer):
+		return "its authority is gone"
 	case !now.Before(s.renewAt):
 		return "half of its life is over"
 	case now.Before(s.notBefore.Add(-time.Minute)):
 		return "it is not valid yet"
+	}
+	return ""
+}
+
+// stale says why the record's SVID must be issued now although there is one, or is empty. What a tainted authority signed
+// waits for its moment in the wave.
+func (r *record) stale(own *bundle, now time.Time) string {
+	if why := r.svid.stale(r.entry, own, now); why != "" {
+		return why
+	}
+	if own != nil && has(own.tainted, r.svid.signer) && !time.Now().Before(r.waveAt) {
+		return "its authority is tainted"
 	}
 	return ""
 }
@@ -174,9 +190,13 @@ func (c *Cache) check(r *record, now time.Time) {
 		return // looked at again when it is done
 	}
 	own := c.state.Load().bundles[c.config.TrustDomain]
-	if r.svid != nil && r.svid.stale(r.entry, own, now) == "" {
+	if r.svid != nil && r.stale(own, now) == "" {
 		r.failures, r.retryAt = 0, time.Time{}
-		c.retimeTo(time.Now().Add(min(max(r.svid.renewAt.Sub(now), lookMin), tick)))
+		next := r.svid.renewAt.Sub(now)
+		if own != nil && has(own.tainted, r.svid.signer) {
+			next = min(next, time.Until(r.waveAt))
+		}
+		c.retimeTo(time.Now().Add(min(max(next, lookMin), tick)))
 		return
 	}
 	if steady := time.Now(); r.retryAt.After(steady) {
@@ -207,6 +227,7 @@ func (c *Cache) drop(r *record) {
 		r.idle = nil
 	}
 	delete(c.records, r.entry.id)
+	c.use(r.svid, nil)
 	for lane := range c.due {
 		delete(c.due[lane], r)
 	}
