@@ -132,8 +132,8 @@ or with --server its TCP port, as the identity that the Workload API gives the c
 	add(groupRun, a.demoCommand(), a.devCommand(), a.caCommand(), a.configCommand())
 	add(groupState,
 		a.applyCommand(), a.diffCommand(), a.getCommand(), a.deleteCommand(),
-		a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand())
-	add(groupLook, a.svidCommand(), a.policyCommand(), a.auditCommand(), a.versionCommand())
+		a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.authorityCommand())
+	add(groupLook, a.svidCommand(), a.policyCommand(), a.explainCommand(), a.auditCommand(), a.versionCommand())
 	root.AddCommand(a.demoServiceCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
