@@ -20,7 +20,7 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale interop-k8s release clean tools
+.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation interop-k8s release clean tools
 
 all: build
 
@@ -97,6 +97,10 @@ scale:
 # Nodes of running clusters of Kubernetes, ours and SPIRE's agent; test/kube/kube_test.go says what it needs in the environment.
 interop-k8s:
 	go test -tags kube -count=1 -timeout 10m -v ./test/kube
+
+# A hundred agents, traffic that never stops, fifty rotations of each kind of authority; docs/performance.md has the figures.
+rotation:
+	SIGNET_ROTATION_AGENTS=100 SIGNET_ROTATIONS=50 go test -count=1 -timeout 30m -v ./test/rotation
 
 # Static binaries for linux, the same bytes from the same commit: every one is built twice, in two places.
 release:

@@ -35,6 +35,10 @@ func TestMain(m *testing.M) {
 		openAsChild(dir)
 		return
 	}
+	if dir := os.Getenv(lifeDirVariable); dir != "" {
+		rotateAsChild(dir)
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 

@@ -177,6 +177,7 @@ func TestStepsOutOfOrder(t *testing.T) {
 	}
 }
 
+// TestOldAuthorityRetiresOnlyWhenNothingOfItIsValid: FED-05, JWT-32.
 func TestOldAuthorityRetiresOnlyWhenNothingOfItIsValid(t *testing.T) {
 	now := newClock(testNow)
 	s := living(t, func(c *Config) { c.Now = now.now })
