@@ -152,7 +152,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
 	ca.rotator = rotation.New(rotation.Config{TrustDomain: ca.td, Set: ca.set, Registry: ca.reg, Audit: ca.audit, Automatic: c.Authorities.Rotate == rotateAuto,
 		ActivationDeadline: c.Authorities.ActivationDeadline, RefreshHint: ca.set.Bundle().RefreshHint, Federated: func() bool { return len(ca.reg.Bundles()) > 0 },
-		Following: ca.rotationFollowers, Now: c.Now, Log: ca.log})
+		Following: ca.rotationFollowers, Settle: c.settle, Now: c.Now, Log: ca.log})
 	attestors, err := c.NodeAttestors.open(ctx, attestorEnv{td: ca.td, authorities: ca.set, now: c.Now, log: ca.log})
 	if err != nil {
 		return ca, err

@@ -68,6 +68,8 @@ type Config struct {
 	// Log replaces the logger that Logging describes.
 	Log *slog.Logger `yaml:"-"`
 
+	settle time.Duration `yaml:"-"` // rotation.Config's; tests shorten it
+
 	attestors []nodeattest.Attestor `yaml:"-"` // besides those of NodeAttestors; for tests of what happens around them
 }
 

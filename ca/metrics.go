@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/store"
 )
 
@@ -59,13 +60,6 @@ func newMetrics(ca *CA) *metrics {
 		gauge("signet_ca_upstream_failing", "What the upstream CA does not do at the moment, of: following it, publishing JWT keys, renewing the intermediate.", func() float64 {
 			return float64(len(ca.upstream.problems()))
 		}),
-		gauge("signet_ca_authority_seconds_left", "How long the active X.509 authority, with all above it, is still valid.", func() float64 {
-			if ca.set == nil {
-				return 0
-			}
-			left, _ := ca.set.AuthorityLeft()
-			return left.Seconds()
-		}),
 		gauge("signet_ca_federations", "Federation relationships.", func() float64 { n, _, _ := ca.federationHealth(); return float64(n) }),
 		gauge("signet_ca_federations_failing", "Relationships whose bundle could not be fetched the last time.", func() float64 { _, n, _ := ca.federationHealth(); return float64(n) }),
 		gauge("signet_ca_federation_age_seconds", "Age of the bundle that was fetched longest ago.", func() float64 { _, _, age := ca.federationHealth(); return age.Seconds() }),
@@ -76,7 +70,38 @@ func newMetrics(ca *CA) *metrics {
 			return 1
 		}),
 	)
+	m.registry.MustRegister(m.authorityGauges()...)
 	return m
+}
+
+// authorityGauges are about the active authority of each kind, and whom the activation of a prepared one waits for.
+func (m *metrics) authorityGauges() []prometheus.Collector {
+	var out []prometheus.Collector
+	for _, kind := range []authority.Kind{authority.KindX509, authority.KindJWT} {
+		gauge := func(name, help string, f func(authority.Authority) float64, state authority.State) {
+			out = append(out, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: prometheus.Labels{"kind": string(kind)}}, func() float64 {
+				if m.ca.set == nil || m.ca.rotator == nil {
+					return 0
+				}
+				for _, a := range m.ca.set.Authorities(kind) {
+					if a.State == state {
+						return f(a)
+					}
+				}
+				return 0
+			}))
+		}
+		gauge("signet_ca_authority_seconds_left", "Until the end of the active authority.", func(a authority.Authority) float64 {
+			return a.NotAfter.Sub(m.ca.c.Now()).Seconds()
+		}, authority.StateActive)
+		gauge("signet_ca_authority_age_seconds", "Since the begin of the active authority.", func(a authority.Authority) float64 {
+			return m.ca.c.Now().Sub(a.NotBefore).Seconds()
+		}, authority.StateActive)
+		gauge("signet_ca_authority_laggards", "Live agents that have not handed on the prepared authority; 0 if none is prepared.", func(a authority.Authority) float64 {
+			return float64(m.ca.rotator.Readiness(a).Count)
+		}, authority.StatePrepared)
+	}
+	return out
 }
 
 func (m *metrics) counts() (entries, nodes, policies int) {
@@ -137,6 +162,9 @@ func (m *metrics) handler() http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ready")
+		for _, warning := range m.ca.rotator.Warnings() { // it works; an operator has to see to it that it goes on
+			fmt.Fprintln(w, "warning: "+warning)
+		}
 		for _, p := range m.ca.upstream.problems() {
 			fmt.Fprintln(w, "warning:", p)
 		}

@@ -333,3 +333,61 @@ func await(t *testing.T, ctx context.Context, what string, done func() bool) {
 		}
 	}
 }
+
+// TestStolenAuthorityNeedsNoPerson: after the revocation of a stolen active authority, agents and workloads have SVIDs of
+// another one within seconds: those that were connected, and one that was away and knows only the authority that is gone.
+func TestStolenAuthorityNeedsNoPerson(t *testing.T) {
+	var again atomic.Bool
+	s := signettest.Start(t, signettest.Config{Log: slog.New(slog.DiscardHandler), Agent: func(c *agent.Config) {
+		if again.Load() { // nothing of what a person would have to bring
+			c.JoinToken, c.JoinTokenFile, c.TrustBundlePath = "", "", ""
+		}
+	}})
+	s.Apply(fmt.Sprintf("kind: Identity\nname: me\nspiffeID: /me\nmatch: [%q]\n", fmt.Sprint("unix:uid:", os.Getuid())))
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	var running sync.WaitGroup
+	t.Cleanup(func() { cancel(); running.Wait() })
+	admin := adminv1.NewAdminClient(s.AdminConn())
+	connected := startNode(t, ctx, &running, s, admin)
+	if err := s.StopAgent(); err != nil { // this one is away
+		t.Fatal(err)
+	}
+	for round := range 2 {
+		stolen := find(t, ctx, admin, adminv1.AuthorityType_AUTHORITY_TYPE_X509, "active").Id
+		if _, err := admin.RevokeAuthority(ctx, &adminv1.EndAuthorityRequest{Type: adminv1.AuthorityType_AUTHORITY_TYPE_X509, Id: stolen, Stolen: true}); err != nil {
+			t.Fatal(err)
+		}
+		now := find(t, ctx, admin, adminv1.AuthorityType_AUTHORITY_TYPE_X509, "active").Id
+		await(t, ctx, fmt.Sprintf("round %d: an SVID of the new authority", round), func() bool { return connected.authorityID() == now })
+		bundle, err := connected.x509.GetX509BundleForTrustDomain(s.TrustDomain())
+		if err != nil || len(bundle.X509Authorities()) != 1 {
+			t.Errorf("round %d: the workload's bundle: %v %v", round, bundle, err)
+		}
+		if round == 0 {
+			again.Store(true)
+			if err := s.RestartAgent(ctx); err != nil { // with nothing but its data directory
+				t.Fatalf("the agent that was away: %v", err)
+			}
+			src, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(s.WorkloadAPI())))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer src.Close()
+			back := &workload{x509: src}
+			await(t, ctx, "the SVID of the workload on the node that was away", func() bool { return back.authorityID() == now })
+		}
+	}
+	await(t, ctx, "both agents to follow", func() bool {
+		list, err := admin.ListAgentStatus(ctx, &adminv1.ListAgentStatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, a := range list.Agents {
+			if a.Connected {
+				n++
+			}
+		}
+		return n == 2
+	})
+}

@@ -1,0 +1,103 @@
+package ca
+
+import (
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/signet-id/signet/ca/authority"
+)
+
+// page fetches a page of the metrics port.
+func (h *harness) page(path string) (int, string) {
+	h.t.Helper()
+	r, err := http.Get("http://" + h.ca.MetricsAddr().String() + path)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return r.StatusCode, string(b)
+}
+
+// TestScheduleAcrossClockJumps: the clock jumps ten months on, and one rotation follows, not two; it jumps back, and what
+// was made in the future signs nothing: another authority is made that can.
+func TestScheduleAcrossClockJumps(t *testing.T) {
+	var clock movedClock
+	c := config(t.TempDir())
+	c.Now, c.settle = clock.now, 100*time.Millisecond
+	h := start(t, c)
+	generations := func() uint64 {
+		all := h.ca.set.Authorities(authority.KindX509)
+		return all[len(all)-1].Generation
+	}
+	active := func() string {
+		for _, a := range h.ca.set.Authorities(authority.KindX509) {
+			if a.State == authority.StateActive {
+				return a.ID
+			}
+		}
+		return ""
+	}
+	first := active()
+	clock.move(300 * 24 * time.Hour)
+	h.ca.rotator.BundleChanged() // look now, not in ten seconds
+	until(t, "a rotation after the jump", func() bool { h.ca.rotator.BundleChanged(); return active() != first })
+	if n := generations(); n != 2 {
+		t.Errorf("%d authorities were made, want 2", n)
+	}
+	second := active()
+	if got := h.ca.set.Authorities(authority.KindX509)[0].State; got != authority.StateOld {
+		t.Errorf("the first one is %s: it left while SVIDs of it are valid", got)
+	}
+	clock.move(0)
+	if err := h.ca.set.Health(); err == nil {
+		t.Error("it signs with an authority of the future")
+	}
+	until(t, "an authority that can sign now", func() bool { h.ca.rotator.BundleChanged(); return h.ca.set.Health() == nil })
+	if active() == second || active() == "" {
+		t.Errorf("the active one is %q", active())
+	}
+	var why []string
+	for _, r := range h.audit("authority.activate") {
+		why = append(why, r["details"].(map[string]any)["why"].(string))
+	}
+	if len(why) < 2 || !strings.Contains(why[len(why)-1], "cannot sign") {
+		t.Errorf("the audit log says why: %q", why)
+	}
+}
+
+// TestWarningsAndMetricsOfAuthorities: an authority that nears its end without a successor is warned of while the CA is
+// ready, and one that has ended is not ready.
+func TestWarningsAndMetricsOfAuthorities(t *testing.T) {
+	var clock movedClock
+	c := quiet(t.TempDir())
+	c.Now, c.Metrics.Listen = clock.now, "127.0.0.1:0"
+	h := start(t, c)
+	if code, body := h.page("/ready"); code != 200 || strings.Contains(body, "warning") {
+		t.Errorf("at first: %d %s", code, body)
+	}
+	h.agent() // acknowledges nothing
+	id := h.prepare(typeJWT)
+	if _, body := h.page("/metrics"); !strings.Contains(body, `signet_ca_authority_laggards{kind="jwt"} 1`) || !strings.Contains(body, `signet_ca_authority_laggards{kind="x509"} 0`) ||
+		!strings.Contains(body, `signet_ca_authority_seconds_left{kind="x509"} 3.15`) {
+		t.Errorf("metrics: %s", body)
+	}
+	clock.move(10 * time.Minute)
+	if code, body := h.page("/ready"); code != 200 || !strings.Contains(body, "have not handed on the prepared jwt authority "+id) {
+		t.Errorf("with a laggard: %d %s", code, body)
+	}
+	clock.move(80 * 24 * time.Hour)
+	if code, body := h.page("/ready"); code != 200 {
+		t.Errorf("after 80 days: %d %s", code, body)
+	}
+	clock.move(91 * 24 * time.Hour)
+	if code, _ := h.page("/ready"); code != 503 {
+		t.Errorf("with a JWT authority that has ended: %d", code)
+	}
+}
