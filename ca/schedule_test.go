@@ -101,3 +101,28 @@ func TestWarningsAndMetricsOfAuthorities(t *testing.T) {
 		t.Errorf("with a JWT authority that has ended: %d", code)
 	}
 }
+
+// TestTTLsThatRotationCannotHonour are refused when they are configured: FED-04.
+func TestTTLsThatRotationCannotHonour(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*Config)
+		want   string // in the error; empty: none
+	}{
+		{"defaults", func(*Config) {}, ""},
+		{"a life that leaves none beside the longest TTL", func(c *Config) { c.Authorities.X509Lifetime = 30 * time.Hour }, "authorities.x509_lifetime: 30h0m0s is too short for rotation"},
+		{"the same by hand", func(c *Config) { c.Authorities.X509Lifetime, c.Authorities.Rotate = 30*time.Hour, "manual" }, ""},
+		{"a shorter TTL with it", func(c *Config) { c.Authorities.X509Lifetime, c.TTL.MaxX509 = 30*time.Hour, 2*time.Hour }, ""},
+		{"a refresh hint that takes too long", func(c *Config) { c.Authorities.JWTLifetime, c.Authorities.RefreshHint = 24*time.Hour, 4*time.Hour }, "authorities.jwt_lifetime: 24h0m0s is too short for rotation"},
+		{"an unknown way to rotate", func(c *Config) { c.Authorities.Rotate = "often" }, `authorities.rotate: "often" is not auto or manual`},
+		{"a negative deadline", func(c *Config) { c.Authorities.ActivationDeadline = -time.Second }, "authorities.activation_deadline"},
+		{"a negative rate", func(c *Config) { c.Authorities.ReissueRate = -1 }, "authorities.reissue_rate"},
+	} {
+		c := config("/nowhere")
+		tt.change(&c)
+		err := c.Check()
+		if (err != nil) != (tt.want != "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+	}
+}
