@@ -151,7 +151,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, Trusted: bundles{ca.set, ca.reg}.trusted, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
 		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
 	ca.rotator = rotation.New(rotation.Config{TrustDomain: ca.td, Set: ca.set, Registry: ca.reg, Audit: ca.audit, Automatic: c.Authorities.Rotate == rotateAuto,
-		ActivationDeadline: c.Authorities.ActivationDeadline, RefreshHint: ca.set.Bundle().RefreshHint, Federated: func() bool { return len(ca.reg.Bundles()) > 0 },
+		ActivationDeadline: c.Authorities.ActivationDeadline, RefreshHint: ca.set.Bundle().RefreshHint, Federated: ca.federated,
 		Following: ca.rotationFollowers, Settle: c.settle, Now: c.Now, Log: ca.log})
 	attestors, err := c.NodeAttestors.open(ctx, attestorEnv{td: ca.td, authorities: ca.set, now: c.Now, log: ca.log})
 	if err != nil {
@@ -198,6 +198,11 @@ func (b bundles) trusted(td spiffeid.TrustDomain, chain []*x509.Certificate) boo
 	}
 	foreign, err := b.GetX509BundleForTrustDomain(td)
 	return err == nil && foreign.HasX509Authority(chain[len(chain)-1])
+}
+
+// federated tells whether the trust domain federates with others, who then fetch its bundle.
+func (ca *CA) federated() bool {
+	return len(ca.reg.Federations()) > 0 || len(ca.reg.Bundles()) > 0
 }
 
 // rotationFollowers returns what is known of the agents that follow this replica.
