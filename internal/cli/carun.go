@@ -8,7 +8,7 @@ import (
 )
 
 func (a *app) caCommand() *cobra.Command {
-	return a.noun("ca", "The CA: run it", "", a.caRunCommand())
+	return a.noun("ca", "The CA: run it, ask it about itself", "", a.caRunCommand(), a.caInfoCommand(), a.caLogLevelCommand())
 }
 
 func (a *app) caRunCommand() *cobra.Command {

@@ -83,12 +83,16 @@ type agentFilter struct {
 	attestation string
 	selectors   []string
 	banned      bool
+	reattest    bool
+	before      string
 }
 
 func (f *agentFilter) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.attestation, "attestation-type", "", "only agents that attested this way, such as join_token")
 	cmd.Flags().StringArrayVar(&f.selectors, "selector", nil, "only agents that have this selector, TYPE:VALUE (repeatable; all must hold)")
 	cmd.Flags().BoolVar(&f.banned, "banned", false, "only agents that are (=false: are not) banned")
+	cmd.Flags().BoolVar(&f.reattest, "can-reattest", false, "only agents that can (=false: cannot) attest again with their evidence")
+	cmd.Flags().StringVar(&f.before, "expires-before", "", "only agents whose SVID ends before this time, such as 2027-01-31T00:00:00Z")
 }
 
 func (f *agentFilter) request(cmd *cobra.Command) (*agentv1.ListAgentsRequest_Filter, error) {
@@ -102,6 +106,15 @@ func (f *agentFilter) request(cmd *cobra.Command) (*agentv1.ListAgentsRequest_Fi
 	}
 	if cmd.Flags().Changed("banned") {
 		out.ByBanned = wrapperspb.Bool(f.banned)
+	}
+	if cmd.Flags().Changed("can-reattest") {
+		out.ByCanReattest = wrapperspb.Bool(f.reattest)
+	}
+	if f.before != "" {
+		if _, err := time.Parse(time.RFC3339, f.before); err != nil {
+			return nil, usagef("--expires-before %q is not a time such as 2027-01-31T00:00:00Z", f.before)
+		}
+		out.ByExpiresBefore = f.before
 	}
 	return out, nil
 }
@@ -165,7 +178,7 @@ func (a *app) agentCountCommand() *cobra.Command {
 		}
 		return a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) error {
 			answer, err := agentv1.NewAgentClient(c).CountAgents(ctx, &agentv1.CountAgentsRequest{Filter: &agentv1.CountAgentsRequest_Filter{
-				ByAttestationType: by.ByAttestationType, BySelectorMatch: by.BySelectorMatch, ByBanned: by.ByBanned}})
+				ByAttestationType: by.ByAttestationType, BySelectorMatch: by.BySelectorMatch, ByBanned: by.ByBanned, ByCanReattest: by.ByCanReattest, ByExpiresBefore: by.ByExpiresBefore}})
 			if err != nil {
 				return caError("counting agents", c, err)
 			}
