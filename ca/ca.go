@@ -130,7 +130,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	}
 	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Upstream: above, UpstreamTTL: c.Upstream.TTL, Store: ca.store, Seal: seal, Keys: ca.keys, Exclusive: true, Now: c.Now, Log: ca.log,
 		X509Lifetime: c.Authorities.X509Lifetime, JWTLifetime: c.Authorities.JWTLifetime, RefreshHint: c.Authorities.RefreshHint,
-		DefaultX509TTL: c.TTL.X509, DefaultJWTTTL: c.TTL.JWT, MaxX509TTL: c.TTL.MaxX509, MaxJWTTTL: c.TTL.MaxJWT, Issuer: c.JWTIssuer}); err != nil {
+		DefaultX509TTL: c.TTL.X509, DefaultJWTTTL: c.TTL.JWT, MaxX509TTL: c.TTL.MaxX509, MaxJWTTTL: c.TTL.MaxJWT, Issuer: c.JWTIssuer, WIT: c.WIT.authority()}); err != nil {
 		return ca, err
 	}
 	if ca.reg, err = registry.Open(ctx, registry.Config{TrustDomain: ca.td, Store: ca.store, Now: c.Now, Log: ca.log,

@@ -46,6 +46,8 @@ type Config struct {
 	Downstream Downstream `yaml:"downstream"`
 	// Federation says how the bundles of foreign trust domains are fetched.
 	Federation Federation `yaml:"federation"`
+	// WIT says whether workload identity tokens are issued, an incubating kind of SVID that is bound to a key. Default: no.
+	WIT WIT `yaml:"wit"`
 	// JWTIssuer is the iss claim of JWT-SVIDs. Empty: none.
 	JWTIssuer string `yaml:"jwt_issuer"`
 	// NodeAttestors says how nodes may prove what they are, besides by join token. Absent: not at all.
@@ -163,6 +165,21 @@ const (
 )
 
 const defaultReissueRate = 1000
+
+// WIT says whether and how WIT-SVIDs are issued. With them the bundle holds keys of a use that some older consumers do not
+// know, and for which they refuse the whole bundle: see docs/operate.md.
+type WIT struct {
+	Enabled  bool          `yaml:"enabled"`  // default false
+	TTL      time.Duration `yaml:"ttl"`      // default 1h
+	MaxTTL   time.Duration `yaml:"max_ttl"`  // default 24h
+	Lifetime time.Duration `yaml:"lifetime"` // of their authorities; default 90 days
+	// Issuer is the iss claim. Empty: none. An https URL is refused.
+	Issuer string `yaml:"issuer"`
+}
+
+func (w WIT) authority() authority.WITConfig {
+	return authority.WITConfig{Enabled: w.Enabled, DefaultTTL: w.TTL, MaxTTL: w.MaxTTL, Lifetime: w.Lifetime, Issuer: w.Issuer}
+}
 
 // Audit bounds the audit log.
 type Audit struct {
@@ -289,6 +306,9 @@ func (c *Config) Check() error {
 	c.Limits.check(bad)
 	c.Downstream.check(bad)
 	c.Upstream.check(c.trustDomain(), bad)
+	if err := c.WIT.authority().Check(); err != nil {
+		errs = append(errs, err)
+	}
 	if c.Audit.Reserve < 0 || c.Audit.MaxFileBytes < 0 {
 		bad("audit", "reserve_bytes and max_file_bytes must not be negative; 0 means the default")
 	}

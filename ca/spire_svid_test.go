@@ -351,7 +351,7 @@ func jwtParts(t *testing.T, token string) (header, claims map[string]any) {
 	return header, claims
 }
 
-func TestSPIREWITSVIDsAreNotOffered(t *testing.T) {
+func TestSPIREWITSVIDsAreOffUnlessSwitchedOn(t *testing.T) {
 	h := start(t, config(t.TempDir()))
 	a := h.join()
 	if _, err := a.SVIDAPI().BatchNewWITSVID(t.Context(), &svidv1.BatchNewWITSVIDRequest{}); code(err) != codes.Unimplemented {

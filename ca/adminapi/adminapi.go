@@ -94,6 +94,8 @@ func (a *API) toStatus(err error) error {
 	switch {
 	case errors.Is(err, errDocument), errors.Is(err, authority.ErrRefused), errors.Is(err, registry.ErrTooMany):
 		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, authority.ErrNoWIT):
+		return status.Error(codes.Unimplemented, authority.ErrNoWIT.Error())
 	case errors.Is(err, registry.ErrNotFound):
 		return status.Error(codes.NotFound, err.Error())
 	case errors.Is(err, registry.ErrConflict):

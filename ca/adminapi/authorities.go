@@ -23,13 +23,18 @@ func authorityKind(t adminv1.AuthorityType) (authority.Kind, error) {
 		return authority.KindX509, nil
 	case adminv1.AuthorityType_AUTHORITY_TYPE_JWT:
 		return authority.KindJWT, nil
+	case adminv1.AuthorityType_AUTHORITY_TYPE_WIT:
+		return authority.KindWIT, nil
 	}
-	return "", &registry.ValidationError{Field: "type", Value: t.String(), Problem: "must be x509 or jwt"}
+	return "", &registry.ValidationError{Field: "type", Value: t.String(), Problem: "must be x509, jwt or wit"}
 }
 
 func protoKind(k authority.Kind) adminv1.AuthorityType {
-	if k == authority.KindJWT {
+	switch k {
+	case authority.KindJWT:
 		return adminv1.AuthorityType_AUTHORITY_TYPE_JWT
+	case authority.KindWIT:
+		return adminv1.AuthorityType_AUTHORITY_TYPE_WIT
 	}
 	return adminv1.AuthorityType_AUTHORITY_TYPE_X509
 }
@@ -66,7 +71,7 @@ func actor(ctx context.Context) rotation.Actor {
 
 // ListAuthorities returns the authorities of the trust domain in every state.
 func (a *API) ListAuthorities(_ context.Context, req *adminv1.ListAuthoritiesRequest) (*adminv1.ListAuthoritiesResponse, error) {
-	kinds := []authority.Kind{authority.KindX509, authority.KindJWT}
+	kinds := a.c.Authority.Kinds()
 	if req.Type != adminv1.AuthorityType_AUTHORITY_TYPE_UNSPECIFIED {
 		kind, err := authorityKind(req.Type)
 		if err != nil {

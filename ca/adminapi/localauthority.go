@@ -16,7 +16,7 @@ import (
 // This file is SPIRE's LocalAuthority service. It has no words for what an activation waits for: it waits a little, for
 // agents that are just about to answer, and then says who lags. [SPIRE-PROTOCOL §14]
 
-// activateWait is how long ActivateX509Authority and ActivateJWTAuthority wait for laggards: two rounds of SPIRE's agents,
+// activateWait is how long ActivateX509Authority and its siblings wait for laggards: two rounds of SPIRE's agents,
 // which fetch the bundle every five seconds.
 const activateWait = 12 * time.Second
 
@@ -213,30 +213,62 @@ func (a *API) RevokeJWTAuthority(ctx context.Context, req *localauthorityv1.Revo
 	return &localauthorityv1.RevokeJWTAuthorityResponse{RevokedAuthority: st}, nil
 }
 
-// errNoWIT answers for authorities of WIT-SVIDs, which this CA does not issue.
+// errNoWIT answers for WIT authorities while WIT-SVIDs are not enabled.
 var errNoWIT = status.Error(codes.Unimplemented, "WIT functionality is disabled")
 
 // GetWITAuthorityState implements SPIRE's LocalAuthority.
 func (a *API) GetWITAuthorityState(context.Context, *localauthorityv1.GetWITAuthorityStateRequest) (*localauthorityv1.GetWITAuthorityStateResponse, error) {
-	return nil, errNoWIT
+	if !a.c.Authority.WITEnabled() {
+		return nil, errNoWIT
+	}
+	active, prepared, old := a.states(authority.KindWIT)
+	return &localauthorityv1.GetWITAuthorityStateResponse{Active: active, Prepared: prepared, Old: old}, nil
 }
 
 // PrepareWITAuthority implements SPIRE's LocalAuthority.
-func (a *API) PrepareWITAuthority(context.Context, *localauthorityv1.PrepareWITAuthorityRequest) (*localauthorityv1.PrepareWITAuthorityResponse, error) {
-	return nil, errNoWIT
+func (a *API) PrepareWITAuthority(ctx context.Context, _ *localauthorityv1.PrepareWITAuthorityRequest) (*localauthorityv1.PrepareWITAuthorityResponse, error) {
+	if !a.c.Authority.WITEnabled() {
+		return nil, errNoWIT
+	}
+	st, err := a.spirePrepare(ctx, authority.KindWIT)
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.PrepareWITAuthorityResponse{PreparedAuthority: st}, nil
 }
 
 // ActivateWITAuthority implements SPIRE's LocalAuthority.
-func (a *API) ActivateWITAuthority(context.Context, *localauthorityv1.ActivateWITAuthorityRequest) (*localauthorityv1.ActivateWITAuthorityResponse, error) {
-	return nil, errNoWIT
+func (a *API) ActivateWITAuthority(ctx context.Context, req *localauthorityv1.ActivateWITAuthorityRequest) (*localauthorityv1.ActivateWITAuthorityResponse, error) {
+	if !a.c.Authority.WITEnabled() {
+		return nil, errNoWIT
+	}
+	st, err := a.spireActivate(ctx, authority.KindWIT, req.AuthorityId)
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.ActivateWITAuthorityResponse{ActivatedAuthority: st}, nil
 }
 
 // TaintWITAuthority implements SPIRE's LocalAuthority.
-func (a *API) TaintWITAuthority(context.Context, *localauthorityv1.TaintWITAuthorityRequest) (*localauthorityv1.TaintWITAuthorityResponse, error) {
-	return nil, errNoWIT
+func (a *API) TaintWITAuthority(ctx context.Context, req *localauthorityv1.TaintWITAuthorityRequest) (*localauthorityv1.TaintWITAuthorityResponse, error) {
+	if !a.c.Authority.WITEnabled() {
+		return nil, errNoWIT
+	}
+	st, err := a.spireEnd(ctx, authority.KindWIT, req.AuthorityId, authority.StateOld, a.c.Rotation.Taint)
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.TaintWITAuthorityResponse{TaintedAuthority: st}, nil
 }
 
 // RevokeWITAuthority implements SPIRE's LocalAuthority.
-func (a *API) RevokeWITAuthority(context.Context, *localauthorityv1.RevokeWITAuthorityRequest) (*localauthorityv1.RevokeWITAuthorityResponse, error) {
-	return nil, errNoWIT
+func (a *API) RevokeWITAuthority(ctx context.Context, req *localauthorityv1.RevokeWITAuthorityRequest) (*localauthorityv1.RevokeWITAuthorityResponse, error) {
+	if !a.c.Authority.WITEnabled() {
+		return nil, errNoWIT
+	}
+	st, err := a.spireEnd(ctx, authority.KindWIT, req.AuthorityId, authority.StateTainted, a.c.Rotation.Revoke)
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.RevokeWITAuthorityResponse{RevokedAuthority: st}, nil
 }

@@ -8,8 +8,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
@@ -109,7 +107,45 @@ func (a *API) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRequest) (
 	return &svidv1.MintJWTSVIDResponse{Svid: &types.JWTSVID{Token: svid.Token, Id: protoID(id), IssuedAt: svid.IssuedAt.Unix(), ExpiresAt: svid.Expiry.Unix()}}, nil
 }
 
-// MintWITSVID is not offered: WIT-SVIDs are incubating. [STAB-01]
-func (a *API) MintWITSVID(context.Context, *svidv1.MintWITSVIDRequest) (*svidv1.MintWITSVIDResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "WIT-SVIDs are not offered")
+// MintWITSVID signs a WIT-SVID for a public key without a registration entry, if WIT-SVIDs are enabled. The admin vouches
+// that the key is the subject's. [WIT-SVID §3]
+func (a *API) MintWITSVID(ctx context.Context, req *svidv1.MintWITSVIDRequest) (*svidv1.MintWITSVIDResponse, error) {
+	if !a.c.Authority.WITEnabled() {
+		return nil, a.toStatus(authority.ErrNoWIT)
+	}
+	var subject string
+	fail := func(err error) (*svidv1.MintWITSVIDResponse, error) {
+		a.outcome(ctx, auditlog.New, a.record(ctx, "witsvid.mint", subject, err, nil))
+		a.c.Issued("wit", "refused", 1)
+		return nil, a.toStatus(err)
+	}
+	id, err := a.ownID("id", req.Id)
+	if err != nil {
+		return fail(err)
+	}
+	subject = id.String()
+	if len(req.PublicKey) == 0 {
+		return fail(&registry.ValidationError{Field: "public_key", Problem: "missing"})
+	}
+	key, err := authority.ParsePublicKey(req.PublicKey)
+	if err != nil {
+		return fail(err)
+	}
+	ttl := time.Duration(req.Ttl) * time.Second
+	if ttl < 0 {
+		return fail(&registry.ValidationError{Field: "ttl", Problem: "must not be negative; 0 means the default"})
+	}
+	if err := a.c.Authority.CheckWITTTL(ttl); err != nil {
+		return fail(&registry.ValidationError{Field: "ttl", Problem: err.Error()})
+	}
+	svid, err := a.c.Authority.SignWIT(ctx, authority.WITRequest{ID: id, PublicKey: key, Algorithm: req.SigningAlgorithm, TTL: ttl})
+	if err != nil {
+		return fail(err)
+	}
+	rec := a.record(ctx, "witsvid.mint", subject, nil, map[string]any{"jti": svid.JTI, "not_after": svid.Expiry.Unix(), "authority": svid.KeyID})
+	if err := a.c.Audit.Append(ctx, auditlog.New, rec); err != nil {
+		return nil, a.toStatus(err)
+	}
+	a.c.Issued("wit", "", 1)
+	return &svidv1.MintWITSVIDResponse{Svid: &types.WITSVID{Token: svid.Token, Id: protoID(id), ExpiresAt: svid.Expiry.Unix(), IssuedAt: svid.IssuedAt.Unix()}}, nil
 }

@@ -106,6 +106,9 @@ type Config struct {
 	// Issuer is the iss claim of JWT-SVIDs, for OIDC federation. Empty means that there is none.
 	Issuer string
 
+	// WIT says whether WIT-SVIDs are issued.
+	WIT WITConfig
+
 	// Log gets a line for each change of the authorities. Nil means slog.Default.
 	Log *slog.Logger
 }
@@ -123,6 +126,9 @@ func (c *Config) check() error {
 	}
 	if c.Seal == nil {
 		return errors.New("no seal key; set seal.key_file, seal.systemd_credential or seal.kms")
+	}
+	if err := c.WIT.check(); err != nil {
+		return err
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -228,7 +234,7 @@ func Open(ctx context.Context, c Config) (*Set, error) {
 				return s, err
 			}
 			s.settleIntents(ctx)
-			return s, nil
+			return s, s.switchWIT(ctx)
 		}
 		if err := s.makeFirst(ctx); err != nil {
 			return nil, err
@@ -247,8 +253,8 @@ func Sealed(ctx context.Context, st store.Store) (bool, error) {
 	return false, err
 }
 
-// Health returns nil if the Set can sign both kinds of SVIDs now, or else why it cannot. A key store that does not answer is
-// named together with its key.
+// Health returns nil if the Set can sign all kinds of SVIDs that are in use now, or else why it cannot. A key store that does
+// not answer is named together with its key.
 func (s *Set) Health() error {
 	x, err := s.activeX509(s.config.Now())
 	if err != nil {
@@ -258,13 +264,23 @@ func (s *Set) Health() error {
 	if err != nil {
 		return err
 	}
-	// Both are asked, since asking tries a key store again that was down.
+	// All are asked, since asking tries a key store again that was down.
 	xErr, jErr := x.key.Health(), j.key.Health()
 	if xErr != nil {
 		return fmt.Errorf("x509 authority %s: %w", x.id, xErr)
 	}
 	if jErr != nil {
 		return fmt.Errorf("jwt authority %s: %w", j.id, jErr)
+	}
+	if !s.config.WIT.Enabled {
+		return nil
+	}
+	w, err := s.activeWIT(s.config.Now())
+	if err != nil {
+		return err
+	}
+	if err := w.key.Health(); err != nil {
+		return fmt.Errorf("wit authority %s: %w", w.id, err)
 	}
 	return nil
 }
@@ -330,13 +346,5 @@ func (s *Set) activeJWT(now time.Time) (*jwtAuthority, error) {
 	if err := s.stopped.Load(); err != nil {
 		return nil, *err
 	}
-	a := s.current.Load().activeJWT
-	if a == nil {
-		return nil, fmt.Errorf("jwt: %w", ErrNoActive)
-	}
-	if now.Before(a.notBefore) || !now.Before(a.expiresAt) {
-		return nil, fmt.Errorf("jwt authority %s is valid from %s to %s: %w", a.id,
-			a.notBefore.UTC().Format(time.RFC3339), a.expiresAt.UTC().Format(time.RFC3339), ErrExpired)
-	}
-	return a, nil
+	return usableToken(KindJWT, s.current.Load().activeJWT, now)
 }

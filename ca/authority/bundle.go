@@ -22,6 +22,7 @@ type Bundle struct {
 	TrustDomain spiffeid.TrustDomain
 	X509        []X509Authority
 	JWT         []JWTAuthority
+	WIT         []JWTAuthority // none unless WIT-SVIDs are enabled [WIT-52]
 
 	// Sequence rises with each change of the content. It is the store's revision of the newest authority record.
 	Sequence uint64
@@ -60,7 +61,7 @@ type JWTAuthority struct {
 // and keys in them are shared and must not be changed.
 func (s *Set) Bundle() Bundle {
 	b := s.current.Load().bundle
-	b.X509, b.JWT = slices.Clone(b.X509), slices.Clone(b.JWT)
+	b.X509, b.JWT, b.WIT = slices.Clone(b.X509), slices.Clone(b.JWT), slices.Clone(b.WIT)
 	return b
 }
 
@@ -74,6 +75,9 @@ func (b Bundle) SPIFFE() *spiffebundle.Bundle {
 	for _, a := range b.JWT {
 		// The only error is an empty key id, and records with one are refused.
 		_ = out.AddJWTAuthority(a.KeyID, a.PublicKey)
+	}
+	for _, a := range b.WIT {
+		_ = out.AddWITAuthority(a.KeyID, a.PublicKey)
 	}
 	out.SetSequenceNumber(b.Sequence)
 	out.SetRefreshHint(b.RefreshHint)
@@ -163,5 +167,8 @@ func (n *snapshot) makeBundle(c Config) Bundle {
 	}
 	b.JWT = n.foreignJWT(b.JWT)
 	n.addAppended(&b)
+	if n.index.WITPublished {
+		n.addWIT(&b)
+	}
 	return b
 }

@@ -40,8 +40,11 @@ func (s *Set) create(ctx context.Context, use keys.Use, generation uint64, state
 	if err != nil {
 		return creation{}, err
 	}
-	if use == keys.UseJWT {
-		return s.recordJWT(made, state)
+	switch use {
+	case keys.UseJWT:
+		return s.recordJWT(made, state, s.config.JWTLifetime)
+	case keys.UseWIT:
+		return s.recordJWT(made, state, s.config.WIT.Lifetime)
 	}
 	if s.config.Upstream != nil {
 		cert, above, err := s.mint(ctx, made.key)
@@ -121,11 +124,11 @@ func (s *Set) born(state State) life {
 	return l
 }
 
-// recordJWT returns the JWT authority of a new key.
-func (s *Set) recordJWT(made madeKey, state State) (creation, error) {
+// recordJWT returns the JWT or WIT authority of a new key.
+func (s *Set) recordJWT(made madeKey, state State, lifetime time.Duration) (creation, error) {
 	spki, err := x509.MarshalPKIXPublicKey(made.key.Public())
 	if err != nil {
-		return creation{}, fmt.Errorf("encoding the new jwt authority: %w", err)
+		return creation{}, fmt.Errorf("encoding the new %s authority: %w", made.use, err)
 	}
 	id := jwtKeyID(spki)
 	stored, err := s.stored(made, id)
@@ -133,9 +136,9 @@ func (s *Set) recordJWT(made madeKey, state State) (creation, error) {
 		return creation{}, err
 	}
 	now := s.config.Now().UTC().Truncate(time.Second)
-	return made.recorded(keyJWTPrefix, id, jwtRecord{
+	return made.recorded(tokenPrefix(made.use), id, jwtRecord{
 		Version: recordVersion, ID: id, Generation: made.generation, State: state,
-		NotBefore: now.Add(-Backdate), NotAfter: now.Add(s.config.JWTLifetime), PublicKey: spki, Key: stored, life: s.born(state),
+		NotBefore: now.Add(-Backdate), NotAfter: now.Add(lifetime), PublicKey: spki, Key: stored, life: s.born(state),
 	})
 }
 

@@ -142,7 +142,7 @@ func withKey(t *testing.T, s *Set, key *keys.Key) {
 	next := *s.current.Load()
 	x := x509Authority{id: "x", generation: 1, state: StateActive, certificate: cert, key: key, template: template}
 	j := jwtAuthority{id: "j", generation: 1, state: StateActive, public: key.Public(), expiresAt: testNow.Add(24 * time.Hour), key: key}
-	if j.signer, err = newJWTSigner(j.id, key); err != nil {
+	if j.signer, err = newJWTSigner(keys.UseJWT, j.id, key); err != nil {
 		t.Fatal(err)
 	}
 	next.x509, next.jwt = map[string]*x509Authority{"x": &x}, map[string]*jwtAuthority{"j": &j}

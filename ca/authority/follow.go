@@ -21,14 +21,16 @@ type snapshot struct {
 	index    indexRecord
 	x509     map[string]*x509Authority
 	jwt      map[string]*jwtAuthority
-	upstream upstreamState          // the zero value without an upstream CA
-	foreign  map[string]*foreignKey // JWT keys of downstream CAs, by the last part of their record's key
-	appended map[string]*Appended   // by key in the store
-	revision store.Revision         // of the newest record, the index included
+	wit      map[string]*jwtAuthority // WIT authorities differ in what they sign, not in what they are
+	upstream upstreamState            // the zero value without an upstream CA
+	foreign  map[string]*foreignKey   // JWT keys of downstream CAs, by the last part of their record's key
+	appended map[string]*Appended     // by key in the store
+	revision store.Revision           // of the newest record, the index included
 
 	activeX509 *x509Authority // nil if none is
 	activeJWT  *jwtAuthority  // nil if none is
 	prepared   []string       // as the bundle names them
+	activeWIT  *jwtAuthority  // nil if none is
 	bundle     Bundle
 }
 
@@ -45,7 +47,7 @@ type x509Authority struct {
 	template    *leafTemplate     // nil unless the key is a P-256 key in this process
 }
 
-// A jwtAuthority is one JWT authority. Its fields are never changed.
+// A jwtAuthority is one JWT or WIT authority. Its fields are never changed.
 type jwtAuthority struct {
 	id         string
 	generation uint64
@@ -65,7 +67,7 @@ func (s *Set) Load(items []store.Item) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.current.Load()
-	next := &snapshot{x509: map[string]*x509Authority{}, jwt: map[string]*jwtAuthority{}, foreign: map[string]*foreignKey{}, appended: map[string]*Appended{}}
+	next := &snapshot{x509: map[string]*x509Authority{}, jwt: map[string]*jwtAuthority{}, wit: map[string]*jwtAuthority{}, foreign: map[string]*foreignKey{}, appended: map[string]*Appended{}}
 	if err := s.apply(old, next, items); err != nil {
 		return s.refuse(old, err)
 	}
@@ -88,7 +90,7 @@ func (s *Set) Observe(batch store.Batch) error {
 	if batch.Revision <= old.revision {
 		return nil
 	}
-	next := &snapshot{index: old.index, x509: maps.Clone(old.x509), jwt: maps.Clone(old.jwt),
+	next := &snapshot{index: old.index, x509: maps.Clone(old.x509), jwt: maps.Clone(old.jwt), wit: maps.Clone(old.wit),
 		upstream: old.upstream, foreign: maps.Clone(old.foreign), appended: maps.Clone(old.appended), revision: old.revision}
 	var items []store.Item
 	for _, e := range batch.Events {
@@ -99,6 +101,8 @@ func (s *Set) Observe(batch store.Batch) error {
 			delete(next.x509, id)
 		case kind == keyJWTPrefix:
 			delete(next.jwt, id)
+		case kind == keyWITPrefix:
+			delete(next.wit, id)
 		case kind == keyAppendedPrefix:
 			delete(next.appended, e.Key)
 		case kind == keyIndex:
@@ -157,7 +161,13 @@ func (s *Set) apply(old, next *snapshot, items []store.Item) error {
 			if old != nil {
 				known = old.jwt[id]
 			}
-			next.jwt[id], err = s.readJWT(item, known)
+			next.jwt[id], err = s.readJWT(item, keys.UseJWT, known)
+		case keyWITPrefix:
+			var known *jwtAuthority
+			if old != nil {
+				known = old.wit[id]
+			}
+			next.wit[id], err = s.readJWT(item, keys.UseWIT, known)
 		case keyAppendedPrefix:
 			next.appended[item.Key], err = decodeAppended(item, s.config.TrustDomain)
 		case keyIndex:
@@ -206,8 +216,8 @@ func (s *Set) readX509(item store.Item, known *x509Authority) (*x509Authority, e
 	return a, err
 }
 
-func (s *Set) readJWT(item store.Item, known *jwtAuthority) (*jwtAuthority, error) {
-	r, public, err := decodeJWT(item)
+func (s *Set) readJWT(item store.Item, use keys.Use, known *jwtAuthority) (*jwtAuthority, error) {
+	r, public, err := decodeJWT(item, tokenPrefix(use))
 	if err != nil {
 		return nil, err
 	}
@@ -219,11 +229,11 @@ func (s *Set) readJWT(item store.Item, known *jwtAuthority) (*jwtAuthority, erro
 		a.key, a.signer = known.key, known.signer
 		return a, nil
 	}
-	a.key, err = s.openKey(r.Key, keys.Binding{TrustDomain: s.config.TrustDomain, Use: keys.UseJWT, AuthorityID: r.ID, Generation: r.Generation}, public)
+	a.key, err = s.openKey(r.Key, keys.Binding{TrustDomain: s.config.TrustDomain, Use: use, AuthorityID: r.ID, Generation: r.Generation}, public)
 	if err != nil {
 		return nil, err
 	}
-	a.signer, err = newJWTSigner(r.ID, a.key)
+	a.signer, err = newJWTSigner(use, r.ID, a.key)
 	return a, err
 }
 
@@ -255,16 +265,12 @@ func (n *snapshot) finish(c Config) error {
 			n.activeX509 = a
 		}
 	}
-	for _, a := range n.jwt {
-		if a.generation > n.index.JWTGeneration {
-			return fmt.Errorf("jwt authority %s has generation %d, but only %d were made; restore the store from a backup", a.id, a.generation, n.index.JWTGeneration)
-		}
-		if a.state == StateActive {
-			if n.activeJWT != nil {
-				return fmt.Errorf("jwt authorities %s and %s are both active; restore the store from a backup", n.activeJWT.id, a.id)
-			}
-			n.activeJWT = a
-		}
+	var err error
+	if n.activeJWT, err = activeToken(keys.UseJWT, n.jwt, n.index.JWTGeneration); err != nil {
+		return err
+	}
+	if n.activeWIT, err = activeToken(keys.UseWIT, n.wit, n.index.WITGeneration); err != nil {
+		return err
 	}
 	n.bundle = n.makeBundle(c)
 	for _, a := range n.x509 {
@@ -272,19 +278,38 @@ func (n *snapshot) finish(c Config) error {
 			n.prepared = append(n.prepared, rootID(a.root()))
 		}
 	}
-	for _, a := range n.jwt {
-		if a.state == StatePrepared {
-			n.prepared = append(n.prepared, a.id)
+	for _, tokens := range []map[string]*jwtAuthority{n.jwt, n.wit} {
+		for _, a := range tokens {
+			if a.state == StatePrepared {
+				n.prepared = append(n.prepared, a.id)
+			}
 		}
 	}
 	slices.Sort(n.prepared)
 	return nil
 }
 
+// activeToken returns which of the JWT or WIT authorities is active, or nil.
+func activeToken(use keys.Use, authorities map[string]*jwtAuthority, made uint64) (active *jwtAuthority, err error) {
+	for _, a := range authorities {
+		if a.generation > made {
+			return nil, fmt.Errorf("%s authority %s has generation %d, but only %d were made; restore the store from a backup", use, a.id, a.generation, made)
+		}
+		if a.state != StateActive {
+			continue
+		}
+		if active != nil {
+			return nil, fmt.Errorf("%s authorities %s and %s are both active; restore the store from a backup", use, active.id, a.id)
+		}
+		active = a
+	}
+	return active, nil
+}
+
 // continues returns an error if next cannot have come after old. Without this check, a store put back to yesterday's copy
 // would make a revoked authority good again.
 func continues(old, next *snapshot, now time.Time) error {
-	if next.index.X509Generation < old.index.X509Generation || next.index.JWTGeneration < old.index.JWTGeneration {
+	if next.index.X509Generation < old.index.X509Generation || next.index.JWTGeneration < old.index.JWTGeneration || next.index.WITGeneration < old.index.WITGeneration {
 		return fmt.Errorf("record %q went back to an earlier generation", keyIndex)
 	}
 	for id, was := range old.x509 {
@@ -302,16 +327,23 @@ func continues(old, next *snapshot, now time.Time) error {
 			return fmt.Errorf("the certificate of x509 authority %s was exchanged", id)
 		}
 	}
-	for id, was := range old.jwt {
-		is, ok := next.jwt[id]
+	if err := tokensContinue(keys.UseJWT, old.jwt, next.jwt, now); err != nil {
+		return err
+	}
+	return tokensContinue(keys.UseWIT, old.wit, next.wit, now)
+}
+
+func tokensContinue(use keys.Use, old, next map[string]*jwtAuthority, now time.Time) error {
+	for id, was := range old {
+		is, ok := next[id]
 		if !ok {
 			if was.state != StateRevoked && now.Before(was.expiresAt) {
-				return fmt.Errorf("the record of jwt authority %s, %s, vanished from the store", id, was.state)
+				return fmt.Errorf("the record of %s authority %s, %s, vanished from the store", use, id, was.state)
 			}
 			continue
 		}
 		if is.state.rank() < was.state.rank() || is.generation != was.generation || !is.expiresAt.Equal(was.expiresAt) {
-			return fmt.Errorf("jwt authority %s went back from %s to %s, or was exchanged", id, was.state, is.state)
+			return fmt.Errorf("%s authority %s went back from %s to %s, or was exchanged", use, id, was.state, is.state)
 		}
 	}
 	return nil
@@ -330,13 +362,20 @@ func (s *Set) logChanges(old, next *snapshot) {
 		}
 		log("x509", a.id, was, a.state)
 	}
-	for _, a := range slices.SortedFunc(maps.Values(next.jwt), func(a, b *jwtAuthority) int { return cmp.Compare(a.generation, b.generation) }) {
-		var was State
-		if old != nil && old.jwt[a.id] != nil {
-			was = old.jwt[a.id].state
+	tokens := func(use keys.Use, old, next map[string]*jwtAuthority) {
+		for _, a := range slices.SortedFunc(maps.Values(next), func(a, b *jwtAuthority) int { return cmp.Compare(a.generation, b.generation) }) {
+			var was State
+			if old[a.id] != nil {
+				was = old[a.id].state
+			}
+			log(string(use), a.id, was, a.state)
 		}
-		log("jwt", a.id, was, a.state)
 	}
+	if old == nil {
+		old = &snapshot{}
+	}
+	tokens(keys.UseJWT, old.jwt, next.jwt)
+	tokens(keys.UseWIT, old.wit, next.wit)
 }
 
 // splitKey returns the kind of record a key is for (one of the key constants; empty for others) and the authority's id.
@@ -352,6 +391,9 @@ func splitKey(key string) (id, kind string) {
 	}
 	if id, ok := strings.CutPrefix(key, keyJWTPrefix); ok {
 		return id, keyJWTPrefix
+	}
+	if id, ok := strings.CutPrefix(key, keyWITPrefix); ok {
+		return id, keyWITPrefix
 	}
 	if strings.HasPrefix(key, keyAppendedX509Prefix) || strings.HasPrefix(key, keyAppendedJWTPrefix) {
 		return "", keyAppendedPrefix

@@ -260,7 +260,7 @@ func TestIssuanceStopsWhenAuthoritiesGoBack(t *testing.T) {
 		{"newer record", func(f *follower) []store.Write { return []store.Write{f.changed(f.x509Key(), "v", 3)} }, "format version 3"},
 		{"unknown state", func(f *follower) []store.Write { return []store.Write{f.changed(f.jwtKey(), "state", "sleeping")} }, `"sleeping"`},
 		{"unknown kind", func(f *follower) []store.Write {
-			return []store.Write{{Key: "authority/wit/1", Value: []byte("{}")}}
+			return []store.Write{{Key: "authority/what/1", Value: []byte("{}")}}
 		}, "unknown kind"},
 		{"not JSON", func(f *follower) []store.Write { return []store.Write{{Key: f.x509Key(), Value: []byte("{")}} }, "authority/x509/"},
 		{"another trust domain", func(f *follower) []store.Write {
@@ -341,7 +341,7 @@ func FuzzRecords(f *testing.F) {
 				t.Errorf("accepted record %q holds %+v", key, r)
 			}
 		}
-		if r, public, err := decodeJWT(item); err == nil {
+		if r, public, err := decodeJWT(item, keyJWTPrefix); err == nil {
 			if keyJWTPrefix+r.ID != key || r.State.rank() == 0 || checkKeyStrength(public) != nil {
 				t.Errorf("accepted record %q holds %+v", key, r)
 			}

@@ -189,7 +189,7 @@ func (s *Set) abandonIntent(ctx context.Context, use keys.Use, intent keys.Inten
 func (s *Set) settleIntents(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
-	for _, use := range []keys.Use{keys.UseX509, keys.UseJWT} {
+	for _, use := range s.Kinds() {
 		if err := s.settleIntent(ctx, use); err != nil {
 			s.config.Log.Warn("the key of an interrupted preparation was not found out about; it is when the next one is prepared", "use", string(use), "err", err)
 		}

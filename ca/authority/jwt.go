@@ -67,18 +67,22 @@ type jwtSigner struct {
 	algorithm jose.SignatureAlgorithm
 }
 
-func newJWTSigner(kid string, key *keys.Key) (*jwtSigner, error) {
+func newJWTSigner(use keys.Use, kid string, key *keys.Key) (*jwtSigner, error) {
 	algorithm, err := jwtAlgorithm(key.Public())
 	if err != nil {
-		return nil, fmt.Errorf("jwt authority %s: %w", kid, err)
+		return nil, fmt.Errorf("%s authority %s: %w", use, kid, err)
 	}
-	options := (&jose.SignerOptions{}).WithType("JWT") // JWT-11; with alg and kid all the header there is [JWT-04]
+	// With alg and kid all the header there is. [JWT-04, JWT-11, WIT-04, WIT-06]
+	options := (&jose.SignerOptions{}).WithType("JWT")
+	if use == keys.UseWIT {
+		options = options.WithType("wit+jwt")
+	}
 	signer, err := jose.NewSigner(jose.SigningKey{
 		Algorithm: algorithm,
 		Key:       jose.JSONWebKey{Key: cryptosigner.Opaque(key), KeyID: kid},
 	}, options)
 	if err != nil {
-		return nil, fmt.Errorf("jwt authority %s: %w", kid, err)
+		return nil, fmt.Errorf("%s authority %s: %w", use, kid, err)
 	}
 	return &jwtSigner{signer: signer, algorithm: algorithm}, nil
 }

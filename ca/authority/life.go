@@ -20,13 +20,14 @@ import (
 // This file moves authorities through their lives. Each step is one commit, checked against the index and against every
 // record that it builds on: of two operators at once one wins, and a crash leaves the state of before or of after.
 
-// Kind is what an authority signs: X509-SVIDs or JWT-SVIDs.
+// Kind is what an authority signs: X509-SVIDs, JWT-SVIDs or WIT-SVIDs.
 type Kind = keys.Use
 
 // The kinds of authorities.
 const (
 	KindX509 = keys.UseX509
 	KindJWT  = keys.UseJWT
+	KindWIT  = keys.UseWIT
 )
 
 const (
@@ -95,7 +96,7 @@ type Authority struct {
 	ID         string
 	Generation uint64
 	State      State
-	// Certificate is nil for JWT authorities.
+	// Certificate is nil for JWT and WIT authorities.
 	Certificate *x509.Certificate
 	// Above leads from the issuer of Certificate to the root, which is the last and the one that is in the bundle. It is
 	// empty for self-signed X.509 authorities.
@@ -120,7 +121,7 @@ func (a Authority) PublishedID() string {
 // Authorities returns all authorities of a kind in every state, oldest first.
 func (s *Set) Authorities(kind Kind) []Authority { return s.current.Load().authorities(kind) }
 
-// Prepared returns the PublishedIDs of the authorities that are prepared, of both kinds, sorted. It costs next to nothing, and its
+// Prepared returns the PublishedIDs of the authorities that are prepared, of every kind, sorted. It costs next to nothing, and its
 // result must not be changed.
 func (s *Set) Prepared() []string { return s.current.Load().prepared }
 
@@ -140,7 +141,7 @@ func (n *snapshot) authorities(kind Kind) []Authority {
 			out[len(out)-1].Above = slices.Clone(a.above)
 		}
 	} else {
-		for _, a := range n.jwt {
+		for _, a := range n.tokens(kind) {
 			add(a.id, a.generation, a.state, nil, a.notBefore, a.expiresAt, a.life)
 		}
 	}
@@ -277,10 +278,12 @@ type edit struct {
 	kind    Kind
 	index   indexRecord
 	indexAt store.Revision
-	now     time.Time
-	records map[string]*record
-	made    *creation
-	deletes []string
+	// indexTouched: the index itself is to be written, whatever else is.
+	indexTouched bool
+	now          time.Time
+	records      map[string]*record
+	made         *creation
+	deletes      []string
 
 	// What the upstream publishes, and foreign JWT keys: see upstreamstate.go.
 	upstream   upstreamRecord
@@ -293,8 +296,8 @@ type edit struct {
 // change reads the records as they are in the store now, lets f decide, commits what it did provided that nobody changed
 // anything meanwhile, and returns when this Set follows it. f returns the id of the authority it is about.
 func (s *Set) change(ctx context.Context, kind Kind, f func(*edit) (string, error)) (Step, error) {
-	if kind != KindX509 && kind != KindJWT {
-		return Step{}, fmt.Errorf("unknown kind of authority %q; there are x509 and jwt", kind)
+	if err := s.checkKind(kind); err != nil {
+		return Step{}, err
 	}
 	if err := s.stopped.Load(); err != nil {
 		return Step{}, *err
@@ -379,8 +382,8 @@ func (s *Set) newEdit(kind Kind, items []store.Item) (*edit, error) {
 			if len(r.Above) > 0 {
 				e.records[r.ID].root = r.Above[len(r.Above)-1]
 			}
-		case prefix == keyJWTPrefix && kind == KindJWT:
-			r, _, err := decodeJWT(item)
+		case prefix == keyJWTPrefix && kind == KindJWT, prefix == keyWITPrefix && kind == KindWIT:
+			r, _, err := decodeJWT(item, prefix)
 			if err != nil {
 				return nil, err
 			}
@@ -458,8 +461,11 @@ func (e *edit) create(ctx context.Context, state State) (string, error) {
 		return "", fmt.Errorf("%d %s authorities: %w", published, e.kind, ErrTooMany)
 	}
 	generation := &e.index.X509Generation
-	if e.kind == KindJWT {
+	switch e.kind {
+	case KindJWT:
 		generation = &e.index.JWTGeneration
+	case KindWIT:
+		generation = &e.index.WITGeneration
 	}
 	*generation++
 	made, err := e.set.create(ctx, e.kind, *generation, state)
@@ -542,8 +548,11 @@ func (e *edit) move(r *record, to State) {
 
 // LongestTTL is the longest validity that an SVID of a kind can have.
 func (s *Set) LongestTTL(kind Kind) time.Duration {
-	if kind == KindJWT {
+	switch kind {
+	case KindJWT:
 		return s.config.MaxJWTTTL
+	case KindWIT:
+		return s.config.WIT.MaxTTL
 	}
 	return s.config.MaxX509TTL
 }
@@ -580,7 +589,7 @@ func (e *edit) commit() (checks []store.Check, writes []store.Write, err error) 
 		}
 	}
 	checks, writes = append(checks, e.checks...), append(writes, e.writes...)
-	if len(writes) == 0 {
+	if len(writes) == 0 && !e.indexTouched {
 		return nil, nil, nil
 	}
 	for _, id := range e.deletes {

@@ -25,6 +25,7 @@ const (
 	keyIndex      = keyPrefix + "index"
 	keyX509Prefix = keyPrefix + "x509/"
 	keyJWTPrefix  = keyPrefix + "jwt/"
+	keyWITPrefix  = keyPrefix + "wit/"
 
 	keyUpstream      = keyPrefix + "upstream"
 	keyForeignPrefix = keyPrefix + "downstream/jwt/"
@@ -86,6 +87,9 @@ type indexRecord struct {
 	TrustDomain    string `json:"trust_domain"`
 	X509Generation uint64 `json:"x509_generation"`
 	JWTGeneration  uint64 `json:"jwt_generation"`
+	WITGeneration  uint64 `json:"wit_generation,omitempty"` // 0: none was ever made
+	// WITPublished is here so that the bundle's sequence rises when WIT-SVIDs are switched on or off. [TDB-05]
+	WITPublished bool `json:"wit_published,omitempty"`
 }
 
 type x509Record struct {
@@ -106,6 +110,7 @@ type x509Record struct {
 	life
 }
 
+// A jwtRecord is the record of a JWT or WIT authority.
 type jwtRecord struct {
 	Version    int         `json:"v"`
 	ID         string      `json:"id"`
@@ -182,13 +187,21 @@ func decodeX509(item store.Item, td spiffeid.TrustDomain) (r x509Record, cert *x
 	return r, cert, above, nil
 }
 
-// decodeJWT reads the record of a JWT authority and checks that its parts belong together.
-func decodeJWT(item store.Item) (jwtRecord, crypto.PublicKey, error) {
+// tokenPrefix is where the records of JWT or WIT authorities are.
+func tokenPrefix(use keys.Use) string {
+	if use == keys.UseWIT {
+		return keyWITPrefix
+	}
+	return keyJWTPrefix
+}
+
+// decodeJWT reads the record of a JWT or WIT authority and checks that its parts belong together.
+func decodeJWT(item store.Item, prefix string) (jwtRecord, crypto.PublicKey, error) {
 	var r jwtRecord
 	if err := decode(item, &r); err != nil {
 		return r, nil, err
 	}
-	if err := checkHead(item.Key, keyJWTPrefix, r.ID, r.Generation, r.State); err != nil {
+	if err := checkHead(item.Key, prefix, r.ID, r.Generation, r.State); err != nil {
 		return r, nil, err
 	}
 	public, err := ParsePublicKey(r.PublicKey)

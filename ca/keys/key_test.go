@@ -159,7 +159,7 @@ func TestOpenRefusals(t *testing.T) {
 		}
 	}
 	key, _ := sealedKey(t, seal)
-	for _, b := range []Binding{{}, {TrustDomain: testBinding.TrustDomain, Use: "wit", AuthorityID: "a", Generation: 1}, {TrustDomain: testBinding.TrustDomain, Use: UseJWT, Generation: 1}, {TrustDomain: testBinding.TrustDomain, Use: UseJWT, AuthorityID: "a"}} {
+	for _, b := range []Binding{{}, {TrustDomain: testBinding.TrustDomain, Use: "other", AuthorityID: "a", Generation: 1}, {TrustDomain: testBinding.TrustDomain, Use: UseJWT, Generation: 1}, {TrustDomain: testBinding.TrustDomain, Use: UseJWT, AuthorityID: "a"}} {
 		if _, err := key.Seal(seal, b); err == nil {
 			t.Errorf("Seal with the incomplete binding %+v passes", b)
 		}

@@ -87,9 +87,9 @@ func (r *Ring) store(place Place) (*keyStore, error) {
 	return s, nil
 }
 
-// Choice returns where the next key of a use is made.
+// Choice returns where the next key of a use is made. Keys of WIT authorities are made where those of JWT authorities are.
 func (r *Ring) Choice(use Use) Choice {
-	if use == UseJWT {
+	if use == UseJWT || use == UseWIT {
 		return r.config.JWT
 	}
 	return r.config.X509

@@ -43,6 +43,7 @@ type Use string
 const (
 	UseX509 Use = "x509"
 	UseJWT  Use = "jwt"
+	UseWIT  Use = "wit"
 )
 
 // A Binding says whose key a sealed key is. It is authenticated with the ciphertext: a sealed key that is moved to another
@@ -58,7 +59,7 @@ func (b Binding) check() error {
 	switch {
 	case b.TrustDomain.IsZero():
 		return errors.New("authority key binding has no trust domain")
-	case b.Use != UseX509 && b.Use != UseJWT:
+	case b.Use != UseX509 && b.Use != UseJWT && b.Use != UseWIT:
 		return fmt.Errorf("authority key binding has the unknown use %q", string(b.Use))
 	case b.AuthorityID == "":
 		return errors.New("authority key binding has no authority id")

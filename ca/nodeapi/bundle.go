@@ -44,6 +44,9 @@ func (a *API) fetched(ctx context.Context, b *types.Bundle) {
 	for _, j := range b.JwtAuthorities {
 		ids = append(ids, j.KeyId)
 	}
+	for _, w := range b.WitAuthorities {
+		ids = append(ids, w.KeyId)
+	}
 	a.c.Rotation.Fetched(n, ids)
 }
 
@@ -63,6 +66,15 @@ func (a *API) OwnBundle(m *types.BundleMask) (*types.Bundle, error) {
 				return nil, err
 			}
 			out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{PublicKey: der, KeyId: j.KeyID, ExpiresAt: unix(j.ExpiresAt), Tainted: j.State == authority.StateTainted})
+		}
+	}
+	if m == nil || m.WitAuthorities {
+		for _, w := range b.WIT {
+			der, err := marshalKey(w.PublicKey)
+			if err != nil {
+				return nil, err
+			}
+			out.WitAuthorities = append(out.WitAuthorities, &types.WITKey{PublicKey: der, KeyId: w.KeyID, ExpiresAt: unix(w.ExpiresAt), Tainted: w.State == authority.StateTainted})
 		}
 	}
 	if m == nil || m.RefreshHint {

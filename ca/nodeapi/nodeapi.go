@@ -111,6 +111,8 @@ func (a *API) toStatus(err error) error {
 	switch {
 	case errors.Is(err, authority.ErrRefused):
 		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, authority.ErrNoWIT):
+		return status.Error(codes.Unimplemented, authority.ErrNoWIT.Error())
 	case errors.Is(err, registry.ErrNotFound):
 		return status.Error(codes.NotFound, "entry not found or not authorized")
 	case errors.Is(err, registry.ErrNotReady):

@@ -151,7 +151,7 @@ func readyBecause(ready Readiness) string {
 func (r *Rotator) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		did := false
-		for _, kind := range []authority.Kind{authority.KindX509, authority.KindJWT} {
+		for _, kind := range r.c.Set.Kinds() {
 			did = r.once(ctx, kind) || did
 		}
 		r.warn()
@@ -250,7 +250,7 @@ func (r *Rotator) do(ctx context.Context, kind authority.Kind, do, id, why strin
 func (r *Rotator) Warnings() []string {
 	var out []string
 	now := r.c.Now()
-	for _, kind := range []authority.Kind{authority.KindX509, authority.KindJWT} {
+	for _, kind := range r.c.Set.Kinds() {
 		all := r.c.Set.Authorities(kind)
 		successor := false
 		for _, a := range all {

@@ -47,7 +47,7 @@ func startSignet(env *testscript.Env) error {
 		return err
 	}
 	env.Defer(func() { os.RemoveAll(dir) })
-	i, err := dev.Start(context.Background(), dev.Config{Dir: dir, NodeGroups: []string{"backend"}, CA: func(c *ca.Config) { c.Audit.Reserve = 1 << 20 }})
+	i, err := dev.Start(context.Background(), dev.Config{Dir: dir, NodeGroups: []string{"backend"}, CA: func(c *ca.Config) { c.Audit.Reserve, c.WIT.Enabled = 1<<20, true }})
 	if err != nil {
 		return err
 	}

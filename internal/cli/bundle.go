@@ -66,15 +66,41 @@ func bundleOf(b *types.Bundle) (bundle, error) {
 				Subject: cert.Subject.String(), SHA256: hex.EncodeToString(sum[:]), ExpiresAt: stamp(cert.NotAfter), Tainted: c.GetTainted(), expires: cert.NotAfter})
 		}
 	}
-	for _, k := range b.GetJwtAuthorities() {
+	for _, k := range tokenKeys(b) {
 		pub, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
 		if err != nil {
-			return out, fmt.Errorf("reading the JWT authority %q of %q: %w", k.GetKeyId(), b.GetTrustDomain(), err)
+			return out, fmt.Errorf("reading the %s authority %q of %q: %w", strings.ToUpper(k.use), k.GetKeyId(), b.GetTrustDomain(), err)
 		}
 		expires := unixTime(k.GetExpiresAt())
-		out.Authorities = append(out.Authorities, authority{Type: "jwt", ID: k.GetKeyId(), Key: keyName(pub), ExpiresAt: stamp(expires), Tainted: k.GetTainted(), expires: expires})
+		out.Authorities = append(out.Authorities, authority{Type: k.use, ID: k.GetKeyId(), Key: keyName(pub), ExpiresAt: stamp(expires), Tainted: k.GetTainted(), expires: expires})
 	}
 	return out, nil
+}
+
+// A tokenKey is a JWT or WIT authority on the wire.
+type tokenKey struct {
+	use string // jwt or wit
+	wireKey
+}
+
+// A wireKey is what types.JWTKey and types.WITKey have in common.
+type wireKey interface {
+	GetPublicKey() []byte
+	GetKeyId() string
+	GetExpiresAt() int64
+	GetTainted() bool
+}
+
+// tokenKeys returns the JWT authorities of a bundle and then its WIT authorities.
+func tokenKeys(b *types.Bundle) []tokenKey {
+	var out []tokenKey
+	for _, k := range b.GetJwtAuthorities() {
+		out = append(out, tokenKey{"jwt", k})
+	}
+	for _, k := range b.GetWitAuthorities() {
+		out = append(out, tokenKey{"wit", k})
+	}
+	return out
 }
 
 // documentOf makes the SPIFFE bundle from the wire's.
@@ -95,13 +121,15 @@ func documentOf(b *types.Bundle) (*spiffebundle.Bundle, error) {
 			out.AddX509Authority(cert)
 		}
 	}
-	for _, k := range b.GetJwtAuthorities() {
+	for _, k := range tokenKeys(b) {
 		pub, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
-		if err != nil {
-			return nil, fmt.Errorf("reading the JWT authority %q of %q: %w", k.GetKeyId(), td, err)
+		if err == nil && k.use == "wit" {
+			err = out.AddWITAuthority(k.GetKeyId(), pub)
+		} else if err == nil {
+			err = out.AddJWTAuthority(k.GetKeyId(), pub)
 		}
-		if err := out.AddJWTAuthority(k.GetKeyId(), pub); err != nil {
-			return nil, fmt.Errorf("reading the JWT authority %q of %q: %w", k.GetKeyId(), td, err)
+		if err != nil {
+			return nil, fmt.Errorf("reading the %s authority %q of %q: %w", strings.ToUpper(k.use), k.GetKeyId(), td, err)
 		}
 	}
 	return out, nil

@@ -87,6 +87,7 @@ const (
 	AuthorityType_AUTHORITY_TYPE_UNSPECIFIED AuthorityType = 0
 	AuthorityType_AUTHORITY_TYPE_X509        AuthorityType = 1
 	AuthorityType_AUTHORITY_TYPE_JWT         AuthorityType = 2
+	AuthorityType_AUTHORITY_TYPE_WIT         AuthorityType = 3
 )
 
 // Enum value maps for AuthorityType.
@@ -95,11 +96,13 @@ var (
 		0: "AUTHORITY_TYPE_UNSPECIFIED",
 		1: "AUTHORITY_TYPE_X509",
 		2: "AUTHORITY_TYPE_JWT",
+		3: "AUTHORITY_TYPE_WIT",
 	}
 	AuthorityType_value = map[string]int32{
 		"AUTHORITY_TYPE_UNSPECIFIED": 0,
 		"AUTHORITY_TYPE_X509":        1,
 		"AUTHORITY_TYPE_JWT":         2,
+		"AUTHORITY_TYPE_WIT":         3,
 	}
 )
 
@@ -3216,11 +3219,12 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\x10ACTION_UNCHANGED\x10\x01\x12\x11\n" +
 	"\rACTION_CREATE\x10\x02\x12\x11\n" +
 	"\rACTION_CHANGE\x10\x03\x12\x11\n" +
-	"\rACTION_DELETE\x10\x04*`\n" +
+	"\rACTION_DELETE\x10\x04*x\n" +
 	"\rAuthorityType\x12\x1e\n" +
 	"\x1aAUTHORITY_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13AUTHORITY_TYPE_X509\x10\x01\x12\x16\n" +
-	"\x12AUTHORITY_TYPE_JWT\x10\x022\xaa\x0f\n" +
+	"\x12AUTHORITY_TYPE_JWT\x10\x02\x12\x16\n" +
+	"\x12AUTHORITY_TYPE_WIT\x10\x032\xaa\x0f\n" +
 	"\x05Admin\x12E\n" +
 	"\x04Plan\x12\x1d.signet.admin.v1.ApplyRequest\x1a\x1e.signet.admin.v1.ApplyResponse\x12F\n" +
 	"\x05Apply\x12\x1d.signet.admin.v1.ApplyRequest\x1a\x1e.signet.admin.v1.ApplyResponse\x12[\n" +
