@@ -104,6 +104,7 @@ func (a *API) ListAppendedAuthorities(context.Context, *adminv1.ListAppendedAuth
 		}
 		out.Authorities = append(out.Authorities, m)
 	}
+	// Keys of downstream CAs have no moment at which an operator appended them; by that they are told apart.
 	for _, j := range a.c.Authority.Bundle().JWT {
 		if j.Origin == "" || j.Origin == authority.OriginUpstream {
 			continue

@@ -32,7 +32,10 @@ func appendedAuthorities(ctx context.Context, c *caConn) ([]appended, error) {
 	}
 	var out []appended
 	for _, x := range answer.GetAuthorities() {
-		a := appended{Type: "jwt", ID: x.GetAuthorityId(), Tainted: x.GetTainted(), Source: x.GetSource(), AppendedAt: stamp(x.GetAppendedAt().AsTime()), wire: x}
+		a := appended{Type: "jwt", ID: x.GetAuthorityId(), Tainted: x.GetTainted(), Source: x.GetSource(), wire: x}
+		if x.GetAppendedAt() != nil { // keys that downstream CAs publish have none
+			a.AppendedAt = stamp(x.GetAppendedAt().AsTime())
+		}
 		if x.GetType() == adminv1.AuthorityType_AUTHORITY_TYPE_X509 {
 			a.Type = "x509"
 		}
@@ -84,7 +87,7 @@ func (a *app) bundleRemoveCommand() *cobra.Command {
 		Use:   "remove AUTHORITY...|--all",
 		Short: "Take authorities that were appended out of the bundle",
 		Long: `Take authorities of other servers, which 'signet bundle append' added, out of the bundle of this trust domain. Within moments nobody who gets
-the bundle from this CA takes anything that they signed. The CA's own authorities cannot be removed this way.`,
+the bundle from this CA takes anything that they signed. JWT keys that downstream CAs published are removed by name only. The CA's own authorities cannot be removed this way.`,
 		Example: `  signet bundle remove --all
   signet bundle remove 7c1d0f0e5b7a4f5e9a4b`,
 		Args: cobra.ArbitraryArgs,
@@ -107,7 +110,9 @@ the bundle from this CA takes anything that they signed. The CA's own authoritie
 			gone := 0
 			done := map[string]bool{} // several certificates can have one key, and go together
 			for _, x := range there {
-				if key := x.Type + " " + x.ID; (!all && !slices.Contains(args, x.ID)) || done[key] {
+				// Keys of downstream CAs were not appended by an operator: --all would break who needs them.
+				chosen := slices.Contains(args, x.ID) || all && x.wire.GetAppendedAt() != nil
+				if key := x.Type + " " + x.ID; !chosen || done[key] {
 					continue
 				} else {
 					done[key] = true
