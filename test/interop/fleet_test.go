@@ -303,14 +303,3 @@ func (a *agent) withholds(ctx context.Context, id string) {
 		a.t.Fatalf("%s: %v", a.name, err)
 	}
 }
-
-// source is a workload's live X509-SVID and bundles. It outlives the agent's restarts.
-func (a *agent) source(ctx context.Context) *workloadapi.X509Source {
-	a.t.Helper()
-	src, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(a.endpoint())))
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	a.t.Cleanup(func() { src.Close() })
-	return src
-}

@@ -107,8 +107,7 @@ func joined(t *testing.T, ctx context.Context, extra string) (*server, *agent, s
 func TestAgentEntries(t *testing.T) {
 	ctx := bounded(t, 3*time.Minute)
 	ca, a, _ := joined(t, ctx, "")
-	src := a.source(ctx)
-	before := must[x509SVID](t)(src.GetX509SVID())
+	src := newWorkload(t, ctx, a, "/web").x509
 
 	second := ca.entry(ctx, "/second", "/node")
 	a.serves(ctx, "/web", "/second")
@@ -124,9 +123,6 @@ func TestAgentEntries(t *testing.T) {
 		return err
 	}); err != nil {
 		t.Errorf("a changed entry did not arrive: %v", err)
-	}
-	if now := must[x509SVID](t)(src.GetX509SVID()); now.ID != before.ID {
-		t.Errorf("the default SVID changed from %s to %s", before.ID, now.ID)
 	}
 	if _, err := ca.spire(ctx, "entry", "delete", "-entryID", second); err != nil {
 		t.Fatal(err)
@@ -182,7 +178,7 @@ func entryID(t *testing.T, ctx context.Context, s *server, id string) string {
 func TestAgentRenewsAndSurvivesTheCA(t *testing.T) {
 	ctx := bounded(t, 3*time.Minute)
 	ca, a, agentID := joined(t, ctx, short)
-	src := a.source(ctx)
+	src := newWorkload(t, ctx, a, "/web").x509
 	first := must[x509SVID](t)(src.GetX509SVID())
 	serial := agentSerial(t, ctx, ca, agentID)
 	if err := eventually(ctx, func() error {
