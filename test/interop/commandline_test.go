@@ -103,10 +103,10 @@ func steps(dir string) []step {
 		{args: "bundle delete -id spiffe://second.example -mode delete", want: []string{"bundle deleted."}},
 		{args: "bundle delete -id spiffe://none.example", fails: true},
 
-		{args: "federation create -trustDomain web.example -bundleEndpointURL https://127.0.0.1:1/bundle -bundleEndpointProfile https_web", want: []string{"https_web"}},
-		{args: "federation create -trustDomain web.example -bundleEndpointURL https://127.0.0.1:1/bundle -bundleEndpointProfile https_web", fails: true, want: []string{"AlreadyExists"}, own: "SPIRE shows its database's error as Internal"},
 		{args: "federation create -trustDomain spi.example -bundleEndpointURL https://127.0.0.1:1/bundle -bundleEndpointProfile https_spiffe -endpointSpiffeID spiffe://spi.example/bundle -trustDomainBundlePath " + dir + "/partner.pem",
 			want: []string{"https_spiffe", "spiffe://spi.example/bundle"}},
+		{args: "federation create -trustDomain web.example -bundleEndpointURL https://127.0.0.1:1/bundle -bundleEndpointProfile https_web", want: []string{"https_web"}},
+		{args: "federation create -trustDomain web.example -bundleEndpointURL https://127.0.0.1:1/bundle -bundleEndpointProfile https_web", fails: true, want: []string{"AlreadyExists"}, own: "SPIRE shows its database's error as Internal"},
 		{args: "federation create -trustDomain example.org -bundleEndpointURL https://127.0.0.1:1/bundle -bundleEndpointProfile https_web", fails: true},
 		{args: "federation list", want: []string{"Found 2 federation relationships"}},
 		{args: "federation show -trustDomain spi.example", want: []string{"spi.example"}},
@@ -139,7 +139,7 @@ func steps(dir string) []step {
 		{args: "upstreamauthority revoke -subjectKeyID 00", fails: true},
 
 		{args: "logger get", want: []string{"Logger Level"}, own: "the levels of this test differ"},
-		{args: "logger set -level debug", want: []string{"Logger Level: DEBUG"}, own: "so does the level at launch"},
+		{args: "logger set -level debug", want: []string{"Logger Level: debug"}, own: "so does the level at launch"},
 		{args: "logger set -level loud", fails: true},
 		{args: "logger reset", own: "so does the level at launch"},
 		{args: "debug getinfo", own: "what is counted is the server's own"},

@@ -56,7 +56,7 @@ func TestControllerManagerStatic(t *testing.T) {
 	foreign(t, envController)
 	ctx := bounded(t, 2*time.Minute)
 	ca := startCA(t, ctx, "")
-	partner := strings.ReplaceAll(must[string](t)(ca.signet(ctx, "bundle", "show", "--format", "spiffe")), "\n", "")
+	partner := strings.ReplaceAll(must[string](t)(startCA(t, ctx, "").signet(ctx, "bundle", "show", "--format", "spiffe")), "\n", "")
 	manifests := shortDir(t)
 	entry := func(more string) string {
 		return "apiVersion: spire.spiffe.io/v1alpha1\nkind: ClusterStaticEntry\nmetadata: {name: web}\nspec:\n  spiffeID: spiffe://example.org/web\n  parentID: spiffe://example.org/node\n" +
@@ -81,7 +81,13 @@ func TestControllerManagerStatic(t *testing.T) {
 		t.Errorf("it made %v", first)
 	}
 	td := trustdomainv1.NewTrustDomainClient(ca.conn)
-	fr := must[*types.FederationRelationship](t)(td.GetFederationRelationship(ctx, &trustdomainv1.GetFederationRelationshipRequest{TrustDomain: "partner.example"}))
+	var fr *types.FederationRelationship
+	if err := eventually(ctx, func() (err error) {
+		fr, err = td.GetFederationRelationship(ctx, &trustdomainv1.GetFederationRelationshipRequest{TrustDomain: "partner.example"})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
 	if fr.GetHttpsSpiffe().GetEndpointSpiffeId() != "spiffe://partner.example/bundle" || fr.BundleEndpointUrl != "https://127.0.0.1:1/bundle" {
 		t.Errorf("it made %v", fr)
 	}
