@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -52,7 +53,12 @@ func (a *app) readAuthorities(ctx context.Context, c *caConn, name string, data 
 	if err != nil {
 		return nil, err
 	}
-	if given := new(types.Bundle); protojson.Unmarshal(data, given) == nil {
+	given := new(types.Bundle)
+	err = protojson.Unmarshal(data, given)
+	if err != nil && bytes.Contains(data, []byte(`"x509_authorities"`)) { // it is that form, with something that is not known
+		return nil, fmt.Errorf("reading the bundle in %q: %w", inputName(name), err)
+	}
+	if err == nil {
 		if given.TrustDomain != td.Name() {
 			return nil, withHint(fmt.Errorf("the bundle in %q is of trust domain %q, not of %q", inputName(name), given.TrustDomain, td.Name()),
 				"'signet bundle set' sets the bundle of another trust domain")
@@ -63,7 +69,7 @@ func (a *app) readAuthorities(ctx context.Context, c *caConn, name string, data 
 	if err != nil {
 		return nil, err
 	}
-	given, err := wireBundle(doc)
+	given, err = wireBundle(doc)
 	if err == nil && len(given.JwtAuthorities) > 0 {
 		a.note("%q does not say when its JWT authorities end; a SPIRE server drops them (--format spire tells it)", inputName(name))
 	}
