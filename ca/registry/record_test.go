@@ -33,7 +33,8 @@ func golden() map[string]any {
 			Admin: true, Downstream: true, StoreSVID: true, NoX509Prefetch: true, CreatedAt: at},
 		"node/join_token/x": &Node{ID: id("/spire/agent/join_token/x"), Attestation: "join_token", Selectors: []spiffe.Selector{sel("node:group:b")}, Serial: "1", NewSerial: "2", ExpiresAt: at,
 			NewExpiresAt: at.Add(time.Hour), Key: []byte{1}, NewKey: []byte{2}, Active: true, Banned: true, CanReattest: true, Version: "0.1", CreatedAt: at},
-		"token/x": &Token{ID: "x", SecretHash: []byte{1, 2}, ExpiresAt: at, Groups: []string{"b"}, UsedBy: []byte{3}},
+		"ack/join_token/x": &Ack{Authorities: []string{"a1", "k1"}, At: at},
+		"token/x":          &Token{ID: "x", SecretHash: []byte{1, 2}, ExpiresAt: at, Groups: []string{"b"}, UsedBy: []byte{3}},
 	}
 }
 
@@ -44,6 +45,8 @@ func encodeAny(v any) ([]byte, error) {
 	case *Node:
 		return v.encode()
 	case *Token:
+		return v.encode()
+	case *Ack:
 		return v.encode()
 	}
 	return nil, errors.New("unknown kind")
@@ -79,6 +82,8 @@ func TestRecordsOfVersion1AreRead(t *testing.T) {
 			got, err = decodeNode(want.(*Node).ID, item)
 		case "token":
 			got, err = decodeToken(name, item)
+		case "ack":
+			got, err = decodeAck(item)
 		}
 		if err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s reads as\n%+v\nwant\n%+v (%v)", key, got, want, err)
@@ -139,6 +144,8 @@ func FuzzRecords(f *testing.F) {
 			v, err = decodeNode(mustID(td, "/spire/agent/join_token/x"), item)
 		case "token":
 			v, err = decodeToken(name, item)
+		case "ack":
+			v, err = decodeAck(item)
 		default:
 			_ = newIndex().apply(td, store.Event{Item: item}, nil)
 			return
@@ -162,6 +169,8 @@ func FuzzRecords(f *testing.F) {
 			w, err = decodeNode(v.(*Node).ID, again)
 		case "token":
 			w, err = decodeToken(name, again)
+		case "ack":
+			w, err = decodeAck(again)
 		}
 		twice, err2 := encodeAny(w)
 		if err != nil || err2 != nil || string(once) != string(twice) {
