@@ -116,6 +116,9 @@ func (s *Set) IntermediateDue() (at time.Time, ok bool) {
 	if a == nil || len(a.above) == 0 {
 		return time.Time{}, !s.awaitsActivation()
 	}
+	if followed := s.current.Load().upstream.roots; len(followed) > 0 && !slices.ContainsFunc(followed, a.root().Equal) {
+		return time.Time{}, !s.awaitsActivation() // the upstream has let go of its root: others will soon refuse what is below it
+	}
 	notBefore, notAfter := a.validity()
 	return notBefore.Add(notAfter.Sub(notBefore) / 2), !s.awaitsActivation()
 }

@@ -371,6 +371,14 @@ func TestNewRootIsPublishedBeforeUseAndTheOldOneLeaves(t *testing.T) {
 	if changed, err := f.set.FollowUpstream(t.Context(), []*x509.Certificate{old.cert, next.root.cert}, nil); changed || err != nil {
 		t.Errorf("the same again: changed %t, %v", changed, err)
 	}
+	if due, ok := f.set.IntermediateDue(); !ok || !due.After(testNow) {
+		t.Errorf("while the upstream has both roots: due at %v (%t)", due, ok)
+	}
+	_, err = f.set.FollowUpstream(t.Context(), []*x509.Certificate{next.root.cert}, nil)
+	f.must(err)
+	if due, ok := f.set.IntermediateDue(); !ok || due.After(testNow) || len(f.set.Bundle().X509) != 2 {
+		t.Errorf("after the upstream has let go of the root in use: due at %v (%t), %d roots", due, ok, len(f.set.Bundle().X509))
+	}
 	org.root, org.issuing = next.root, next.issuing
 	r, err := f.set.RenewIntermediate(t.Context())
 	f.must(err)

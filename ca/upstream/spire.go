@@ -207,7 +207,9 @@ func (s *SPIRE) Follow(ctx context.Context) ([]*x509.Certificate, []JWTKey, erro
 	}
 	var ders [][]byte
 	for _, a := range b.GetX509Authorities() {
-		ders = append(ders, a.GetAsn1())
+		if !a.GetTainted() { // as good as gone: what is below it is to be signed anew
+			ders = append(ders, a.GetAsn1())
+		}
 	}
 	roots, err := parseDER(ders, "the bundle")
 	if err != nil {
