@@ -167,7 +167,7 @@ const (
 const defaultReissueRate = 1000
 
 // WIT says whether and how WIT-SVIDs are issued. With them the bundle holds keys of a use that some older consumers do not
-// know, and for which they refuse the whole bundle: see docs/operate.md.
+// know, and for which they refuse the whole bundle: see docs/operate/rotation.md.
 type WIT struct {
 	Enabled  bool          `yaml:"enabled"`  // default false
 	TTL      time.Duration `yaml:"ttl"`      // default 1h

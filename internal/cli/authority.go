@@ -33,9 +33,9 @@ shows how many agents still use it.`, func(ctx context.Context, c adminv1.AdminC
 			}))
 }
 
-// typeFlag adds --type. Empty is allowed where both kinds can be meant.
+// typeFlag adds --type. Empty is allowed where all kinds can be meant.
 func typeFlag(cmd *cobra.Command) *string {
-	return cmd.Flags().String("type", "", "x509 or jwt")
+	return cmd.Flags().String("type", "", "x509, jwt or wit")
 }
 
 func authorityType(text string, both bool) (adminv1.AuthorityType, error) {
@@ -44,13 +44,15 @@ func authorityType(text string, both bool) (adminv1.AuthorityType, error) {
 		return adminv1.AuthorityType_AUTHORITY_TYPE_X509, nil
 	case "jwt":
 		return adminv1.AuthorityType_AUTHORITY_TYPE_JWT, nil
+	case "wit":
+		return adminv1.AuthorityType_AUTHORITY_TYPE_WIT, nil
 	case "":
 		if both {
 			return adminv1.AuthorityType_AUTHORITY_TYPE_UNSPECIFIED, nil
 		}
-		return 0, usagef("--type is missing: x509 or jwt")
+		return 0, usagef("--type is missing: x509, jwt or wit")
 	}
-	return 0, usagef("--type %q is not x509 or jwt", text)
+	return 0, usagef("--type %q is not x509, jwt or wit", text)
 }
 
 // An ownAuthority is an authority of this CA as the CA shows it.
@@ -111,9 +113,12 @@ func authorityOf(m *adminv1.Authority) ownAuthority {
 		PreparedAt: stampOf(m.GetPreparedAt()), ActivatedAt: stampOf(m.GetActivatedAt()), DeactivatedAt: stampOf(m.GetDeactivatedAt()),
 		TaintedAt: stampOf(m.GetTaintedAt()), RevokedAt: stampOf(m.GetRevokedAt()), SignedUntil: stampOf(m.GetSignedUntil()),
 		Readiness: readinessOf(m.GetReadiness()), end: m.GetNotAfter().AsTime()}
-	if m.GetType() == adminv1.AuthorityType_AUTHORITY_TYPE_JWT {
+	switch m.GetType() {
+	case adminv1.AuthorityType_AUTHORITY_TYPE_JWT:
 		x.Type = "jwt"
-	} else {
+	case adminv1.AuthorityType_AUTHORITY_TYPE_WIT:
+		x.Type = "wit"
+	default:
 		using, unknown := m.GetAgentsUsing(), m.GetAgentsUnknown()
 		x.AgentsUsing, x.AgentsUnknown = &using, &unknown
 	}
