@@ -300,6 +300,12 @@ func (s *Set) Prove(ctx context.Context) {
 	if a, err := s.activeJWT(now); err == nil {
 		prove(keys.UseJWT, a.id, a.key)
 	}
+	if !s.config.WIT.Enabled {
+		return
+	}
+	if a, err := s.activeWIT(now); err == nil {
+		prove(keys.UseWIT, a.id, a.key)
+	}
 }
 
 func (s *Set) list(ctx context.Context) ([]store.Item, error) {

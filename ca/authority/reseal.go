@@ -83,13 +83,17 @@ func reseal(item store.Item, td spiffeid.TrustDomain, previous, seal *keys.SealK
 		return change(r.Key.Sealed, func() ([]byte, error) {
 			return keys.Reseal(r.Key, previous, seal, binding(keys.UseX509, id, r.Generation))
 		}, &r.Key.Sealed, &r)
-	case kind == keyJWTPrefix:
+	case kind == keyJWTPrefix, kind == keyWITPrefix:
+		use := keys.UseJWT
+		if kind == keyWITPrefix {
+			use = keys.UseWIT
+		}
 		var r jwtRecord
 		if err := decode(item, &r); err != nil {
 			return nil, err
 		}
 		return change(r.Key.Sealed, func() ([]byte, error) {
-			return keys.Reseal(r.Key, previous, seal, binding(keys.UseJWT, id, r.Generation))
+			return keys.Reseal(r.Key, previous, seal, binding(use, id, r.Generation))
 		}, &r.Key.Sealed, &r)
 	case kind != "": // of a kind that holds no key
 		return nil, nil
