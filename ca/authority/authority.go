@@ -234,6 +234,9 @@ func Open(ctx context.Context, c Config) (*Set, error) {
 				return s, err
 			}
 			s.settleIntents(ctx)
+			if err := s.noteLongestTTLs(ctx); err != nil {
+				return s, err
+			}
 			return s, s.switchWIT(ctx)
 		}
 		if err := s.makeFirst(ctx); err != nil {

@@ -108,7 +108,7 @@ func (s *Set) recordX509(made madeKey, state State, der []byte, above x509Path) 
 		return creation{}, err
 	}
 	r := x509Record{Version: recordVersion, ID: id, Generation: made.generation, State: state, Certificate: der, Key: stored,
-		Cross: s.crossSign(cert), life: s.born(state)}
+		Cross: s.crossSign(cert), life: s.born(made.use, state)}
 	for _, c := range above {
 		r.Version, r.Above = chainedVersion, append(r.Above, c.Raw)
 	}
@@ -116,10 +116,10 @@ func (s *Set) recordX509(made madeKey, state State, der []byte, above x509Path) 
 }
 
 // born is the life of an authority that is made now, in its first state.
-func (s *Set) born(state State) life {
+func (s *Set) born(kind Kind, state State) life {
 	l := life{PreparedAt: s.config.Now().UTC().Truncate(time.Second)}
 	if state == StateActive {
-		l.ActivatedAt = l.PreparedAt
+		l.ActivatedAt, l.LongestTTL = l.PreparedAt, seconds(s.LongestTTL(kind))
 	}
 	return l
 }
@@ -138,7 +138,7 @@ func (s *Set) recordJWT(made madeKey, state State, lifetime time.Duration) (crea
 	now := s.config.Now().UTC().Truncate(time.Second)
 	return made.recorded(tokenPrefix(made.use), id, jwtRecord{
 		Version: recordVersion, ID: id, Generation: made.generation, State: state,
-		NotBefore: now.Add(-Backdate), NotAfter: now.Add(lifetime), PublicKey: spki, Key: stored, life: s.born(state),
+		NotBefore: now.Add(-Backdate), NotAfter: now.Add(lifetime), PublicKey: spki, Key: stored, life: s.born(made.use, state),
 	})
 }
 

@@ -119,6 +119,9 @@ func (s *Set) SignDownstream(ctx context.Context, r DownstreamRequest) (*Downstr
 		SubjectKeyId:          ski[:],
 		URIs:                  []*url.URL{{Scheme: "spiffe", Host: s.config.TrustDomain.Name()}}, // no path: X509-18
 	}
+	if err := s.noteReach(ctx, a, now, notAfter); err != nil {
+		return nil, err
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.certificate, r.PublicKey, a.key) // verifies its own signature
 	if err != nil {
 		return nil, fmt.Errorf("signing the certificate of a downstream CA: %w", err)

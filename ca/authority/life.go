@@ -88,6 +88,8 @@ type life struct {
 
 	// SignedUntil is set when it stops signing: nothing that it signed is valid after that.
 	SignedUntil time.Time `json:"signed_until,omitzero"`
+
+	reach
 }
 
 // An Authority is one authority in any state, with what is known of its life. Moments that have not come are zero.
@@ -530,7 +532,7 @@ func (e *edit) move(r *record, to State) {
 	l := &r.life
 	if r.state == StateActive {
 		l.DeactivatedAt = e.now
-		l.SignedUntil = e.now.Add(e.set.LongestTTL(e.kind) + signedSlack)
+		l.SignedUntil = l.until(e.now, e.set.LongestTTL(e.kind)).Add(signedSlack)
 		if end := r.notAfter.Add(signedSlack); l.SignedUntil.After(end) {
 			l.SignedUntil = end
 		}
@@ -538,6 +540,7 @@ func (e *edit) move(r *record, to State) {
 	switch to {
 	case StateActive:
 		l.ActivatedAt = e.now
+		l.LongestTTL = max(l.LongestTTL, seconds(e.set.LongestTTL(e.kind)))
 	case StateTainted:
 		l.TaintedAt = e.now
 	case StateRevoked:

@@ -41,6 +41,9 @@ func (a *API) NewDownstreamX509CA(ctx context.Context, req *svidv1.NewDownstream
 	}
 	made, err := a.c.Authority.SignDownstream(ctx, authority.DownstreamRequest{PublicKey: key, TTL: time.Duration(req.PreferredTtl) * time.Second,
 		MaxTTL: a.c.MaxDownstreamTTL, Depth: a.c.DownstreamDepth})
+	if errors.Is(err, authority.ErrConflict) {
+		return fail(status.Error(codes.Aborted, "the authorities were changed at this moment; try again"))
+	}
 	if err != nil {
 		return fail(err)
 	}
