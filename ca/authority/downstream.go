@@ -210,6 +210,14 @@ func (s *Set) PublishJWTKey(ctx context.Context, downstream spiffeid.ID, key For
 		if slices.ContainsFunc(e.upstream.Keys, func(k keyRecord) bool { return k.KeyID == key.KeyID }) {
 			return refused("key id %q is that of an authority of the upstream CA", key.KeyID)
 		}
+		for _, a := range e.appended { // an appended authority gives way to what is in the bundle otherwise
+			switch same := equalKeys(public, a.PublicKey); {
+			case a.ID == key.KeyID && !same:
+				return refused("key id %q is that of an appended authority", key.KeyID)
+			case a.ID != key.KeyID && same:
+				return refused("the key of %q is that of an appended authority with another id", key.KeyID)
+			}
+		}
 		own := 0
 		for _, k := range e.foreign {
 			if k.record.Origin == downstream.String() {

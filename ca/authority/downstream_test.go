@@ -237,3 +237,46 @@ func TestDownstreamJWTKeys(t *testing.T) {
 		t.Errorf("the key is of %q", again2.Bundle().JWT[1].Origin)
 	}
 }
+
+// A downstream CA that was stolen takes no key out of the bundle that is somebody else's: neither one that an operator
+// appended, nor one that the upstream CA publishes after the id was taken.
+func TestDownstreamJWTKeyDisplacesNoOther(t *testing.T) {
+	f, _, _ := openBelow(t, nil)
+	thief := spiffeid.RequireFromString("spiffe://example.org/thief")
+	key := func(kid string) ForeignJWTKey {
+		return ForeignJWTKey{KeyID: kid, PublicKey: marshalKey(t, newPublicKey(t)), ExpiresAt: testNow.Add(time.Hour)}
+	}
+	find := func(kid string) (found JWTAuthority) {
+		for _, a := range f.set.Bundle().JWT {
+			if a.KeyID == kid {
+				found = a
+			}
+		}
+		return found
+	}
+	moving := key("moving")
+	if _, _, err := f.set.Append(t.Context(), nil, []JWTKey{{KeyID: moving.KeyID, PublicKey: moving.PublicKey, ExpiresAt: moving.ExpiresAt}}, "test"); err != nil {
+		t.Fatal(err)
+	}
+	renamed := moving
+	renamed.KeyID = "renamed"
+	for _, k := range []ForeignJWTKey{key("moving"), renamed} {
+		if changed, err := f.set.PublishJWTKey(t.Context(), thief, k); changed || !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "appended authority") {
+			t.Errorf("the key id or the key of an appended authority: %t, %v", changed, err)
+		}
+	}
+	if changed, err := f.set.PublishJWTKey(t.Context(), thief, moving); !changed || err != nil {
+		t.Errorf("the CA whose key was appended publishes it itself: %t, %v", changed, err)
+	}
+	if _, err := f.set.PublishJWTKey(t.Context(), thief, key("next of the upstream")); err != nil {
+		t.Fatal(err)
+	}
+	next := key("next of the upstream")
+	root := f.set.Bundle().X509[0].Certificate
+	if _, err := f.set.FollowUpstream(t.Context(), []*x509.Certificate{root}, []ForeignJWTKey{next, key("other")}); err != nil {
+		t.Fatal(err)
+	}
+	if a := find(next.KeyID); a.Origin != OriginUpstream || !bytes.Equal(marshalKey(t, a.PublicKey), next.PublicKey) {
+		t.Errorf("under the key id of the upstream is the key of %q", a.Origin)
+	}
+}

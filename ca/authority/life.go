@@ -291,6 +291,7 @@ type edit struct {
 	upstream   upstreamRecord
 	upstreamAt store.Revision
 	foreign    map[string]foreignItem
+	appended   []*Appended // JWT authorities, for edits of that kind
 	checks     []store.Check
 	writes     []store.Write
 }
@@ -374,6 +375,14 @@ func (s *Set) newEdit(kind Kind, items []store.Item) (*edit, error) {
 				return nil, err
 			}
 			e.foreign[item.Key] = foreignItem{k, item.Modified}
+		case prefix == keyAppendedPrefix && kind == KindJWT:
+			a, err := decodeAppended(item, s.config.TrustDomain)
+			if err != nil {
+				return nil, err
+			}
+			if !a.X509() {
+				e.appended = append(e.appended, a)
+			}
 		case prefix == keyX509Prefix && kind == KindX509:
 			r, cert, above, err := decodeX509(item, s.config.TrustDomain)
 			if err != nil {

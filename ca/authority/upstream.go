@@ -240,10 +240,10 @@ func (e *edit) follow(roots []*x509.Certificate, jwtKeys []ForeignJWTKey) upstre
 		}
 	}
 	for _, k := range jwtKeys {
-		// What came from here would be published twice.
+		// What came from here would be published twice. Another key under an id that a CA below has taken is not from here.
 		_, own := e.set.current.Load().jwt[k.KeyID]
-		_, downstream := e.foreign[foreignRecordKey(k.KeyID)]
-		if e.now.Before(k.ExpiresAt) && !own && !downstream {
+		d, downstream := e.foreign[foreignRecordKey(k.KeyID)]
+		if e.now.Before(k.ExpiresAt) && !own && !(downstream && bytes.Equal(d.record.PublicKey, k.PublicKey)) {
 			next.Keys = append(next.Keys, keyRecord{KeyID: k.KeyID, PublicKey: k.PublicKey, ExpiresAt: k.ExpiresAt.UTC(), Tainted: k.Tainted})
 		}
 	}

@@ -246,11 +246,11 @@ func (n *snapshot) foreignJWT(out []JWTAuthority) []JWTAuthority {
 		}
 		out = append(out, JWTAuthority{KeyID: k.record.KeyID, PublicKey: k.public, ExpiresAt: k.record.ExpiresAt, State: state, Origin: origin})
 	}
+	for _, k := range n.upstream.keys { // before those below: who is below must not displace who is above
+		add(k, OriginUpstream)
+	}
 	for _, id := range slices.Sorted(maps.Keys(n.foreign)) {
 		add(n.foreign[id], n.foreign[id].record.Origin)
-	}
-	for _, k := range n.upstream.keys {
-		add(k, OriginUpstream)
 	}
 	return out
 }
