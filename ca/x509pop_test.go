@@ -198,6 +198,25 @@ func TestX509POPRefuses(t *testing.T) {
 	}
 }
 
+// TestX509POPAddressOfIPv6: the whole address counts. What tells callers apart for limits, the network, would let no node in
+// whose certificate names its address, and every node of the network that shows a certificate for the network's own one.
+func TestX509POPAddressOfIPv6(t *testing.T) {
+	p := newPKI(t)
+	c := popConfig(t, p)
+	c.Listen, c.NodeAttestors.X509POP.VerifyClientIP = "[::1]:0", true
+	h := start(t, c)
+	for _, tt := range []struct {
+		san  string
+		want codes.Code
+	}{{"::1", codes.OK}, {"::", codes.PermissionDenied}, {"::2", codes.PermissionDenied}} {
+		k := key(t)
+		chain := p.node(k.Public(), func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.ParseIP(tt.san)} })
+		if _, err := prove(t.Context(), h.dial(nil, nil), "x509pop", popPayload(t, chain), csr(t, key(t)), possess(t, k)); code(err) != tt.want {
+			t.Errorf("from ::1 with a certificate for %s: %v, want %v", tt.san, err, tt.want)
+		}
+	}
+}
+
 // weakRSA makes a key that Go makes only when it is told to.
 func weakRSA(t *testing.T) *rsa.PrivateKey {
 	t.Helper()

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/signet-id/signet/ca/access"
-	"github.com/signet-id/signet/ca/limits"
 )
 
 const (
@@ -56,5 +55,11 @@ func (s *seats) take(addr netip.Addr) (leave func(), err error) {
 	}, nil
 }
 
-// callerAddress is where the caller comes from, of IPv6 the site; the zero Addr on the admin socket.
-func callerAddress(ctx context.Context) netip.Addr { return limits.Address(access.From(ctx).Address) }
+// callerAddress is where the caller comes from; the zero Addr on the admin socket.
+func callerAddress(ctx context.Context) netip.Addr {
+	at, err := netip.ParseAddrPort(access.From(ctx).Address)
+	if err != nil {
+		return netip.Addr{}
+	}
+	return at.Addr().Unmap().WithZone("")
+}
