@@ -193,10 +193,10 @@ type Audit struct {
 type Limits struct {
 	Connections Limit `yaml:"connections"` // new connections of one address; default rate 100, burst 500
 	Attest      Limit `yaml:"attest"`      // attestations from one address; default rate 5, burst 30
-	Bundle      Limit `yaml:"bundle"`      // GetBundle, of one address or agent; default rate 20, burst 100
+	Bundle      Limit `yaml:"bundle"`      // GetBundle and GetFederatedBundle, of one address or agent; default rate 20, burst 100
 	Renew       Limit `yaml:"renew"`       // renewals of one agent's own X509-SVID; default rate 10, burst 20
 	X509SVIDs   Limit `yaml:"x509"`        // X509-SVIDs, and CAs, signed for one agent or downstream CA, each of a batch; default rate 500, burst 1000
-	JWTSVIDs    Limit `yaml:"jwt"`         // JWT-SVIDs signed for one agent, each of a batch; default rate 500, burst 1000
+	JWTSVIDs    Limit `yaml:"jwt"`         // JWT-SVIDs and WIT-SVIDs signed for one agent, each of a batch; default rate 500, burst 1000
 	Sync        Limit `yaml:"sync"`        // streams and calls by which one agent learns its entries; default rate 10, burst 20
 	Status      Limit `yaml:"status"`      // PostStatus of one agent, JWT authorities published by one downstream CA; default rate 10, burst 10
 	// MaxWait is how long a call may wait before it is refused. Default 5s; at most 8s.

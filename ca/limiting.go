@@ -115,6 +115,7 @@ func newLimiter(ca *CA) *limiter {
 var limited = map[string]string{
 	agentv1.Agent_AttestAgent_FullMethodName:           "attest",
 	bundlev1.Bundle_GetBundle_FullMethodName:           "bundle",
+	bundlev1.Bundle_GetFederatedBundle_FullMethodName:  "bundle",
 	agentv1.Agent_RenewAgent_FullMethodName:            "renew",
 	agentv1.Agent_PostStatus_FullMethodName:            "status",
 	entryv1.Entry_SyncAuthorizedEntries_FullMethodName: "sync",
@@ -124,6 +125,7 @@ var limited = map[string]string{
 	svidv1.SVID_BatchNewX509SVID_FullMethodName:        "x509",
 	nodev1.Node_IssueJWTSVIDs_FullMethodName:           "jwt",
 	svidv1.SVID_NewJWTSVID_FullMethodName:              "jwt",
+	svidv1.SVID_BatchNewWITSVID_FullMethodName:         "jwt",
 	svidv1.SVID_NewDownstreamX509CA_FullMethodName:     "x509",
 	bundlev1.Bundle_PublishJWTAuthority_FullMethodName: "status",
 }
@@ -139,6 +141,8 @@ func cost(req any) int {
 		n = len(r.Items)
 	case *nodev1.IssueJWTSVIDsRequest:
 		n = len(r.Items)
+	case *svidv1.BatchNewWITSVIDRequest:
+		n = len(r.Params)
 	}
 	if n > nodeapi.MaxBatch {
 		return 1

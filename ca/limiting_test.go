@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/test/spireclient"
 )
 
@@ -238,6 +239,31 @@ func TestSignaturesOfOneAgentAreLimited(t *testing.T) {
 	}
 	if _, err := a.SVIDAPI().NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: "a", Audience: []string{"x"}}); err != nil {
 		t.Errorf("JWT-SVIDs have their own limit: %v", err)
+	}
+}
+
+// TestEveryCallOfAnAgentIsLimited: whatever a node may call that was stolen has a limit, or it could keep the CA busy and fill
+// the audit log as fast as it can send.
+func TestEveryCallOfAnAgentIsLimited(t *testing.T) {
+	for method, kind := range methods() {
+		if kind&(access.Agent|access.Downstream|access.Anyone) != 0 && limited[method] == "" && method != bundlev1.Bundle_PublishWITAuthority_FullMethodName {
+			t.Errorf("%s has no limit", method)
+		}
+	}
+	c := limitedTo(t, "jwt", Limit{Rate: 1, Burst: 500})
+	c.WIT.Enabled = true
+	h := start(t, c)
+	a := h.join()
+	wits := func(n int) error {
+		_, err := a.SVIDAPI().BatchNewWITSVID(t.Context(), &svidv1.BatchNewWITSVIDRequest{Params: slices.Repeat([]*svidv1.NewWITSVIDParams{{EntryId: "not its own"}}, n)})
+		return err
+	}
+	if err := wits(400); err != nil {
+		t.Fatal(err)
+	}
+	retryAfter(t, wits(400))
+	if n := len(h.audit("witsvid.refused")); n != 400 {
+		t.Errorf("%d audit records of a flood, want 400", n)
 	}
 }
 
