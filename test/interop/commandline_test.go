@@ -46,7 +46,7 @@ func steps(dir string) []step {
 		{args: "entry create -entryID stored -spiffeID spiffe://example.org/stored -parentID spiffe://example.org/node -selector disk:name:x -storeSVID", want: []string{"StoreSvid: true"}},
 		{args: "entry create -entryID late -spiffeID spiffe://example.org/late -parentID spiffe://example.org/node -selector unix:uid:5 -entryExpiry 4102444800", want: []string{"2100-01-01"}},
 		{args: "entry create -entryID jti -spiffeID spiffe://example.org/jti -parentID spiffe://example.org/node -selector unix:uid:6 -jwtSVIDIncludeJTI -disableX509SVIDPrefetch"},
-		{args: "entry create -spiffeID spiffe://example.org/spire/x -parentID spiffe://example.org/node -selector unix:uid:1", fails: true, own: "SPIRE allows reserved IDs here"},
+		{args: "entry create -spiffeID spiffe://example.org/spire/x -parentID spiffe://example.org/node -selector unix:uid:1", fails: true},
 		{args: "entry create -spiffeID spiffe://other.example/x -parentID spiffe://example.org/node -selector unix:uid:1", fails: true},
 		{args: "entry create -data " + dir + "/entries.json", want: []string{"spiffe://example.org/from/file"}},
 		{args: "entry show -entryID web", want: []string{"Found 1 entry"}},
