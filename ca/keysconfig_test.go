@@ -38,6 +38,11 @@ func TestKeysInConfiguration(t *testing.T) {
 		{name: "seal with a PIN", yaml: "seal: {kms: \"pkcs11:token=a;object=b?pin-value=4711\"}", wantErr: "pin-source"},
 		{name: "seal by a TPM", yaml: "seal: {kms: \"tpmkms:name=a;storage-directory=/t\"}", wantErr: "systemd_credential"},
 		{name: "previous is the same", yaml: "seal: {key_file: /k, previous: {key_file: /k}}", wantErr: "seal.previous"},
+		{name: "upstream's key without its name", yaml: "seal: {key_file: /k}\nupstream: {disk: {certificate_file: /c, kms: \"pkcs11:token=a\"}}", wantErr: "upstream.disk.kms: pkcs11 key URI names no key"},
+		{name: "upstream's key with a PIN", yaml: "seal: {key_file: /k}\nupstream: {disk: {certificate_file: /c, kms: \"pkcs11:token=a;object=b?pin-value=4711\"}}", wantErr: "pin-source"},
+		{name: "upstream's key without a driver", yaml: "seal: {key_file: /k}\nupstream: {disk: {certificate_file: /c, kms: \"tpmkms:name=a;storage-directory=/t\"}}", wantErr: "upstream.disk.kms: this program has no driver for tpmkms"},
+		{name: "upstream's key twice", yaml: "seal: {key_file: /k}\nupstream: {disk: {certificate_file: /c, key_file: /f, kms: \"awskms:key-id=a\"}}", wantErr: "upstream.disk.kms: excludes key_file"},
+		{name: "upstream without a key", yaml: "seal: {key_file: /k}\nupstream: {disk: {certificate_file: /c}}", wantErr: "upstream.disk.key_file: missing"},
 		{name: "two previous", yaml: "seal: {key_file: /k, previous: {key_file: /l, systemd_credential: m}}", wantErr: "seal.previous"},
 	} {
 		_, err := ReadConfig([]byte(keysConfigBase+tt.yaml+"\n"), "ca.yaml")

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"context"
 	"crypto"
 	"fmt"
 	"log/slog"
@@ -35,12 +36,11 @@ type Upstream struct {
 type UpstreamDisk struct {
 	// CertificateFile holds the CA's certificate in PEM, and those above it if it is not self-signed.
 	CertificateFile string `yaml:"certificate_file"`
-	// KeyFile holds its private key in PEM, unencrypted, with a mode such as 0600.
+	// KeyFile holds its private key in PEM, unencrypted, with mode 0600.
 	KeyFile string `yaml:"key_file"`
-	// KMS is, instead of KeyFile, the URI of the key store that holds the key, as in keys.uri.
+	// KMS is, instead of KeyFile, the URI of the key in a key store: as in keys.uri, with what names the key, such as
+	// pkcs11:module-path=/usr/lib/softhsm/libsofthsm2.so;token=signet;object=root?pin-source=/etc/signet/pin or awskms:key-id=ID.
 	KMS string `yaml:"kms"`
-	// KMSKey is the driver's name of the key there, such as pkcs11:object=root or awskms:key-id=ID.
-	KMSKey string `yaml:"kms_key"`
 	// BundleFile holds the root or roots in PEM. Not needed if CertificateFile ends with the root.
 	BundleFile string `yaml:"bundle_file"`
 }
@@ -132,16 +132,17 @@ func (u *Upstream) check(td spiffeid.TrustDomain, bad func(field, format string,
 		path("upstream.disk.certificate_file", d.CertificateFile, true)
 		path("upstream.disk.bundle_file", d.BundleFile, false)
 		path("upstream.disk.key_file", d.KeyFile, d.KMS == "")
-		place, err := keys.ParsePlace(d.KMS)
-		switch {
-		case err != nil:
-			bad("upstream.disk.kms", "%v", err)
-		case d.KMS != "" && place.Software():
-			bad("upstream.disk.kms", "%q holds no keys of others; use key_file", d.KMS)
-		case d.KMS != "" && d.KeyFile != "":
+		if d.KMS != "" && d.KeyFile != "" {
 			bad("upstream.disk.kms", "excludes key_file")
-		case (d.KMS == "") != (d.KMSKey == ""):
-			bad("upstream.disk.kms_key", "needs kms, and kms needs it: the key store and the name of the key there")
+		}
+		if d.KMS != "" {
+			key, err := keys.ParseKeyURI(d.KMS)
+			if err == nil {
+				err = key.Linked()
+			}
+			if err != nil {
+				bad("upstream.disk.kms", "%v", err)
+			}
 		}
 	}
 	if v := u.Vault; v != nil {
@@ -199,16 +200,7 @@ func (v *UpstreamVault) login() upstream.Login {
 func (u *Upstream) open(td spiffeid.TrustDomain, ring *keys.Ring, now func() time.Time, log *slog.Logger) (upstreamDriver, error) {
 	switch {
 	case u.Disk != nil:
-		d := &upstream.Disk{CertificateFile: u.Disk.CertificateFile, KeyFile: u.Disk.KeyFile, BundleFile: u.Disk.BundleFile, Now: now}
-		if u.Disk.KMS != "" {
-			place, err := keys.ParsePlace(u.Disk.KMS)
-			if err != nil {
-				return nil, fmt.Errorf("upstream.disk.kms: %w", err)
-			}
-			name := u.Disk.KMSKey
-			d.Signer = func(public crypto.PublicKey) (crypto.Signer, error) { return ring.Signer(place, name, public) }
-		}
-		return d, nil
+		return u.Disk.open(ring, now)
 	case u.Vault != nil:
 		v, err := upstream.NewVault(upstream.VaultConfig{TrustDomain: td, Address: u.Vault.Address, Mount: u.Vault.Mount, Issuer: u.Vault.Issuer, Namespace: u.Vault.Namespace,
 			CAFile: u.Vault.CAFile, RootFile: u.Vault.RootFile, Login: u.Vault.login(), Now: now})
@@ -221,6 +213,34 @@ func (u *Upstream) open(td spiffeid.TrustDomain, ring *keys.Ring, now func() tim
 		return upstream.NewSPIRE(upstream.SPIREConfig{TrustDomain: td, ServerAddress: u.SPIRE.ServerAddress, AgentSocket: "unix://" + u.SPIRE.AgentSocket, ID: id, Now: now, Log: log}), nil
 	}
 	return nil, nil
+}
+
+func (u *UpstreamDisk) open(ring *keys.Ring, now func() time.Time) (*upstream.Disk, error) {
+	d := &upstream.Disk{CertificateFile: u.CertificateFile, BundleFile: u.BundleFile, Now: now}
+	if u.KMS == "" {
+		d.KeyName = "key_file " + u.KeyFile
+		d.Key = func(context.Context) (crypto.Signer, error) {
+			key, err := keys.LoadKeyFile(u.KeyFile)
+			if err != nil {
+				return nil, fmt.Errorf("upstream.disk.key_file: %w", err)
+			}
+			return key, nil
+		}
+		return d, nil
+	}
+	uri, err := keys.ParseKeyURI(u.KMS)
+	if err != nil {
+		return nil, fmt.Errorf("upstream.disk.kms: %w", err)
+	}
+	d.KeyName = "kms " + uri.String()
+	d.Key = func(ctx context.Context) (crypto.Signer, error) {
+		key, err := ring.Existing(ctx, uri)
+		if err != nil {
+			return nil, fmt.Errorf("upstream.disk.kms: %w", err)
+		}
+		return key, nil
+	}
+	return d, nil
 }
 
 // Downstream bounds what CAs below this one get.

@@ -99,7 +99,8 @@ func (k KeyURI) ID() string {
 	return fmt.Sprintf("%s-%x", k.place.scheme, sum[:8])
 }
 
-// Existing returns a key that an operator made. It is asked for its public key, and for one signature as proof.
+// Existing returns a key that an operator made, such as that of a CA above. It is asked for its public key, and for one
+// signature as proof; like those of authorities, each of its signatures has a deadline and is verified.
 func (r *Ring) Existing(ctx context.Context, k KeyURI) (*Key, error) {
 	s, err := r.store(k.place)
 	if err != nil {

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"strings"
 )
 
@@ -49,34 +47,14 @@ func (e *scrubbedError) As(target any) bool   { return errors.As(e.cause, target
 
 // readPIN reads a PIN from a regular file that only its owner can reach. White space at the end is not part of it.
 func readPIN(path string) (secret, error) {
-	f, err := os.Open(path)
+	content, err := readPrivate(path, maxPINBytes)
 	if err != nil {
 		return secret{}, fmt.Errorf("pin-source: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return secret{}, fmt.Errorf("pin-source: %w", err)
-	}
-	// systemd grants a unit's user its credentials through an ACL, which shows in the bits of the group.
-	forbidden := os.FileMode(0o077)
-	if dir := os.Getenv(credentialsDirectory); dir != "" && filepath.Dir(path) == filepath.Clean(dir) {
-		forbidden = 0o007
-	}
-	switch mode := info.Mode().Perm(); {
-	case !info.Mode().IsRegular():
-		return secret{}, fmt.Errorf("pin-source %s is not a regular file", path)
-	case mode&forbidden != 0:
-		return secret{}, fmt.Errorf("pin-source %s has mode %04o, so that users other than its owner can reach it; run chmod 600 on it", path, mode)
-	}
-	content, err := io.ReadAll(io.LimitReader(f, maxPINBytes+1))
-	if err != nil {
-		return secret{}, fmt.Errorf("reading pin-source %s: %w", path, err)
 	}
 	defer clear(content)
 	pin := bytes.TrimRight(content, " \t\r\n")
-	if len(pin) == 0 || len(content) > maxPINBytes {
-		return secret{}, fmt.Errorf("pin-source %s holds %d bytes; it must hold a PIN of 1 to %d", path, len(content), maxPINBytes)
+	if len(pin) == 0 {
+		return secret{}, fmt.Errorf("pin-source: %s holds no PIN; it must hold one of 1 to %d bytes", path, maxPINBytes)
 	}
 	return secret{value: string(pin)}, nil
 }

@@ -22,7 +22,7 @@ func TestPINFile(t *testing.T) {
 		{name: "the group can read it", content: "4711-pin", mode: 0o640, wantErr: "chmod 600"},
 		{name: "others can read it", content: "4711-pin", mode: 0o604, wantErr: "mode 0604"},
 		{name: "empty", content: "\n", mode: 0o600, wantErr: "1 to 256"},
-		{name: "long", content: strings.Repeat("4711-pin", 50), mode: 0o600, wantErr: "1 to 256"},
+		{name: "long", content: strings.Repeat("4711-pin", 50), mode: 0o600, wantErr: "more than 256"},
 	} {
 		path := filepath.Join(dir, tt.name)
 		if err := os.WriteFile(path, []byte(tt.content), 0o600); err != nil {

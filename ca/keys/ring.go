@@ -134,19 +134,6 @@ func (r *Ring) Open(ctx context.Context, stored Stored, seal *SealKey, b Binding
 	return &Key{signer: &storeSigner{store: s, key: ref.Key, public: public}, external: true}, nil
 }
 
-// Signer returns a key that somebody else made in a key store, by the driver's name for it, with its public key. Like Open it
-// waits for nobody.
-func (r *Ring) Signer(place Place, key string, public crypto.PublicKey) (*Key, error) {
-	if place.Software() || key == "" {
-		return nil, errors.New("a key of a key store has the URI of the key store and a name")
-	}
-	s, err := r.store(place)
-	if err != nil {
-		return nil, err
-	}
-	return &Key{signer: &storeSigner{store: s, key: key, public: public}, external: true}, nil
-}
-
 // An Intent is a key that is to be made in a key store, or was: between the two nobody knows. It is kept in the store of the
 // CA, sealed, until the authority whose key it is takes its place.
 type Intent struct {

@@ -6,27 +6,23 @@ import (
 	"crypto"
 	"crypto/rand"
 	"crypto/x509"
-	"encoding/pem"
-	"errors"
 	"fmt"
 	"math/big"
 	"slices"
 	"time"
 )
 
-const maxKeyFileBytes = 64 << 10
-
 // A Disk is an upstream CA whose certificate is in a file, and whose key is in another or in a key store. The files are read
-// anew each time, so that an exchanged one counts at once.
+// anew each time, so that an exchanged one counts at once. The key's bytes are none of its business: package keys has them.
 type Disk struct {
 	// CertificateFile holds the CA's certificate in PEM, and those above it if it is not self-signed.
 	CertificateFile string
-	// KeyFile holds its private key in PEM, unencrypted. Empty if Signer is set.
-	KeyFile string
 	// BundleFile holds the root or roots in PEM. Empty if CertificateFile ends with the root.
 	BundleFile string
-	// Signer returns the CA's key in a key store, for the public key in its certificate. Nil if KeyFile is set.
-	Signer func(public crypto.PublicKey) (crypto.Signer, error)
+	// Key returns the CA's private key as it is now. It is asked for each signature.
+	Key func(context.Context) (crypto.Signer, error)
+	// KeyName says where Key has it from, for errors.
+	KeyName string
 	// Now tells the time. Nil means time.Now.
 	Now func() time.Time
 }
@@ -38,7 +34,7 @@ const backdate = 30 * time.Second
 func (d *Disk) Name() string { return "disk " + d.CertificateFile }
 
 // Mint signs the request with the CA's key. The certificate does not outlive those above it.
-func (d *Disk) Mint(_ context.Context, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, err error) {
+func (d *Disk) Mint(ctx context.Context, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, err error) {
 	request, err := x509.ParseCertificateRequest(csr)
 	if err != nil {
 		return nil, nil, err
@@ -51,7 +47,7 @@ func (d *Disk) Mint(_ context.Context, csr []byte, ttl time.Duration) (chain, ro
 		return nil, nil, err
 	}
 	parent := above[0]
-	key, err := d.key(parent.PublicKey)
+	key, err := d.key(ctx, parent.PublicKey)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -132,60 +128,16 @@ func (d *Disk) read() (above, roots []*x509.Certificate, err error) {
 	return above, roots, nil
 }
 
-func (d *Disk) key(public crypto.PublicKey) (crypto.Signer, error) {
-	if d.Signer != nil {
-		return d.Signer(public)
-	}
-	text, err := readSecret(d.KeyFile, maxKeyFileBytes)
+// key returns the CA's key, if it is that of its certificate.
+func (d *Disk) key(ctx context.Context, public crypto.PublicKey) (crypto.Signer, error) {
+	key, err := d.Key(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("key_file: %w", err)
-	}
-	defer clear(text)
-	key, err := parseKey(text)
-	if err != nil {
-		return nil, fmt.Errorf("key_file %s %w", d.KeyFile, err)
+		return nil, err
 	}
 	if own, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !own.Equal(public) {
-		return nil, fmt.Errorf("key_file %s holds another key than that of certificate_file %s; while both are exchanged this passes by itself", d.KeyFile, d.CertificateFile)
+		return nil, fmt.Errorf("%s is another key than that of certificate_file %s; while both are exchanged this passes by itself", d.KeyName, d.CertificateFile)
 	}
 	return key, nil
-}
-
-// parseKey reads a private key in PEM. Its errors say nothing of what it read.
-func parseKey(text []byte) (crypto.Signer, error) {
-	block, rest := pem.Decode(text)
-	if block == nil {
-		return nil, errors.New("holds no PEM private key")
-	}
-	defer clear(block.Bytes)
-	for block.Type == "EC PARAMETERS" { // openssl ecparam -genkey puts them in front
-		if block, rest = pem.Decode(rest); block == nil {
-			return nil, errors.New("holds no PEM private key")
-		}
-		defer clear(block.Bytes)
-	}
-	var key any
-	var err error
-	switch {
-	case block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "":
-		return nil, errors.New("holds an encrypted key; decrypt it, or use a key store (kms)")
-	case block.Type == "PRIVATE KEY":
-		key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
-	case block.Type == "EC PRIVATE KEY":
-		key, err = x509.ParseECPrivateKey(block.Bytes)
-	case block.Type == "RSA PRIVATE KEY":
-		key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
-	default:
-		return nil, errors.New("holds no PEM private key (PRIVATE KEY, EC PRIVATE KEY or RSA PRIVATE KEY)")
-	}
-	if err != nil {
-		return nil, errors.New("holds a malformed private key")
-	}
-	signer, ok := key.(crypto.Signer)
-	if !ok {
-		return nil, fmt.Errorf("holds a %T, which cannot sign", key)
-	}
-	return signer, nil
 }
 
 // newSerial returns a positive number of 128 random bits after a one.

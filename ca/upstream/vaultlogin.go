@@ -11,7 +11,10 @@ import (
 	"time"
 )
 
-const maxSecretBytes = 16 << 10
+const (
+	maxSecretBytes  = 16 << 10
+	maxKeyFileBytes = 64 << 10 // of the key that the TLS client shows itself with; authorities' keys are in package keys
+)
 
 // A secret prints as "[secret]" with every verb.
 type secret string

@@ -70,7 +70,11 @@ func fetch(t *testing.T, c *workloadapi.Client, audience string) *x509.Certifica
 	for _, a := range bundle.X509Authorities() {
 		roots.AddCert(a)
 	}
-	if _, err := svid.Certificates[0].Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
+	intermediates := x509.NewCertPool()
+	for _, c := range svid.Certificates[1:] {
+		intermediates.AddCert(c)
+	}
+	if _, err := svid.Certificates[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
 		t.Error(err)
 	}
 	token, err := c.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience})

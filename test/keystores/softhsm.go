@@ -112,9 +112,20 @@ func program(t testing.TB, name, debian string) string {
 // WrappingKey makes an RSA key in the token, as an operator does who wants it to wrap the seal key, and returns its URI.
 func (k *Token) WrappingKey(t testing.TB, label string) string {
 	t.Helper()
+	return k.generate(t, label, "RSA:2048", "--usage-decrypt")
+}
+
+// SigningKey makes an EC key in the token, as an operator does who keeps a CA's key there, and returns its URI.
+func (k *Token) SigningKey(t testing.TB, label string) string {
+	t.Helper()
+	return k.generate(t, label, "EC:prime256v1", "--usage-sign")
+}
+
+func (k *Token) generate(t testing.TB, label, kind, usage string) string {
+	t.Helper()
 	tool := program(t, "pkcs11-tool", "opensc")
 	cmd := exec.Command(tool, "--module", k.Module, "--token-label", "signet", "--login", "--pin", "env:SIGNET_TEST_PIN",
-		"--keypairgen", "--key-type", "RSA:2048", "--usage-decrypt", "--label", label, "--id", fmt.Sprintf("%x", label))
+		"--keypairgen", "--key-type", kind, usage, "--label", label, "--id", fmt.Sprintf("%x", label))
 	cmd.Env = append(os.Environ(), "SIGNET_TEST_PIN="+k.PIN)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("pkcs11-tool: %v\n%s", err, out)
