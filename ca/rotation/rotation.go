@@ -67,6 +67,8 @@ type Rotator struct {
 	began time.Time // on the steady clock
 	wake  chan struct{}
 
+	retries map[authority.Kind]retry // of steps that failed; follow alone has it
+
 	// mu guards what the schedule last saw.
 	mu    sync.Mutex
 	clock clock
@@ -81,7 +83,7 @@ func New(c Config) *Rotator {
 	if c.Look == 0 {
 		c.Look = 10 * time.Second
 	}
-	r := &Rotator{c: c, began: time.Now(), wake: make(chan struct{}, 1), told: map[string]time.Time{}}
+	r := &Rotator{c: c, began: time.Now(), wake: make(chan struct{}, 1), retries: map[authority.Kind]retry{}, told: map[string]time.Time{}}
 	r.acks.init()
 	return r
 }

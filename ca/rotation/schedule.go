@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"github.com/signet-id/signet/ca/authority"
@@ -178,6 +179,26 @@ func (r *Rotator) pause() time.Duration {
 	return r.c.Look
 }
 
+// retryMin and retryMax bound the wait after a step of the schedule that failed, such as for a key store that is away: each
+// attempt is two audit records, and a load on what is ill already.
+const (
+	retryMin = time.Second
+	retryMax = time.Minute
+)
+
+// A retry is when a step that failed is tried again.
+type retry struct {
+	at   time.Time // on the steady clock
+	wait time.Duration
+}
+
+// next returns the retry after another failure: later than the last, and at a moment of this replica's own.
+func (b retry) next(steady time.Time) retry {
+	b.wait = min(max(2*b.wait, retryMin), retryMax)
+	b.at = steady.Add(b.wait/2 + rand.N(b.wait/2))
+	return b
+}
+
 // once does one thing that is due for a kind, and says whether there may be more.
 func (r *Rotator) once(ctx context.Context, kind authority.Kind) bool {
 	steady := time.Now()
@@ -192,16 +213,18 @@ func (r *Rotator) once(ctx context.Context, kind authority.Kind) bool {
 		return false
 	}
 	do, id, why := r.situation(kind, steady, steadyFor).due()
-	if do == doNothing {
+	if do == doNothing || steady.Before(r.retries[kind].at) {
 		return false
 	}
 	err := r.do(ctx, kind, do, id, why)
 	switch {
 	case err == nil:
+		delete(r.retries, kind)
 		return true
 	case ctx.Err() != nil, errors.Is(err, authority.ErrConflict):
 		return false // another replica was faster; the watch shows it
 	}
+	r.retries[kind] = r.retries[kind].next(time.Now())
 	r.c.Log.Error("the schedule of authorities", "step", do, "kind", string(kind), "authority_id", id, "err", err)
 	return false
 }
