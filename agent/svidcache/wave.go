@@ -9,7 +9,7 @@ import (
 )
 
 // maxWave bounds the time over which what a tainted authority signed is renewed, whatever the CA says.
-const maxWave = 10 * time.Minute
+const maxWave = 24 * time.Hour
 
 // Authorities are the X.509 authorities of the own trust domain.
 type Authorities struct {

@@ -369,10 +369,11 @@ var protoStates = map[authority.State]nodev1.AuthorityState{
 	authority.StateTainted:  nodev1.AuthorityState_AUTHORITY_STATE_TAINTED,
 }
 
-// Bounds of the time in which agents renew what a tainted authority signed.
+// Bounds of the time in which agents renew what a tainted authority signed. After the longer one there is nothing left of
+// it but SVIDs with uncommonly long TTLs; agents know it, too.
 const (
 	minReissue = 2 * time.Second
-	maxReissue = 10 * time.Minute
+	maxReissue = 24 * time.Hour
 )
 
 // reissueSeconds is how long the agents together take to renew what a tainted authority signed, so that they ask for no
@@ -389,8 +390,13 @@ func (a *API) reissueSeconds(b *nodev1.Bundle) int64 {
 		svids += int(s.entries.Load())
 	}
 	a.mu.Unlock()
-	wave := time.Duration(svids) * time.Second / time.Duration(a.c.ReissueRate)
-	return int64(min(max(wave, minReissue), maxReissue) / time.Second)
+	return int64(waveOf(svids, a.c.ReissueRate) / time.Second)
+}
+
+// waveOf is how long it takes to renew so many SVIDs at so many a second.
+func waveOf(svids, rate int) time.Duration {
+	seconds := min((svids+rate-1)/rate, int(maxReissue/time.Second))
+	return max(time.Duration(seconds)*time.Second, minReissue)
 }
 
 func ownBundle(b authority.Bundle) *nodev1.Bundle {
