@@ -196,9 +196,10 @@ func (b bundles) trusted(td spiffeid.TrustDomain, chain []*x509.Certificate) boo
 	return err == nil && foreign.HasX509Authority(chain[len(chain)-1])
 }
 
-// federated tells whether the trust domain federates with others, who then fetch its bundle.
+// federated tells whether others fetch the bundle of whom no acknowledgement is had: the trust domains with which this one
+// federates, and the CAs below this one, which hand it on to agents that only they know.
 func (ca *CA) federated() bool {
-	return len(ca.reg.Federations()) > 0 || len(ca.reg.Bundles()) > 0
+	return len(ca.reg.Federations()) > 0 || len(ca.reg.Bundles()) > 0 || ca.reg.HasDownstream()
 }
 
 // rotationFollowers returns what is known of the agents that follow this replica.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
@@ -293,6 +294,35 @@ func TestSilentAgentDoesNotBlockRotation(t *testing.T) {
 	clock.move(31*time.Minute + time.Hour) // past the end of the agent's SVID, and of the deadline
 	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); err != nil {
 		t.Errorf("after the silent agent's SVID has ended: %v", err)
+	}
+}
+
+// TestDownstreamCAsAreGivenFiveHints: what a CA below this one has fetched, it hands on to agents of whom nobody hears here.
+func TestDownstreamCAsAreGivenFiveHints(t *testing.T) {
+	var clock movedClock
+	c := quiet(t.TempDir())
+	c.Now, c.Authorities.RefreshHint = clock.now, time.Minute
+	h := start(t, c)
+	h.create(entry("/web", "unix:uid:8"))
+	h.prepare(typeJWT)
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT}); err != nil {
+		t.Errorf("with nobody to wait for: %v", err)
+	}
+	h.create(downstreamEntry("/nested"))
+	h.prepare(typeX509)
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "others fetch the bundle") {
+		t.Errorf("before five hints: %v", err)
+	}
+	clock.move(5*time.Minute + time.Second)
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); err != nil {
+		t.Errorf("after five hints: %v", err)
+	}
+	if _, err := entryv1.NewEntryClient(h.admin).BatchDeleteEntry(t.Context(), &entryv1.BatchDeleteEntryRequest{Ids: []string{entryOf(t, h, "/nested")}}); err != nil {
+		t.Fatal(err)
+	}
+	h.prepare(typeX509)
+	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); err != nil {
+		t.Errorf("with no CA below any more: %v", err)
 	}
 }
 

@@ -242,6 +242,19 @@ func (r *Registry) IsDownstream(id spiffeid.ID) bool {
 	return r.anyEntry(id, func(e *Entry) bool { return e.Downstream })
 }
 
+// HasDownstream tells whether an entry that has not ended makes anybody a downstream CA.
+func (r *Registry) HasDownstream() bool {
+	now := r.c.Now()
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, e := range r.ix.below {
+		if !e.Expired(now) {
+			return true
+		}
+	}
+	return false
+}
+
 func (r *Registry) anyEntry(id spiffeid.ID, has func(*Entry) bool) bool {
 	now := r.c.Now()
 	r.mu.RLock()

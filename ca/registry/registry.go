@@ -262,6 +262,7 @@ type index struct {
 	similar  map[string]EntryID
 	ending   map[EntryID]*Entry         // entries with an end
 	ended    map[EntryID]bool           // those of them whose end the followers know of
+	below    map[EntryID]*Entry         // entries of downstream CAs
 	groups   map[spiffeid.ID]*nodeGroup // groups of nodes named by Identities
 	nodes    map[spiffeid.ID]*Node
 	acks     map[spiffeid.ID]*Ack
@@ -283,7 +284,7 @@ type nodeGroup struct {
 func newIndex() *index {
 	return &index{
 		entries: map[EntryID]*Entry{}, byParent: map[spiffeid.ID]map[EntryID]*Entry{}, byID: map[spiffeid.ID]map[EntryID]*Entry{},
-		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
+		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, below: map[EntryID]*Entry{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
 		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
 	}
@@ -377,6 +378,7 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 	}
 	delete(ix.ending, id)
 	delete(ix.ended, id)
+	delete(ix.below, id)
 	if new == nil {
 		delete(ix.entries, id)
 		ix.order.remove(id)
@@ -390,6 +392,9 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 		ix.similar[new.similar()] = id
 		if !new.ExpiresAt.IsZero() {
 			ix.ending[id] = new
+		}
+		if new.Downstream {
+			ix.below[id] = new
 		}
 		ch.roots = ch.roots || new.alias()
 		if new.OnNodes {

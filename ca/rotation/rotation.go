@@ -36,7 +36,7 @@ type Config struct {
 	// RefreshHint is how often consumers of the bundle fetch it.
 	RefreshHint time.Duration
 
-	// Federated tells whether consumers outside the trust domain fetch the bundle.
+	// Federated tells whether consumers fetch the bundle who acknowledge nothing: other trust domains, downstream CAs.
 	Federated func() bool
 
 	// Following returns the agents that follow this replica.

@@ -51,7 +51,7 @@ type situation struct {
 	now         time.Time
 	authorities []authority.Authority
 	longest     time.Duration // of the TTLs
-	wait        time.Duration // that consumers outside the trust domain are given
+	wait        time.Duration // that consumers who acknowledge nothing are given
 	ready       func(authority.Authority) Readiness
 	// upstream says that another CA signs these, and that its follower prepares them: only to activate and retire them is
 	// left to do.

@@ -33,7 +33,7 @@ type Readiness struct {
 	// Laggards are the first MaxLaggards in order of ID, Count is how many there are among the Live agents.
 	Laggards    []Laggard
 	Count, Live int
-	// HintsUntil is when consumers outside the trust domain have had the time to fetch the bundle; zero if there are none.
+	// HintsUntil is when consumers who acknowledge nothing have had the time to fetch the bundle; zero if there are none.
 	HintsUntil time.Time
 	// Deadline is when it is activated whoever lags.
 	Deadline time.Time
