@@ -2,7 +2,9 @@ package adminapi
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -53,8 +55,16 @@ func protoAuthority(x authority.Authority) *adminv1.Authority {
 	if x.Certificate != nil {
 		m.Certificate = x.Certificate.Raw
 	}
+	for _, c := range x.Above {
+		subject := c.Subject.String()
+		m.Above = append(m.Above, &adminv1.IssuingCertificate{Id: hex.EncodeToString(c.SubjectKeyId), NotBefore: stampOf(c.NotBefore), NotAfter: stampOf(c.NotAfter),
+			Subject: strings.ToValidUTF8(subject[:min(len(subject), maxSubjectBytes)], "\uFFFD")})
+	}
 	return m
 }
+
+// maxSubjectBytes bounds what is shown of the name of a CA above.
+const maxSubjectBytes = 256
 
 func protoReadiness(r rotation.Readiness) *adminv1.Readiness {
 	m := &adminv1.Readiness{LaggardCount: int64(r.Count), LiveAgents: int64(r.Live), HintsUntil: stampOf(r.HintsUntil), Deadline: stampOf(r.Deadline), Ready: r.Ready}

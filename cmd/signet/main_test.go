@@ -11,6 +11,7 @@ import (
 
 	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/internal/dev"
+	"github.com/signet-id/signet/test/signettest"
 )
 
 func TestMain(m *testing.M) {
@@ -19,7 +20,7 @@ func TestMain(m *testing.M) {
 
 // TestScript runs testdata/script: one script per command and per message that an operator may meet. Those whose name
 // begins with live_ have a CA and an agent of their own, which SIGNET_CA_SOCKET, SPIFFE_ENDPOINT_SOCKET, CA_ADDR and
-// BUNDLE name.
+// BUNDLE name; live_upstream's is below another one.
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
@@ -47,7 +48,17 @@ func startSignet(env *testscript.Env) error {
 		return err
 	}
 	env.Defer(func() { os.RemoveAll(dir) })
-	i, err := dev.Start(context.Background(), dev.Config{Dir: dir, NodeGroups: []string{"backend"}, CA: func(c *ca.Config) { c.Audit.Reserve, c.WIT.Enabled = 1<<20, true }})
+	var above *ca.UpstreamDisk
+	if filepath.Base(env.WorkDir) == "script-live_upstream" {
+		o, err := signettest.NewOrganisation(env.WorkDir, "Example")
+		if err != nil {
+			return err
+		}
+		above = o.Disk()
+	}
+	i, err := dev.Start(context.Background(), dev.Config{Dir: dir, NodeGroups: []string{"backend"}, CA: func(c *ca.Config) {
+		c.Audit.Reserve, c.WIT.Enabled, c.Upstream.Disk = 1<<20, true, above
+	}})
 	if err != nil {
 		return err
 	}

@@ -71,8 +71,17 @@ type ownAuthority struct {
 	AgentsUsing   *int64     `json:"agents_using,omitempty"`
 	AgentsUnknown *int64     `json:"agents_unknown,omitempty"`
 	Readiness     *readiness `json:"readiness,omitempty"`
+	Above         []aboveOne `json:"above,omitempty"` // up to the root, which is the last
 
 	end time.Time
+}
+
+// An aboveOne is a CA above an authority of this CA.
+type aboveOne struct {
+	ID        string `json:"id"`
+	Subject   string `json:"subject"`
+	NotBefore string `json:"not_before"`
+	NotAfter  string `json:"not_after"`
 }
 
 type readiness struct {
@@ -113,6 +122,9 @@ func authorityOf(m *adminv1.Authority) ownAuthority {
 		PreparedAt: stampOf(m.GetPreparedAt()), ActivatedAt: stampOf(m.GetActivatedAt()), DeactivatedAt: stampOf(m.GetDeactivatedAt()),
 		TaintedAt: stampOf(m.GetTaintedAt()), RevokedAt: stampOf(m.GetRevokedAt()), SignedUntil: stampOf(m.GetSignedUntil()),
 		Readiness: readinessOf(m.GetReadiness()), end: m.GetNotAfter().AsTime()}
+	for _, c := range m.GetAbove() {
+		x.Above = append(x.Above, aboveOne{c.GetId(), c.GetSubject(), stampOf(c.GetNotBefore()), stampOf(c.GetNotAfter())})
+	}
 	switch m.GetType() {
 	case adminv1.AuthorityType_AUTHORITY_TYPE_JWT:
 		x.Type = "jwt"
@@ -142,6 +154,15 @@ func (x ownAuthority) waiting() string {
 	return "used by " + count(int(*x.AgentsUsing), "agent")
 }
 
+// chain names the CAs above it, its issuer first, with their ids and ends.
+func (x ownAuthority) chain() string {
+	var names []string
+	for _, c := range x.Above {
+		names = append(names, fmt.Sprintf("%s (%s, until %s)", c.Subject, c.ID, c.NotAfter))
+	}
+	return strings.Join(names, " < ")
+}
+
 func authorityColor(state string) string {
 	switch state {
 	case "active":
@@ -158,6 +179,8 @@ func (a *app) authorityListCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List the authorities, whom an activation waits for, and who still uses an old one",
+		Long: `List the authorities, whom an activation waits for, and who still uses an old one. -o wide and json also show the chain of an X.509
+authority below an upstream CA: each certificate up to the root with its id and validity.`,
 		Example: `  signet authority list
   signet authority list --type x509 -o json`,
 	}
@@ -188,6 +211,7 @@ func (a *app) authorityListCommand() *cobra.Command {
 				{name: "ACTIVATED", wide: true, value: func(x ownAuthority) string { return x.ActivatedAt }},
 				{name: "SIGNED UNTIL", wide: true, value: func(x ownAuthority) string { return x.SignedUntil }},
 				{name: "NOT AFTER", wide: true, value: func(x ownAuthority) string { return x.NotAfter }},
+				{name: "BELOW", wide: true, value: ownAuthority.chain},
 			}, items)
 			if err != nil {
 				return err

@@ -2067,7 +2067,10 @@ type Authority struct {
 	// Prepared: what its activation waits for.
 	Readiness *Readiness `protobuf:"bytes,14,opt,name=readiness,proto3" json:"readiness,omitempty"`
 	// X.509: DER.
-	Certificate   []byte `protobuf:"bytes,15,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	Certificate []byte `protobuf:"bytes,15,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// X.509 below an upstream CA: the chain from the issuer of certificate to the root, which is the last and the one in the
+	// bundle. not_before and not_after of the authority are within all of them.
+	Above         []*IssuingCertificate `protobuf:"bytes,16,rep,name=above,proto3" json:"above,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2207,6 +2210,84 @@ func (x *Authority) GetCertificate() []byte {
 	return nil
 }
 
+func (x *Authority) GetAbove() []*IssuingCertificate {
+	if x != nil {
+		return x.Above
+	}
+	return nil
+}
+
+// An IssuingCertificate is that of a CA above an X.509 authority.
+type IssuingCertificate struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its subject key identifier in lower-case hexadecimal, if it has one: of a root the id under which the bundle holds it.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Its distinguished name, cut at 256 bytes.
+	Subject       string                 `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
+	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuingCertificate) Reset() {
+	*x = IssuingCertificate{}
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuingCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuingCertificate) ProtoMessage() {}
+
+func (x *IssuingCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuingCertificate.ProtoReflect.Descriptor instead.
+func (*IssuingCertificate) Descriptor() ([]byte, []int) {
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *IssuingCertificate) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *IssuingCertificate) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *IssuingCertificate) GetNotBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotBefore
+	}
+	return nil
+}
+
+func (x *IssuingCertificate) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
 type Readiness struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At most 100, in order of ID.
@@ -2224,7 +2305,7 @@ type Readiness struct {
 
 func (x *Readiness) Reset() {
 	*x = Readiness{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2236,7 +2317,7 @@ func (x *Readiness) String() string {
 func (*Readiness) ProtoMessage() {}
 
 func (x *Readiness) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2249,7 +2330,7 @@ func (x *Readiness) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Readiness.ProtoReflect.Descriptor instead.
 func (*Readiness) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Readiness) GetLaggards() []*Laggard {
@@ -2306,7 +2387,7 @@ type Laggard struct {
 
 func (x *Laggard) Reset() {
 	*x = Laggard{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2318,7 +2399,7 @@ func (x *Laggard) String() string {
 func (*Laggard) ProtoMessage() {}
 
 func (x *Laggard) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2331,7 +2412,7 @@ func (x *Laggard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
 func (*Laggard) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Laggard) GetAgentId() string {
@@ -2365,7 +2446,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2377,7 +2458,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2390,7 +2471,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListAuthoritiesRequest) GetType() AuthorityType {
@@ -2413,7 +2494,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2425,7 +2506,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2438,7 +2519,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*Authority {
@@ -2471,7 +2552,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2483,7 +2564,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2496,7 +2577,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PrepareAuthorityRequest) GetType() AuthorityType {
@@ -2521,7 +2602,7 @@ type ActivateAuthorityRequest struct {
 
 func (x *ActivateAuthorityRequest) Reset() {
 	*x = ActivateAuthorityRequest{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2533,7 +2614,7 @@ func (x *ActivateAuthorityRequest) String() string {
 func (*ActivateAuthorityRequest) ProtoMessage() {}
 
 func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2546,7 +2627,7 @@ func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ActivateAuthorityRequest) GetType() AuthorityType {
@@ -2590,7 +2671,7 @@ type ActivateAuthorityResponse struct {
 
 func (x *ActivateAuthorityResponse) Reset() {
 	*x = ActivateAuthorityResponse{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2602,7 +2683,7 @@ func (x *ActivateAuthorityResponse) String() string {
 func (*ActivateAuthorityResponse) ProtoMessage() {}
 
 func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2615,7 +2696,7 @@ func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ActivateAuthorityResponse) GetMessage() isActivateAuthorityResponse_Message {
@@ -2671,7 +2752,7 @@ type EndAuthorityRequest struct {
 
 func (x *EndAuthorityRequest) Reset() {
 	*x = EndAuthorityRequest{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2683,7 +2764,7 @@ func (x *EndAuthorityRequest) String() string {
 func (*EndAuthorityRequest) ProtoMessage() {}
 
 func (x *EndAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2696,7 +2777,7 @@ func (x *EndAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*EndAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *EndAuthorityRequest) GetType() AuthorityType {
@@ -2731,7 +2812,7 @@ type AuthorityChange struct {
 
 func (x *AuthorityChange) Reset() {
 	*x = AuthorityChange{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2743,7 +2824,7 @@ func (x *AuthorityChange) String() string {
 func (*AuthorityChange) ProtoMessage() {}
 
 func (x *AuthorityChange) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2756,7 +2837,7 @@ func (x *AuthorityChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityChange.ProtoReflect.Descriptor instead.
 func (*AuthorityChange) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AuthorityChange) GetAuthority() *Authority {
@@ -2782,7 +2863,7 @@ type ExplainTTLRequest struct {
 
 func (x *ExplainTTLRequest) Reset() {
 	*x = ExplainTTLRequest{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2794,7 +2875,7 @@ func (x *ExplainTTLRequest) String() string {
 func (*ExplainTTLRequest) ProtoMessage() {}
 
 func (x *ExplainTTLRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2807,7 +2888,7 @@ func (x *ExplainTTLRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTTLRequest.ProtoReflect.Descriptor instead.
 func (*ExplainTTLRequest) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ExplainTTLRequest) GetEntryId() string {
@@ -2838,7 +2919,7 @@ type TTLExplanation struct {
 
 func (x *TTLExplanation) Reset() {
 	*x = TTLExplanation{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2850,7 +2931,7 @@ func (x *TTLExplanation) String() string {
 func (*TTLExplanation) ProtoMessage() {}
 
 func (x *TTLExplanation) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2863,7 +2944,7 @@ func (x *TTLExplanation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TTLExplanation.ProtoReflect.Descriptor instead.
 func (*TTLExplanation) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *TTLExplanation) GetType() AuthorityType {
@@ -2941,7 +3022,7 @@ type ExplainTTLResponse struct {
 
 func (x *ExplainTTLResponse) Reset() {
 	*x = ExplainTTLResponse{}
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2953,7 +3034,7 @@ func (x *ExplainTTLResponse) String() string {
 func (*ExplainTTLResponse) ProtoMessage() {}
 
 func (x *ExplainTTLResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_signet_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2966,7 +3047,7 @@ func (x *ExplainTTLResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTTLResponse.ProtoReflect.Descriptor instead.
 func (*ExplainTTLResponse) Descriptor() ([]byte, []int) {
-	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_signet_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ExplainTTLResponse) GetEntryId() string {
@@ -3136,7 +3217,7 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\anext_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06nextAt\x12\x14\n" +
 	"\x05error\x18\x05 \x01(\tR\x05error\"]\n" +
 	"\x1cListFederationStatusResponse\x12=\n" +
-	"\bstatuses\x18\x01 \x03(\v2!.signet.admin.v1.FederationStatusR\bstatuses\"\xf3\x05\n" +
+	"\bstatuses\x18\x01 \x03(\v2!.signet.admin.v1.FederationStatusR\bstatuses\"\xae\x06\n" +
 	"\tAuthority\x122\n" +
 	"\x04type\x18\x01 \x01(\x0e2\x1e.signet.admin.v1.AuthorityTypeR\x04type\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x14\n" +
@@ -3157,7 +3238,14 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\fagents_using\x18\f \x01(\x03R\vagentsUsing\x12%\n" +
 	"\x0eagents_unknown\x18\r \x01(\x03R\ragentsUnknown\x128\n" +
 	"\treadiness\x18\x0e \x01(\v2\x1a.signet.admin.v1.ReadinessR\treadiness\x12 \n" +
-	"\vcertificate\x18\x0f \x01(\fR\vcertificate\"\x92\x02\n" +
+	"\vcertificate\x18\x0f \x01(\fR\vcertificate\x129\n" +
+	"\x05above\x18\x10 \x03(\v2#.signet.admin.v1.IssuingCertificateR\x05above\"\xb2\x01\n" +
+	"\x12IssuingCertificate\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x129\n" +
+	"\n" +
+	"not_before\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
+	"\tnot_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\"\x92\x02\n" +
 	"\tReadiness\x124\n" +
 	"\blaggards\x18\x01 \x03(\v2\x18.signet.admin.v1.LaggardR\blaggards\x12#\n" +
 	"\rlaggard_count\x18\x02 \x01(\x03R\flaggardCount\x12\x1f\n" +
@@ -3262,7 +3350,7 @@ func file_signet_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_signet_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_signet_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_signet_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_signet_admin_v1_admin_proto_goTypes = []any{
 	(Action)(0),                             // 0: signet.admin.v1.Action
 	(AuthorityType)(0),                      // 1: signet.admin.v1.AuthorityType
@@ -3299,115 +3387,119 @@ var file_signet_admin_v1_admin_proto_goTypes = []any{
 	(*FederationStatus)(nil),                // 32: signet.admin.v1.FederationStatus
 	(*ListFederationStatusResponse)(nil),    // 33: signet.admin.v1.ListFederationStatusResponse
 	(*Authority)(nil),                       // 34: signet.admin.v1.Authority
-	(*Readiness)(nil),                       // 35: signet.admin.v1.Readiness
-	(*Laggard)(nil),                         // 36: signet.admin.v1.Laggard
-	(*ListAuthoritiesRequest)(nil),          // 37: signet.admin.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),         // 38: signet.admin.v1.ListAuthoritiesResponse
-	(*PrepareAuthorityRequest)(nil),         // 39: signet.admin.v1.PrepareAuthorityRequest
-	(*ActivateAuthorityRequest)(nil),        // 40: signet.admin.v1.ActivateAuthorityRequest
-	(*ActivateAuthorityResponse)(nil),       // 41: signet.admin.v1.ActivateAuthorityResponse
-	(*EndAuthorityRequest)(nil),             // 42: signet.admin.v1.EndAuthorityRequest
-	(*AuthorityChange)(nil),                 // 43: signet.admin.v1.AuthorityChange
-	(*ExplainTTLRequest)(nil),               // 44: signet.admin.v1.ExplainTTLRequest
-	(*TTLExplanation)(nil),                  // 45: signet.admin.v1.TTLExplanation
-	(*ExplainTTLResponse)(nil),              // 46: signet.admin.v1.ExplainTTLResponse
-	(*timestamppb.Timestamp)(nil),           // 47: google.protobuf.Timestamp
-	(*v1.PolicySet)(nil),                    // 48: signet.policy.v1.PolicySet
+	(*IssuingCertificate)(nil),              // 35: signet.admin.v1.IssuingCertificate
+	(*Readiness)(nil),                       // 36: signet.admin.v1.Readiness
+	(*Laggard)(nil),                         // 37: signet.admin.v1.Laggard
+	(*ListAuthoritiesRequest)(nil),          // 38: signet.admin.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),         // 39: signet.admin.v1.ListAuthoritiesResponse
+	(*PrepareAuthorityRequest)(nil),         // 40: signet.admin.v1.PrepareAuthorityRequest
+	(*ActivateAuthorityRequest)(nil),        // 41: signet.admin.v1.ActivateAuthorityRequest
+	(*ActivateAuthorityResponse)(nil),       // 42: signet.admin.v1.ActivateAuthorityResponse
+	(*EndAuthorityRequest)(nil),             // 43: signet.admin.v1.EndAuthorityRequest
+	(*AuthorityChange)(nil),                 // 44: signet.admin.v1.AuthorityChange
+	(*ExplainTTLRequest)(nil),               // 45: signet.admin.v1.ExplainTTLRequest
+	(*TTLExplanation)(nil),                  // 46: signet.admin.v1.TTLExplanation
+	(*ExplainTTLResponse)(nil),              // 47: signet.admin.v1.ExplainTTLResponse
+	(*timestamppb.Timestamp)(nil),           // 48: google.protobuf.Timestamp
+	(*v1.PolicySet)(nil),                    // 49: signet.policy.v1.PolicySet
 }
 var file_signet_admin_v1_admin_proto_depIdxs = []int32{
 	2,  // 0: signet.admin.v1.ApplyRequest.documents:type_name -> signet.admin.v1.Document
 	0,  // 1: signet.admin.v1.Change.action:type_name -> signet.admin.v1.Action
 	4,  // 2: signet.admin.v1.ApplyResponse.changes:type_name -> signet.admin.v1.Change
-	47, // 3: signet.admin.v1.Resource.created_at:type_name -> google.protobuf.Timestamp
+	48, // 3: signet.admin.v1.Resource.created_at:type_name -> google.protobuf.Timestamp
 	2,  // 4: signet.admin.v1.Resource.document:type_name -> signet.admin.v1.Document
 	6,  // 5: signet.admin.v1.GetResourcesResponse.resources:type_name -> signet.admin.v1.Resource
-	48, // 6: signet.admin.v1.GetPolicySetResponse.policies:type_name -> signet.policy.v1.PolicySet
-	47, // 7: signet.admin.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	47, // 8: signet.admin.v1.AgentStatus.expires_at:type_name -> google.protobuf.Timestamp
+	49, // 6: signet.admin.v1.GetPolicySetResponse.policies:type_name -> signet.policy.v1.PolicySet
+	48, // 7: signet.admin.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	48, // 8: signet.admin.v1.AgentStatus.expires_at:type_name -> google.protobuf.Timestamp
 	16, // 9: signet.admin.v1.ListAgentStatusResponse.agents:type_name -> signet.admin.v1.AgentStatus
-	47, // 10: signet.admin.v1.SearchAuditRequest.since:type_name -> google.protobuf.Timestamp
-	47, // 11: signet.admin.v1.SearchAuditRequest.until:type_name -> google.protobuf.Timestamp
+	48, // 10: signet.admin.v1.SearchAuditRequest.since:type_name -> google.protobuf.Timestamp
+	48, // 11: signet.admin.v1.SearchAuditRequest.until:type_name -> google.protobuf.Timestamp
 	1,  // 12: signet.admin.v1.AppendedAuthority.type:type_name -> signet.admin.v1.AuthorityType
-	47, // 13: signet.admin.v1.AppendedAuthority.expires_at:type_name -> google.protobuf.Timestamp
-	47, // 14: signet.admin.v1.AppendedAuthority.appended_at:type_name -> google.protobuf.Timestamp
+	48, // 13: signet.admin.v1.AppendedAuthority.expires_at:type_name -> google.protobuf.Timestamp
+	48, // 14: signet.admin.v1.AppendedAuthority.appended_at:type_name -> google.protobuf.Timestamp
 	24, // 15: signet.admin.v1.ListAppendedAuthoritiesResponse.authorities:type_name -> signet.admin.v1.AppendedAuthority
 	1,  // 16: signet.admin.v1.TaintAppendedAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
 	1,  // 17: signet.admin.v1.RevokeAppendedAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
-	47, // 18: signet.admin.v1.FederationStatus.fetched_at:type_name -> google.protobuf.Timestamp
-	47, // 19: signet.admin.v1.FederationStatus.succeeded_at:type_name -> google.protobuf.Timestamp
-	47, // 20: signet.admin.v1.FederationStatus.next_at:type_name -> google.protobuf.Timestamp
+	48, // 18: signet.admin.v1.FederationStatus.fetched_at:type_name -> google.protobuf.Timestamp
+	48, // 19: signet.admin.v1.FederationStatus.succeeded_at:type_name -> google.protobuf.Timestamp
+	48, // 20: signet.admin.v1.FederationStatus.next_at:type_name -> google.protobuf.Timestamp
 	32, // 21: signet.admin.v1.ListFederationStatusResponse.statuses:type_name -> signet.admin.v1.FederationStatus
 	1,  // 22: signet.admin.v1.Authority.type:type_name -> signet.admin.v1.AuthorityType
-	47, // 23: signet.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	47, // 24: signet.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	47, // 25: signet.admin.v1.Authority.prepared_at:type_name -> google.protobuf.Timestamp
-	47, // 26: signet.admin.v1.Authority.activated_at:type_name -> google.protobuf.Timestamp
-	47, // 27: signet.admin.v1.Authority.deactivated_at:type_name -> google.protobuf.Timestamp
-	47, // 28: signet.admin.v1.Authority.tainted_at:type_name -> google.protobuf.Timestamp
-	47, // 29: signet.admin.v1.Authority.revoked_at:type_name -> google.protobuf.Timestamp
-	47, // 30: signet.admin.v1.Authority.signed_until:type_name -> google.protobuf.Timestamp
-	35, // 31: signet.admin.v1.Authority.readiness:type_name -> signet.admin.v1.Readiness
-	36, // 32: signet.admin.v1.Readiness.laggards:type_name -> signet.admin.v1.Laggard
-	47, // 33: signet.admin.v1.Readiness.hints_until:type_name -> google.protobuf.Timestamp
-	47, // 34: signet.admin.v1.Readiness.deadline:type_name -> google.protobuf.Timestamp
-	47, // 35: signet.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	1,  // 36: signet.admin.v1.ListAuthoritiesRequest.type:type_name -> signet.admin.v1.AuthorityType
-	34, // 37: signet.admin.v1.ListAuthoritiesResponse.authorities:type_name -> signet.admin.v1.Authority
-	1,  // 38: signet.admin.v1.PrepareAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
-	1,  // 39: signet.admin.v1.ActivateAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
-	35, // 40: signet.admin.v1.ActivateAuthorityResponse.waiting:type_name -> signet.admin.v1.Readiness
-	43, // 41: signet.admin.v1.ActivateAuthorityResponse.change:type_name -> signet.admin.v1.AuthorityChange
-	1,  // 42: signet.admin.v1.EndAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
-	34, // 43: signet.admin.v1.AuthorityChange.authority:type_name -> signet.admin.v1.Authority
-	1,  // 44: signet.admin.v1.TTLExplanation.type:type_name -> signet.admin.v1.AuthorityType
-	47, // 45: signet.admin.v1.TTLExplanation.authority_not_after:type_name -> google.protobuf.Timestamp
-	45, // 46: signet.admin.v1.ExplainTTLResponse.x509:type_name -> signet.admin.v1.TTLExplanation
-	45, // 47: signet.admin.v1.ExplainTTLResponse.jwt:type_name -> signet.admin.v1.TTLExplanation
-	3,  // 48: signet.admin.v1.Admin.Plan:input_type -> signet.admin.v1.ApplyRequest
-	3,  // 49: signet.admin.v1.Admin.Apply:input_type -> signet.admin.v1.ApplyRequest
-	7,  // 50: signet.admin.v1.Admin.GetResources:input_type -> signet.admin.v1.GetResourcesRequest
-	9,  // 51: signet.admin.v1.Admin.DeleteResource:input_type -> signet.admin.v1.DeleteResourceRequest
-	11, // 52: signet.admin.v1.Admin.GetPolicySet:input_type -> signet.admin.v1.GetPolicySetRequest
-	13, // 53: signet.admin.v1.Admin.CreateJoinToken:input_type -> signet.admin.v1.CreateJoinTokenRequest
-	15, // 54: signet.admin.v1.Admin.ListAgentStatus:input_type -> signet.admin.v1.ListAgentStatusRequest
-	18, // 55: signet.admin.v1.Admin.UnbanAgent:input_type -> signet.admin.v1.UnbanAgentRequest
-	20, // 56: signet.admin.v1.Admin.SearchAudit:input_type -> signet.admin.v1.SearchAuditRequest
-	22, // 57: signet.admin.v1.Admin.GetStatus:input_type -> signet.admin.v1.GetStatusRequest
-	25, // 58: signet.admin.v1.Admin.ListAppendedAuthorities:input_type -> signet.admin.v1.ListAppendedAuthoritiesRequest
-	27, // 59: signet.admin.v1.Admin.TaintAppendedAuthority:input_type -> signet.admin.v1.TaintAppendedAuthorityRequest
-	29, // 60: signet.admin.v1.Admin.RevokeAppendedAuthority:input_type -> signet.admin.v1.RevokeAppendedAuthorityRequest
-	31, // 61: signet.admin.v1.Admin.ListFederationStatus:input_type -> signet.admin.v1.ListFederationStatusRequest
-	37, // 62: signet.admin.v1.Admin.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
-	39, // 63: signet.admin.v1.Admin.PrepareAuthority:input_type -> signet.admin.v1.PrepareAuthorityRequest
-	40, // 64: signet.admin.v1.Admin.ActivateAuthority:input_type -> signet.admin.v1.ActivateAuthorityRequest
-	42, // 65: signet.admin.v1.Admin.TaintAuthority:input_type -> signet.admin.v1.EndAuthorityRequest
-	42, // 66: signet.admin.v1.Admin.RevokeAuthority:input_type -> signet.admin.v1.EndAuthorityRequest
-	44, // 67: signet.admin.v1.Admin.ExplainTTL:input_type -> signet.admin.v1.ExplainTTLRequest
-	5,  // 68: signet.admin.v1.Admin.Plan:output_type -> signet.admin.v1.ApplyResponse
-	5,  // 69: signet.admin.v1.Admin.Apply:output_type -> signet.admin.v1.ApplyResponse
-	8,  // 70: signet.admin.v1.Admin.GetResources:output_type -> signet.admin.v1.GetResourcesResponse
-	10, // 71: signet.admin.v1.Admin.DeleteResource:output_type -> signet.admin.v1.DeleteResourceResponse
-	12, // 72: signet.admin.v1.Admin.GetPolicySet:output_type -> signet.admin.v1.GetPolicySetResponse
-	14, // 73: signet.admin.v1.Admin.CreateJoinToken:output_type -> signet.admin.v1.CreateJoinTokenResponse
-	17, // 74: signet.admin.v1.Admin.ListAgentStatus:output_type -> signet.admin.v1.ListAgentStatusResponse
-	19, // 75: signet.admin.v1.Admin.UnbanAgent:output_type -> signet.admin.v1.UnbanAgentResponse
-	21, // 76: signet.admin.v1.Admin.SearchAudit:output_type -> signet.admin.v1.AuditRecord
-	23, // 77: signet.admin.v1.Admin.GetStatus:output_type -> signet.admin.v1.GetStatusResponse
-	26, // 78: signet.admin.v1.Admin.ListAppendedAuthorities:output_type -> signet.admin.v1.ListAppendedAuthoritiesResponse
-	28, // 79: signet.admin.v1.Admin.TaintAppendedAuthority:output_type -> signet.admin.v1.TaintAppendedAuthorityResponse
-	30, // 80: signet.admin.v1.Admin.RevokeAppendedAuthority:output_type -> signet.admin.v1.RevokeAppendedAuthorityResponse
-	33, // 81: signet.admin.v1.Admin.ListFederationStatus:output_type -> signet.admin.v1.ListFederationStatusResponse
-	38, // 82: signet.admin.v1.Admin.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
-	43, // 83: signet.admin.v1.Admin.PrepareAuthority:output_type -> signet.admin.v1.AuthorityChange
-	41, // 84: signet.admin.v1.Admin.ActivateAuthority:output_type -> signet.admin.v1.ActivateAuthorityResponse
-	43, // 85: signet.admin.v1.Admin.TaintAuthority:output_type -> signet.admin.v1.AuthorityChange
-	43, // 86: signet.admin.v1.Admin.RevokeAuthority:output_type -> signet.admin.v1.AuthorityChange
-	46, // 87: signet.admin.v1.Admin.ExplainTTL:output_type -> signet.admin.v1.ExplainTTLResponse
-	68, // [68:88] is the sub-list for method output_type
-	48, // [48:68] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	48, // 23: signet.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	48, // 24: signet.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	48, // 25: signet.admin.v1.Authority.prepared_at:type_name -> google.protobuf.Timestamp
+	48, // 26: signet.admin.v1.Authority.activated_at:type_name -> google.protobuf.Timestamp
+	48, // 27: signet.admin.v1.Authority.deactivated_at:type_name -> google.protobuf.Timestamp
+	48, // 28: signet.admin.v1.Authority.tainted_at:type_name -> google.protobuf.Timestamp
+	48, // 29: signet.admin.v1.Authority.revoked_at:type_name -> google.protobuf.Timestamp
+	48, // 30: signet.admin.v1.Authority.signed_until:type_name -> google.protobuf.Timestamp
+	36, // 31: signet.admin.v1.Authority.readiness:type_name -> signet.admin.v1.Readiness
+	35, // 32: signet.admin.v1.Authority.above:type_name -> signet.admin.v1.IssuingCertificate
+	48, // 33: signet.admin.v1.IssuingCertificate.not_before:type_name -> google.protobuf.Timestamp
+	48, // 34: signet.admin.v1.IssuingCertificate.not_after:type_name -> google.protobuf.Timestamp
+	37, // 35: signet.admin.v1.Readiness.laggards:type_name -> signet.admin.v1.Laggard
+	48, // 36: signet.admin.v1.Readiness.hints_until:type_name -> google.protobuf.Timestamp
+	48, // 37: signet.admin.v1.Readiness.deadline:type_name -> google.protobuf.Timestamp
+	48, // 38: signet.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	1,  // 39: signet.admin.v1.ListAuthoritiesRequest.type:type_name -> signet.admin.v1.AuthorityType
+	34, // 40: signet.admin.v1.ListAuthoritiesResponse.authorities:type_name -> signet.admin.v1.Authority
+	1,  // 41: signet.admin.v1.PrepareAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
+	1,  // 42: signet.admin.v1.ActivateAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
+	36, // 43: signet.admin.v1.ActivateAuthorityResponse.waiting:type_name -> signet.admin.v1.Readiness
+	44, // 44: signet.admin.v1.ActivateAuthorityResponse.change:type_name -> signet.admin.v1.AuthorityChange
+	1,  // 45: signet.admin.v1.EndAuthorityRequest.type:type_name -> signet.admin.v1.AuthorityType
+	34, // 46: signet.admin.v1.AuthorityChange.authority:type_name -> signet.admin.v1.Authority
+	1,  // 47: signet.admin.v1.TTLExplanation.type:type_name -> signet.admin.v1.AuthorityType
+	48, // 48: signet.admin.v1.TTLExplanation.authority_not_after:type_name -> google.protobuf.Timestamp
+	46, // 49: signet.admin.v1.ExplainTTLResponse.x509:type_name -> signet.admin.v1.TTLExplanation
+	46, // 50: signet.admin.v1.ExplainTTLResponse.jwt:type_name -> signet.admin.v1.TTLExplanation
+	3,  // 51: signet.admin.v1.Admin.Plan:input_type -> signet.admin.v1.ApplyRequest
+	3,  // 52: signet.admin.v1.Admin.Apply:input_type -> signet.admin.v1.ApplyRequest
+	7,  // 53: signet.admin.v1.Admin.GetResources:input_type -> signet.admin.v1.GetResourcesRequest
+	9,  // 54: signet.admin.v1.Admin.DeleteResource:input_type -> signet.admin.v1.DeleteResourceRequest
+	11, // 55: signet.admin.v1.Admin.GetPolicySet:input_type -> signet.admin.v1.GetPolicySetRequest
+	13, // 56: signet.admin.v1.Admin.CreateJoinToken:input_type -> signet.admin.v1.CreateJoinTokenRequest
+	15, // 57: signet.admin.v1.Admin.ListAgentStatus:input_type -> signet.admin.v1.ListAgentStatusRequest
+	18, // 58: signet.admin.v1.Admin.UnbanAgent:input_type -> signet.admin.v1.UnbanAgentRequest
+	20, // 59: signet.admin.v1.Admin.SearchAudit:input_type -> signet.admin.v1.SearchAuditRequest
+	22, // 60: signet.admin.v1.Admin.GetStatus:input_type -> signet.admin.v1.GetStatusRequest
+	25, // 61: signet.admin.v1.Admin.ListAppendedAuthorities:input_type -> signet.admin.v1.ListAppendedAuthoritiesRequest
+	27, // 62: signet.admin.v1.Admin.TaintAppendedAuthority:input_type -> signet.admin.v1.TaintAppendedAuthorityRequest
+	29, // 63: signet.admin.v1.Admin.RevokeAppendedAuthority:input_type -> signet.admin.v1.RevokeAppendedAuthorityRequest
+	31, // 64: signet.admin.v1.Admin.ListFederationStatus:input_type -> signet.admin.v1.ListFederationStatusRequest
+	38, // 65: signet.admin.v1.Admin.ListAuthorities:input_type -> signet.admin.v1.ListAuthoritiesRequest
+	40, // 66: signet.admin.v1.Admin.PrepareAuthority:input_type -> signet.admin.v1.PrepareAuthorityRequest
+	41, // 67: signet.admin.v1.Admin.ActivateAuthority:input_type -> signet.admin.v1.ActivateAuthorityRequest
+	43, // 68: signet.admin.v1.Admin.TaintAuthority:input_type -> signet.admin.v1.EndAuthorityRequest
+	43, // 69: signet.admin.v1.Admin.RevokeAuthority:input_type -> signet.admin.v1.EndAuthorityRequest
+	45, // 70: signet.admin.v1.Admin.ExplainTTL:input_type -> signet.admin.v1.ExplainTTLRequest
+	5,  // 71: signet.admin.v1.Admin.Plan:output_type -> signet.admin.v1.ApplyResponse
+	5,  // 72: signet.admin.v1.Admin.Apply:output_type -> signet.admin.v1.ApplyResponse
+	8,  // 73: signet.admin.v1.Admin.GetResources:output_type -> signet.admin.v1.GetResourcesResponse
+	10, // 74: signet.admin.v1.Admin.DeleteResource:output_type -> signet.admin.v1.DeleteResourceResponse
+	12, // 75: signet.admin.v1.Admin.GetPolicySet:output_type -> signet.admin.v1.GetPolicySetResponse
+	14, // 76: signet.admin.v1.Admin.CreateJoinToken:output_type -> signet.admin.v1.CreateJoinTokenResponse
+	17, // 77: signet.admin.v1.Admin.ListAgentStatus:output_type -> signet.admin.v1.ListAgentStatusResponse
+	19, // 78: signet.admin.v1.Admin.UnbanAgent:output_type -> signet.admin.v1.UnbanAgentResponse
+	21, // 79: signet.admin.v1.Admin.SearchAudit:output_type -> signet.admin.v1.AuditRecord
+	23, // 80: signet.admin.v1.Admin.GetStatus:output_type -> signet.admin.v1.GetStatusResponse
+	26, // 81: signet.admin.v1.Admin.ListAppendedAuthorities:output_type -> signet.admin.v1.ListAppendedAuthoritiesResponse
+	28, // 82: signet.admin.v1.Admin.TaintAppendedAuthority:output_type -> signet.admin.v1.TaintAppendedAuthorityResponse
+	30, // 83: signet.admin.v1.Admin.RevokeAppendedAuthority:output_type -> signet.admin.v1.RevokeAppendedAuthorityResponse
+	33, // 84: signet.admin.v1.Admin.ListFederationStatus:output_type -> signet.admin.v1.ListFederationStatusResponse
+	39, // 85: signet.admin.v1.Admin.ListAuthorities:output_type -> signet.admin.v1.ListAuthoritiesResponse
+	44, // 86: signet.admin.v1.Admin.PrepareAuthority:output_type -> signet.admin.v1.AuthorityChange
+	42, // 87: signet.admin.v1.Admin.ActivateAuthority:output_type -> signet.admin.v1.ActivateAuthorityResponse
+	44, // 88: signet.admin.v1.Admin.TaintAuthority:output_type -> signet.admin.v1.AuthorityChange
+	44, // 89: signet.admin.v1.Admin.RevokeAuthority:output_type -> signet.admin.v1.AuthorityChange
+	47, // 90: signet.admin.v1.Admin.ExplainTTL:output_type -> signet.admin.v1.ExplainTTLResponse
+	71, // [71:91] is the sub-list for method output_type
+	51, // [51:71] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_signet_admin_v1_admin_proto_init() }
@@ -3415,7 +3507,7 @@ func file_signet_admin_v1_admin_proto_init() {
 	if File_signet_admin_v1_admin_proto != nil {
 		return
 	}
-	file_signet_admin_v1_admin_proto_msgTypes[39].OneofWrappers = []any{
+	file_signet_admin_v1_admin_proto_msgTypes[40].OneofWrappers = []any{
 		(*ActivateAuthorityResponse_Waiting)(nil),
 		(*ActivateAuthorityResponse_Change)(nil),
 	}
@@ -3425,7 +3517,7 @@ func file_signet_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_admin_v1_admin_proto_rawDesc), len(file_signet_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   45,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
