@@ -371,7 +371,7 @@ func (s *Set) SweepAppended(ctx context.Context) ([]*Appended, error) {
 		return nil, nil
 	}
 	var gone []*Appended
-	_, err := s.changeAppended(ctx, func(have map[string]*Appended) ([]store.Write, error) {
+	revision, err := s.changeAppended(ctx, func(have map[string]*Appended) ([]store.Write, error) {
 		gone = nil
 		var writes []store.Write
 		for _, key := range slices.Sorted(maps.Keys(have)) {
@@ -382,7 +382,10 @@ func (s *Set) SweepAppended(ctx context.Context) ([]*Appended, error) {
 		}
 		return writes, nil
 	})
-	return gone, err
+	if err != nil {
+		return nil, err
+	}
+	return gone, s.WaitFor(ctx, revision)
 }
 
 // changeAppended commits what change makes of the appended authorities in the store. The index is written with it: two
