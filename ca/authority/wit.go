@@ -287,9 +287,11 @@ func (n *snapshot) addWIT(b *Bundle) {
 
 // switchWIT brings the store in line with the configuration: it publishes the WIT authorities or no longer does, and makes
 // one if WIT-SVIDs are enabled and none can sign them, since they were just switched on, or were off for longer than the
-// last one lived. Whoever loses to another replica takes what that one wrote.
+// last one lived. Whoever loses to another replica takes what that one wrote. A key store that does not make the key, or one
+// in which another replica makes it at this moment, keeps nobody from all else: Health says what is missing.
 func (s *Set) switchWIT(ctx context.Context) error {
 	const attempts = 4
+	wanted := s.config.WIT.Enabled
 	for range attempts {
 		items, err := s.list(ctx)
 		if err != nil {
@@ -304,12 +306,17 @@ func (s *Set) switchWIT(ctx context.Context) error {
 		}
 		active := s.current.Load().activeWIT
 		usable := active != nil && s.config.Now().Before(active.expiresAt) // a clock that went back makes none
-		if e.index.WITPublished == s.config.WIT.Enabled && (usable || !s.config.WIT.Enabled) {
+		if e.index.WITPublished == s.config.WIT.Enabled && (usable || !wanted) {
 			return nil
 		}
 		e.index.WITPublished, e.indexTouched = s.config.WIT.Enabled, true
-		if s.config.WIT.Enabled && !usable {
+		if wanted && !usable {
 			id, err := e.create(ctx, StatePrepared)
+			if err != nil && ctx.Err() == nil {
+				s.config.Log.Error("no WIT authority was made, so that no WIT-SVIDs are issued; the schedule of authorities tries again, or prepare and activate one", "err", err)
+				wanted = false
+				continue
+			}
 			if err != nil {
 				return err
 			}

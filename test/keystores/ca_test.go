@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -216,13 +217,16 @@ func short(t *testing.T) string {
 // is put right.
 func TestCAStartsWithoutItsKeyStore(t *testing.T) {
 	token, dir := keystores.SoftHSM(t), short(t)
-	change := func(c *ca.Config) { c.Keys = ca.Keys{URI: token.URI} }
+	var wit atomic.Bool
+	change := func(c *ca.Config) { c.Keys, c.WIT.Enabled = ca.Keys{URI: token.URI}, wit.Load() }
 	i := start(t, dir, change)
 	fetch(t, client(t, i), "a")
 	if err := i.StopCA(); err != nil {
 		t.Fatal(err)
 	}
 	restore := token.Hide(t)
+	// That WIT-SVIDs are switched on, for which there is no key yet, is no reason to be gone either.
+	wit.Store(true)
 	if err := i.RestartCA(t.Context()); err != nil {
 		t.Fatalf("start without a PIN = %v, want a CA that is not ready", err)
 	}
