@@ -31,7 +31,7 @@ const (
 // quiet is a configuration in which the schedule does nothing.
 func quiet(dir string) Config {
 	c := config(dir)
-	c.Authorities.Rotate = rotateManual
+	c.Authorities.Rotate, c.settle = rotateManual, -1 // a clock that a test moves is believed
 	return c
 }
 
@@ -294,6 +294,37 @@ func TestSilentAgentDoesNotBlockRotation(t *testing.T) {
 	clock.move(31*time.Minute + time.Hour) // past the end of the agent's SVID, and of the deadline
 	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); err != nil {
 		t.Errorf("after the silent agent's SVID has ended: %v", err)
+	}
+}
+
+// TestJumpOfTheClockIsNoTime: a clock that jumps past the deadline and all refresh hints has given nobody time. What it says
+// counts once it has run steadily.
+func TestJumpOfTheClockIsNoTime(t *testing.T) {
+	for name, settle := range map[string]time.Duration{"believed": -1, "not yet believed": time.Hour} {
+		var clock movedClock
+		c := quiet(t.TempDir())
+		c.settle = settle
+		c.Now, c.Authorities.RefreshHint, c.Authorities.ActivationDeadline = clock.now, time.Minute, 30*time.Minute
+		h := start(t, c)
+		activate := func(kind adminv1.AuthorityType) error {
+			_, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind})
+			return err
+		}
+		h.create(downstreamEntry("/nested"))
+		h.prepare(typeJWT)
+		if err := activate(typeJWT); code(err) != codes.FailedPrecondition {
+			t.Errorf("%s, before the hints: %v", name, err)
+		}
+		clock.move(6 * time.Minute)
+		if err := activate(typeJWT); (err == nil) != (settle < 0) || err != nil && !strings.Contains(err.Error(), "others fetch the bundle") {
+			t.Errorf("%s, after the hints: %v", name, err)
+		}
+		h.agent() // acknowledges nothing
+		h.prepare(typeX509)
+		clock.move(37 * time.Minute)
+		if err := activate(typeX509); (err == nil) != (settle < 0) || err != nil && !strings.Contains(err.Error(), "1 of 1 live agents") {
+			t.Errorf("%s, after the deadline: %v", name, err)
+		}
 	}
 }
 

@@ -45,7 +45,7 @@ type Config struct {
 	Now func() time.Time
 	Log *slog.Logger
 
-	// Settle is how long the clock must have run steadily, after a jump, before the schedule believes it. Zero means 5 minutes.
+	// Settle is how long the clock must have run steadily, after a jump, before it is believed. Zero means 5 minutes.
 	Settle time.Duration
 
 	// Look is the longest time between two looks at the schedule. Zero means 10 seconds.

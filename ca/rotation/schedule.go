@@ -179,6 +179,18 @@ func (r *Rotator) pause() time.Duration {
 	return r.c.Look
 }
 
+// steadyFor looks at the clocks, and says how long the wall clock has not jumped.
+func (r *Rotator) steadyFor(steady time.Time) time.Duration {
+	r.mu.Lock()
+	by := r.clock.look(r.c.Now(), steady)
+	steadyFor := r.clock.steadyFor(steady)
+	r.mu.Unlock()
+	if by != 0 {
+		r.c.Log.Warn("the wall clock jumped; authorities wait until it is steady", "by", by.Round(time.Second), "settle", r.c.Settle)
+	}
+	return steadyFor
+}
+
 // retryMin and retryMax bound the wait after a step of the schedule that failed, such as for a key store that is away: each
 // attempt is two audit records, and a load on what is ill already.
 const (
@@ -202,13 +214,7 @@ func (b retry) next(steady time.Time) retry {
 // once does one thing that is due for a kind, and says whether there may be more.
 func (r *Rotator) once(ctx context.Context, kind authority.Kind) bool {
 	steady := time.Now()
-	r.mu.Lock()
-	by := r.clock.look(r.c.Now(), steady)
-	steadyFor := r.clock.steadyFor(steady)
-	r.mu.Unlock()
-	if by != 0 {
-		r.c.Log.Warn("the wall clock jumped; the schedule of authorities waits until it is steady", "by", by.Round(time.Second), "settle", r.c.Settle)
-	}
+	steadyFor := r.steadyFor(steady)
 	if !r.c.Automatic {
 		return false
 	}

@@ -90,13 +90,20 @@ func (r *Rotator) Readiness(a authority.Authority) Readiness {
 	})
 	slices.SortFunc(out.Laggards, func(a, b Laggard) int { return cmp.Compare(a.Agent.String(), b.Agent.String()) })
 	out.Laggards = out.Laggards[:min(len(out.Laggards), MaxLaggards)]
+	// Right after the clock jumped, no time has gone by that it says has: neither others have fetched the bundle, nor is it
+	// certain that the active authority comes to its end.
+	unsettled := r.c.Settle - r.steadyFor(time.Now())
 	if r.c.Federated() {
-		if until := a.PreparedAt.Add(hints * r.c.RefreshHint); now.Before(until) {
+		until := a.PreparedAt.Add(hints * r.c.RefreshHint)
+		if settled := now.Add(unsettled); unsettled > 0 && until.Before(settled) {
+			until = settled
+		}
+		if now.Before(until) {
 			out.HintsUntil = until
 		}
 	}
 	out.Ready = out.Count == 0 && out.HintsUntil.IsZero()
-	if !out.Ready && !now.Before(out.Deadline) {
+	if !out.Ready && unsettled <= 0 && !now.Before(out.Deadline) {
 		out.Ready, out.Late = true, true
 	}
 	return out
