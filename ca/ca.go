@@ -145,7 +145,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
 	ca.limiter = newLimiter(ca)
 	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, Trusted: bundles{ca.set, ca.reg}.trusted, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
-		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
+		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Slow: slowMethods(), Endless: endlessMethods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
 	ca.rotator = rotation.New(rotation.Config{TrustDomain: ca.td, Set: ca.set, Registry: ca.reg, Audit: ca.audit, Automatic: c.Authorities.Rotate == rotateAuto,
 		ActivationDeadline: c.Authorities.ActivationDeadline, RefreshHint: ca.set.Bundle().RefreshHint, Federated: ca.federated,
 		Following: ca.rotationFollowers, Settle: c.settle, Now: c.Now, Log: ca.log})

@@ -60,12 +60,16 @@ func unlimited() (l Limits) {
 	return l
 }
 
-func start(t *testing.T, c Config) *harness {
+func start(t *testing.T, c Config) *harness { return startWith(t, c, func(*CA) {}) }
+
+// startWith starts a CA after a change that no configuration can make.
+func startWith(t *testing.T, c Config, change func(*CA)) *harness {
 	t.Helper()
 	ca, err := New(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
 	}
+	change(ca)
 	h := &harness{t: t, dir: c.DataDir, ca: ca, done: make(chan error, 1)}
 	ctx, cancel := context.WithCancel(context.Background())
 	h.stop = cancel

@@ -479,21 +479,25 @@ func TestReplyToAttestationLostAtAnyByte(t *testing.T) {
 		token, k := h.token(), key(t)
 		request := csr(t, k)
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-		_, err := attest(ctx, h.dial(nil, nil, grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+		cut := h.dial(nil, nil, grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 			c, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 			return &cutConn{Conn: c, left: n}, err
-		})), token, request)
+		}))
+		_, err := attest(ctx, cut, token, request)
 		cancel()
+		cut.Close()
 		if err != nil {
 			lost++
 		}
-		svid, again := attest(t.Context(), h.dial(nil, nil), token, request)
+		whole := h.dial(nil, nil)
+		svid, again := attest(t.Context(), whole, token, request)
 		if again != nil {
 			t.Fatalf("the same key after %d bytes of the reply (%v): %v", n, err, again)
 		}
-		if _, err := attest(t.Context(), h.dial(nil, nil), token, csr(t, key(t))); err == nil {
+		if _, err := attest(t.Context(), whole, token, csr(t, key(t))); err == nil {
 			t.Fatalf("another key got in after the reply was cut at %d bytes", n)
 		}
+		whole.Close() // so many connections are more than one address may have open
 		a := h.dial(svid.CertChain, k)
 		if _, err := agentv1.NewAgentClient(a).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: request}}); err != nil {
 			t.Fatalf("using the SVID that came after the cut at %d bytes: %v", n, err)

@@ -13,6 +13,7 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
@@ -93,13 +94,14 @@ type limitedCaller struct {
 type limiter struct {
 	ca     *CA
 	tables map[string]*limits.Table[limitedCaller] // by key in the configuration; what has no limit has no table
+	crowd  crowd
 	// serving ends when the CA is told to stop: new connections do not wait any longer then.
 	serving context.Context
 	stop    context.CancelFunc
 }
 
 func newLimiter(ca *CA) *limiter {
-	l := &limiter{ca: ca, tables: map[string]*limits.Table[limitedCaller]{}}
+	l := &limiter{ca: ca, tables: map[string]*limits.Table[limitedCaller]{}, crowd: crowd{told: rate.Sometimes{Interval: time.Minute}}}
 	l.serving, l.stop = context.WithCancel(context.Background())
 	c := ca.c.Limits
 	c.each(func(name string, one *Limit) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -22,9 +23,11 @@ import (
 
 // Limits of the port.
 const (
-	maxStreamsPerConn = 1000
+	maxStreamsPerConn = 250
 	maxRequestBytes   = 4 << 20
-	handshakeTimeout  = 10 * time.Second
+	// maxHeaderBytes bounds the metadata of a call. gRPC's own bound of 16 MiB is one for trusted callers.
+	maxHeaderBytes   = 64 << 10
+	handshakeTimeout = 10 * time.Second
 	// windowBytes is what a caller may send before it is read. A fixed window saves a ping, which is to find out how large
 	// it should be, in every call.
 	windowBytes      = 1 << 20
@@ -57,13 +60,14 @@ func (ca *CA) makeServers() {
 		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Refresh: ca.poller.Refresh, FederationStatus: ca.federationStatus, LogLevel: ca.logLevel(), Certificate: ca.svid.get, Started: ca.started, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
-		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxHeaderListSize(maxHeaderBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.InitialWindowSize(windowBytes), grpc.InitialConnWindowSize(windowBytes),
 		grpc.WaitForHandlers(true),
 	}
-	ca.tcp = grpc.NewServer(append(common, grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect}))...)
+	ca.tcp = grpc.NewServer(append(slices.Clone(common), grpc.InTapHandle(ca.guard.BoundCall),
+		grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect, Enter: ca.limiter.enter}))...)
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
 	register(ca.tcp, ca.node, admin, liveHealth{ca.health, ca})
 	register(ca.local, ca.node, admin, liveHealth{ca.health, ca})

@@ -12,6 +12,8 @@ import (
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
@@ -120,6 +122,23 @@ func methods() map[string]access.Kind {
 		m["/"+adminv1.Admin_ServiceDesc.ServiceName+"/"+rpc.StreamName] = operators
 	}
 	addOperatorMethods(m)
+	return m
+}
+
+// slowMethods take time of a caller who shows no certificate.
+func slowMethods() map[string]bool {
+	return map[string]bool{agentv1.Agent_AttestAgent_FullMethodName: true}
+}
+
+// endlessMethods last for as long as their caller likes: the stream interceptor has judged the caller before it reads
+// anything, and each message is judged again.
+func endlessMethods() map[string]bool {
+	m := map[string]bool{nodev1.Node_Follow_FullMethodName: true, healthv1.Health_Watch_FullMethodName: true}
+	for _, d := range []grpc.ServiceDesc{adminv1.Admin_ServiceDesc, reflectionv1.ServerReflection_ServiceDesc, reflectionv1alpha.ServerReflection_ServiceDesc} {
+		for _, rpc := range d.Streams {
+			m["/"+d.ServiceName+"/"+rpc.StreamName] = true
+		}
+	}
 	return m
 }
 

@@ -132,6 +132,11 @@ type Guard struct {
 	AllowLocal func(uid, gid uint32, groups []uint32) bool
 	// Methods says who may call what, by full method name. What is not in it is refused.
 	Methods map[string]Kind
+	// Slow are methods that take a stranger longer than a moment, and Endless those that last for as long as their caller
+	// likes; see BoundCall.
+	Slow, Endless map[string]bool
+	// StrangerCall is how long a call of a stranger may take. Zero: strangerCall.
+	StrangerCall time.Duration
 	// Limit takes what a call of a caller on the network costs from their allowance, waits, or refuses. The caller has been
 	// identified and nothing else has been found out about them: this comes before what costs. req is nil for streams. A nil
 	// Limit lets everything through.
