@@ -18,7 +18,8 @@ import (
 // writes the record of the authority and removes the intent. Whoever finds an intent looks for its key first: if it is there
 // it is used, and if not it is made under that name.
 //
-// There is one intent for each use, so of two operators or replicas that begin at once, one wins.
+// There is one intent for each use, so of two operators or replicas that begin at once, one wins. Like the rotation that needs
+// the key, an intent may use the room that is kept on a full disk.
 
 // Where intents are in the store, and those whose key could not be dealt with. They are not under "authority/", because they
 // are no authorities.
@@ -145,7 +146,7 @@ func (s *Set) writeIntent(ctx context.Context, use keys.Use, intent keys.Intent,
 		return 0, err
 	}
 	path := keyIntentPrefix + string(use)
-	revision, err := s.config.Store.Commit(ctx, []store.Check{{Key: path, Modified: was}}, []store.Write{{Key: path, Value: value}})
+	revision, err := s.config.Store.Commit(store.WithReserve(ctx), []store.Check{{Key: path, Modified: was}}, []store.Write{{Key: path, Value: value}})
 	var conflict *store.ConflictError
 	if errors.As(err, &conflict) {
 		return 0, fmt.Errorf("%s authority: %w", use, ErrKeyBeingMade)
@@ -177,7 +178,7 @@ func (s *Set) abandonIntent(ctx context.Context, use keys.Use, intent keys.Inten
 		}
 		writes = append(writes, store.Write{Key: keyOrphanPrefix + string(use) + "/" + intent.Name, Value: value})
 	}
-	if _, err := s.config.Store.Commit(ctx, []store.Check{{Key: path, Modified: revision}}, writes); err != nil {
+	if _, err := s.config.Store.Commit(store.WithReserve(ctx), []store.Check{{Key: path, Modified: revision}}, writes); err != nil {
 		return fmt.Errorf("removing the intent to make key %q: %w", intent.Name, err)
 	}
 	return nil
@@ -216,7 +217,7 @@ func (s *Set) settleIntent(ctx context.Context, use keys.Use) error {
 		return err
 	}
 	path := keyIntentPrefix + string(use)
-	_, err = s.config.Store.Commit(ctx, []store.Check{{Key: path, Modified: revision}}, []store.Write{{Key: path, Delete: true}})
+	_, err = s.config.Store.Commit(store.WithReserve(ctx), []store.Check{{Key: path, Modified: revision}}, []store.Write{{Key: path, Delete: true}})
 	return err
 }
 
@@ -241,7 +242,7 @@ func (s *Set) settleOrphans(ctx context.Context, use keys.Use) error {
 			err = s.config.Keys.Remove(ctx, intent)
 		}
 		if err == nil {
-			_, err = s.config.Store.Commit(ctx, []store.Check{{Key: item.Key, Modified: item.Modified}}, []store.Write{{Key: item.Key, Delete: true}})
+			_, err = s.config.Store.Commit(store.WithReserve(ctx), []store.Check{{Key: item.Key, Modified: item.Modified}}, []store.Write{{Key: item.Key, Delete: true}})
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("key %q: %w", r.Name, err))

@@ -138,6 +138,34 @@ func TestTwoReplicasPrepareAtOnce(t *testing.T) {
 	}
 }
 
+// reserveStore is a store on a full disk: only what uses its reserve is written.
+type reserveStore struct{ store.Store }
+
+func (s reserveStore) Commit(ctx context.Context, checks []store.Check, writes []store.Write) (store.Revision, error) {
+	if !store.UsesReserve(ctx) {
+		return 0, store.ErrDiskFull
+	}
+	return s.Store.Commit(ctx, checks, writes)
+}
+
+// TestRotationOnAFullDisk: the reserve that carries existing identities on carries the rotation of their authorities, too,
+// wherever keys are.
+func TestRotationOnAFullDisk(t *testing.T) {
+	token, dir := keystores.SoftHSM(t), t.TempDir()
+	st := newStore(t, dir)
+	replica(t, st, dir, token.URI, nil) // makes the first ones
+	set := replica(t, reserveStore{st}, dir, token.URI, nil)
+	for _, use := range []keys.Use{keys.UseX509, keys.UseJWT} {
+		step, err := set.Prepare(t.Context(), use)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := set.Activate(t.Context(), use, step.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestIntentOfAnotherReplica: while one replica is at work on a key the other leaves it alone, and takes it over when the
 // first has not been heard of for long.
 func TestIntentOfAnotherReplica(t *testing.T) {
