@@ -201,8 +201,9 @@ type Set struct {
 	// current is replaced as a whole by Load and Observe; what it points to is never changed.
 	current atomic.Pointer[snapshot]
 
-	// stopped holds the reason for which nothing is signed any more. It is set once.
+	// stopped holds the reason for which nothing is signed any more. It is set once, and then halted is closed.
 	stopped atomic.Pointer[error]
+	halted  chan struct{}
 
 	// signatures counts, to pick the sample for self-checks.
 	signatures atomic.Uint64
@@ -222,7 +223,7 @@ func Open(ctx context.Context, c Config) (*Set, error) {
 	if err := c.check(); err != nil {
 		return nil, err
 	}
-	s := &Set{config: c, owner: newOwner(), making: make(chan struct{}, 1), moved: make(chan struct{})}
+	s := &Set{config: c, owner: newOwner(), making: make(chan struct{}, 1), moved: make(chan struct{}), halted: make(chan struct{})}
 	// Whoever loses the commit of the first ones finds the winner's in the next round.
 	for range 2 {
 		items, err := s.list(ctx)
@@ -330,6 +331,7 @@ func (s *Set) list(ctx context.Context) ([]store.Item, error) {
 func (s *Set) stop(cause error) error {
 	err := fmt.Errorf("%w: %w", ErrStopped, cause)
 	if s.stopped.CompareAndSwap(nil, &err) {
+		close(s.halted)
 		s.config.Log.Error("issuing has stopped", "trust_domain", s.config.TrustDomain.Name(), "err", cause)
 	}
 	return *s.stopped.Load()

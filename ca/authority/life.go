@@ -266,6 +266,8 @@ func (s *Set) WaitFor(ctx context.Context, revision store.Revision) error {
 		}
 		select {
 		case <-moved:
+		case <-s.halted: // it follows nothing any more
+			return *s.stopped.Load()
 		case <-ctx.Done():
 			return fmt.Errorf("the authorities were written, but this CA has not caught up with the store yet: %w", ctx.Err())
 		}

@@ -214,6 +214,29 @@ func TestActivationNeverSignsBeforeItsTime(t *testing.T) {
 	}
 }
 
+// TestStoppedSetKeepsNobodyWaiting: whoever waits for a change when the records go bad is told, not kept for ever.
+func TestStoppedSetKeepsNobodyWaiting(t *testing.T) {
+	s := openSet(t) // follows nothing, so that it never has what is waited for
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Prepare(context.Background(), KindX509)
+		done <- err
+	}()
+	for { // until the change is written
+		items, err := s.list(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(items) == 4 {
+			break
+		}
+	}
+	s.stop(errors.New("tampered with"))
+	if err := <-done; !errors.Is(err, ErrStopped) {
+		t.Errorf("Prepare = %v, want ErrStopped", err)
+	}
+}
+
 // TestTwoOperatorsAtOnce: of changes at the same moment one wins, and the others are told.
 func TestTwoOperatorsAtOnce(t *testing.T) {
 	a := living(t)
