@@ -198,7 +198,7 @@ func (b *bootstrap) joinToken() (nodeattest.JoinToken, error) {
 	if b.tokenFile != "" {
 		text, err := durable.ReadSecret(b.tokenFile, nodeattest.MaxJoinTokenBytes+2)
 		if errors.Is(err, durable.ErrExposed) {
-			return nodeattest.JoinToken{}, fmt.Errorf("join_token_file: %w (chmod 600 it)", err)
+			return nodeattest.JoinToken{}, fmt.Errorf("join_token_file: %w", err)
 		}
 		if err != nil {
 			return nodeattest.JoinToken{}, fmt.Errorf("join_token_file: %w", err)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -197,9 +198,13 @@ func (b bundles) trusted(td spiffeid.TrustDomain, chain []*x509.Certificate) boo
 }
 
 // federated tells whether others fetch the bundle of whom no acknowledgement is had: the trust domains with which this one
-// federates, and the CAs below this one, which hand it on to agents that only they know.
+// federates, and other servers of the same trust domain, which hand it on to agents that only they know. These are the CAs below
+// this one, and those whose authorities were appended, or whose JWT keys came from above.
 func (ca *CA) federated() bool {
-	return len(ca.reg.Federations()) > 0 || len(ca.reg.Bundles()) > 0 || ca.reg.HasDownstream()
+	if len(ca.reg.Federations()) > 0 || len(ca.reg.Bundles()) > 0 || ca.reg.HasDownstream() || len(ca.set.Appended()) > 0 {
+		return true
+	}
+	return slices.ContainsFunc(ca.set.Bundle().JWT, func(a authority.JWTAuthority) bool { return a.Origin != "" })
 }
 
 // rotationFollowers returns what is known of the agents that follow this replica.

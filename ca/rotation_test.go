@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
@@ -354,6 +355,44 @@ func TestDownstreamCAsAreGivenFiveHints(t *testing.T) {
 	h.prepare(typeX509)
 	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); err != nil {
 		t.Errorf("with no CA below any more: %v", err)
+	}
+}
+
+// TestOtherServersFetchTheBundleToo: a server of the same trust domain, from which it moves here or which is below this one, has
+// its own agents, and nobody tells when these have a new authority.
+func TestOtherServersFetchTheBundleToo(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		add  func(*harness) error
+	}{
+		{"appended", func(h *harness) error {
+			_, err := bundlev1.NewBundleClient(h.admin).AppendBundle(t.Context(), &bundlev1.AppendBundleRequest{X509Authorities: []*types.X509Certificate{{Asn1: newSPIRERoot(t).cert.Raw}}})
+			return err
+		}},
+		{"downstream", func(h *harness) error {
+			_, err := h.ca.set.PublishJWTKey(t.Context(), spiffeid.RequireFromString("spiffe://example.org/ca/lower"),
+				authority.ForeignJWTKey{KeyID: "lower-1", PublicKey: spki(t, key(t).Public()), ExpiresAt: time.Now().Add(time.Hour)})
+			return err
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var clock movedClock
+			c := quiet(t.TempDir())
+			c.Now, c.Authorities.RefreshHint = clock.now, time.Minute
+			h := start(t, c)
+			if err := tt.add(h); err != nil {
+				t.Fatal(err)
+			}
+			id := h.prepare(typeJWT)
+			clock.move(4*time.Minute + 50*time.Second)
+			if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "fetch the bundle") {
+				t.Errorf("before five hints: %v", err)
+			}
+			clock.move(5*time.Minute + time.Second)
+			if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); err != nil {
+				t.Errorf("after five hints: %v", err)
+			}
+		})
 	}
 }
 

@@ -52,7 +52,7 @@ func (x X509POP) Begin(ctx context.Context) (Evidence, error) {
 	}
 	key, err := durable.ReadSecret(x.PrivateKeyPath, maxPEMBytes)
 	if errors.Is(err, durable.ErrExposed) {
-		return nil, fmt.Errorf("x509pop.private_key_path: %w (chmod 600 it)", err)
+		return nil, fmt.Errorf("x509pop.private_key_path: %w", err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("x509pop.private_key_path: %w", err)

@@ -129,7 +129,7 @@ func TestX509POPNamesTheFileThatIsWrong(t *testing.T) {
 	}{
 		"no certificate": {func(t *testing.T, x *X509POP) { x.CertificatePath += ".none" }, "x509pop.certificate_path: "},
 		"no key":         {func(t *testing.T, x *X509POP) { x.PrivateKeyPath += ".none" }, "x509pop.private_key_path: "},
-		"an exposed key": {func(t *testing.T, x *X509POP) { os.Chmod(x.PrivateKeyPath, 0o644) }, "chmod 600"},
+		"an exposed key": {func(t *testing.T, x *X509POP) { os.Chmod(x.PrivateKeyPath, 0o644) }, "chmod go="},
 		"another's key": {func(t *testing.T, x *X509POP) {
 			write(t, x.PrivateKeyPath, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: otherDER}))
 		}, "private_key_path"},

@@ -107,6 +107,9 @@ func (a *API) toStatus(err error) error {
 		return status.Error(codes.Unavailable, "the CA's disk is full: free room on it and try again")
 	case errors.Is(err, store.ErrTooLarge):
 		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, authority.ErrUnavailable):
+		a.c.Log.Error("a key store or the upstream CA is needed and does not answer", "err", err)
+		return status.Error(codes.Unavailable, err.Error())
 	case errors.Is(err, authority.ErrNoActive), errors.Is(err, authority.ErrExpired), errors.Is(err, authority.ErrStopped):
 		return status.Error(codes.FailedPrecondition, err.Error())
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):

@@ -153,15 +153,15 @@ func (a *API) ActivateAuthority(req *adminv1.ActivateAuthorityRequest, s grpc.Se
 
 // TaintAuthority has all that an authority signed re-issued.
 func (a *API) TaintAuthority(ctx context.Context, req *adminv1.EndAuthorityRequest) (*adminv1.AuthorityChange, error) {
-	return a.endAuthority(ctx, req, a.c.Rotation.Taint)
+	return a.endAuthority(ctx, req, authority.StateTainted, a.c.Rotation.Taint)
 }
 
 // RevokeAuthority takes an authority out of the bundle.
 func (a *API) RevokeAuthority(ctx context.Context, req *adminv1.EndAuthorityRequest) (*adminv1.AuthorityChange, error) {
-	return a.endAuthority(ctx, req, a.c.Rotation.Revoke)
+	return a.endAuthority(ctx, req, authority.StateRevoked, a.c.Rotation.Revoke)
 }
 
-func (a *API) endAuthority(ctx context.Context, req *adminv1.EndAuthorityRequest,
+func (a *API) endAuthority(ctx context.Context, req *adminv1.EndAuthorityRequest, to authority.State,
 	end func(context.Context, rotation.Actor, authority.Kind, string, bool) (authority.Step, error)) (*adminv1.AuthorityChange, error) {
 	kind, err := authorityKind(req.Type)
 	if err != nil {
@@ -170,8 +170,37 @@ func (a *API) endAuthority(ctx context.Context, req *adminv1.EndAuthorityRequest
 	if req.Id == "" {
 		return nil, a.toStatus(&registry.ValidationError{Field: "id", Problem: "missing; signet authority list shows the ids"})
 	}
+	if root, ok := a.upstreamRoot(kind, req.Id); ok {
+		return a.endUpstreamRoot(ctx, root, to)
+	}
 	st, err := end(ctx, actor(ctx), kind, req.Id, req.Stolen)
 	return a.change(st, err)
+}
+
+// upstreamRoot finds a root of the upstream CA in the bundle, which is no authority of this CA.
+func (a *API) upstreamRoot(kind authority.Kind, id string) (authority.X509Authority, bool) {
+	if kind == authority.KindX509 {
+		for _, root := range a.c.Authority.Bundle().X509 {
+			if root.Upstream && root.ID == id {
+				return root, true
+			}
+		}
+	}
+	return authority.X509Authority{}, false
+}
+
+// endUpstreamRoot taints or revokes a root of the upstream CA. Either has to come after the other, also if its key was stolen:
+// the authority that signs now must not lead to it.
+func (a *API) endUpstreamRoot(ctx context.Context, root authority.X509Authority, to authority.State) (*adminv1.AuthorityChange, error) {
+	end := a.c.Rotation.TaintRoot
+	if to == authority.StateRevoked {
+		end = a.c.Rotation.RevokeRoot
+	}
+	if err := end(ctx, actor(ctx), root.ID); err != nil {
+		return nil, a.authorityStatus(err, codes.NotFound, codes.FailedPrecondition)
+	}
+	return a.change(authority.Step{Changed: true, Authority: authority.Authority{Kind: authority.KindX509, ID: root.ID, State: to, Certificate: root.Certificate,
+		NotBefore: root.Certificate.NotBefore, NotAfter: root.Certificate.NotAfter}}, nil)
 }
 
 func (a *API) change(st authority.Step, err error) (*adminv1.AuthorityChange, error) {
@@ -186,8 +215,10 @@ func (a *API) change(st authority.Step, err error) (*adminv1.AuthorityChange, er
 func (a *API) authorityStatus(err error, unknown, wrongState codes.Code) error {
 	state, waits := (*authority.StateError)(nil), (*rotation.WaitError)(nil)
 	switch {
-	case errors.Is(err, authority.ErrUnknownAuthority):
+	case errors.Is(err, authority.ErrUnknownAuthority), errors.Is(err, authority.ErrUnknownRoot):
 		return status.Error(unknown, err.Error())
+	case errors.Is(err, authority.ErrBelow), errors.Is(err, authority.ErrRootState):
+		return status.Error(codes.FailedPrecondition, err.Error())
 	case errors.Is(err, rotation.ErrNotPrepared), errors.As(err, &state):
 		return status.Error(wrongState, err.Error())
 	case errors.As(err, &waits), errors.Is(err, authority.ErrNotYet), errors.Is(err, authority.ErrTooMany):

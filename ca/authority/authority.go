@@ -54,6 +54,10 @@ var (
 	// ErrRefused is in the chain of every error that says that a request itself cannot be issued, whatever the authorities
 	// are. The text tells the caller what to change.
 	ErrRefused = errors.New("refused")
+
+	// ErrUnavailable is in the chain of every error that says that a key store, or the upstream CA, did not do what it was
+	// asked. It may do so later; the text names it, and the key.
+	ErrUnavailable = keys.ErrUnavailable
 )
 
 // Config says how a Set is opened.

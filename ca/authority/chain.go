@@ -157,6 +157,9 @@ func (e *UpstreamError) Error() string { return fmt.Sprintf("upstream %s: %v", e
 // Unwrap returns the cause.
 func (e *UpstreamError) Unwrap() error { return e.Err }
 
+// Is makes it an ErrUnavailable.
+func (e *UpstreamError) Is(target error) bool { return target == ErrUnavailable }
+
 // checkUpstreamAnswer judges what the upstream answered to a request for an intermediate of key, at now and for ttl, and
 // returns the path above the intermediate, the root last. Nothing of the answer is used before it has passed: it is the
 // only thing between an upstream that errs, or that is not who it was, and a trust domain whose every handshake fails.

@@ -3,6 +3,7 @@ package authority
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -216,6 +217,19 @@ func (e *edit) find(id string, want State) (*record, error) {
 		return nil, &StateError{Kind: e.kind, ID: r.id, State: r.state, Want: want}
 	}
 	return r, nil
+}
+
+// notBelow refuses to taint or revoke an intermediate: whoever has the root in its bundle would go on believing in it.
+func (e *edit) notBelow(id string) error {
+	r := e.records[id]
+	if r == nil || r.root == nil {
+		return nil
+	}
+	root, err := x509.ParseCertificate(r.root)
+	if err != nil {
+		return fmt.Errorf("the root of %s authority %s: %w", e.kind, id, err)
+	}
+	return fmt.Errorf("%s authority %s leads to the upstream's root %s: %w", e.kind, id, rootID(root), ErrBelow)
 }
 
 // create makes a new authority and returns its id.

@@ -49,6 +49,9 @@ var (
 	// ErrTooMany is returned by Prepare when the bundle holds as many authorities as it may.
 	ErrTooMany = errors.New("the bundle holds as many authorities as it may; revoke old ones first")
 
+	// ErrBelow is in the chain of the error for an intermediate of an upstream CA, which cannot be tainted or revoked.
+	ErrBelow = errors.New("verifiers trust what it signed as long as that root is in the bundle; let the upstream get a new root, and taint and revoke the old one when an authority below the new one is active")
+
 	// ErrNotYet is in the chain of the error of Activate for an authority that is not valid yet, or no more.
 	ErrNotYet = errors.New("it cannot sign now")
 )
@@ -66,7 +69,7 @@ func (e *StateError) Error() string {
 	hint := ""
 	switch {
 	case e.State == StateActive && e.Want != StatePrepared:
-		hint = "; activate another one first, or say that the key was stolen"
+		hint = "; activate another one first, or say that the key was stolen (--stolen)"
 	case e.State == StateOld && e.Want == StateTainted:
 		hint = "; taint it first, so that what it signed is re-issued"
 	}
@@ -181,6 +184,9 @@ func (s *Set) Activate(ctx context.Context, kind Kind, id string) (Step, error) 
 // Taint marks an old authority, so that all that it signed is re-issued.
 func (s *Set) Taint(ctx context.Context, kind Kind, id string) (Step, error) {
 	return s.change(ctx, kind, func(e *edit) (string, error) {
+		if err := e.notBelow(id); err != nil {
+			return "", err
+		}
 		r, err := e.find(id, StateOld)
 		if err != nil || r.state == StateTainted {
 			return id, err
@@ -194,6 +200,9 @@ func (s *Set) Taint(ctx context.Context, kind Kind, id string) (Step, error) {
 // the store, is forgotten.
 func (s *Set) Revoke(ctx context.Context, kind Kind, id string) (Step, error) {
 	return s.change(ctx, kind, func(e *edit) (string, error) {
+		if err := e.notBelow(id); err != nil {
+			return "", err
+		}
 		r, err := e.find(id, StateTainted)
 		if err != nil || r.state == StateRevoked {
 			return id, err
@@ -211,6 +220,9 @@ func (s *Set) Stolen(ctx context.Context, kind Kind, id string, to State) (Step,
 		return Step{}, fmt.Errorf("a stolen authority becomes tainted or revoked, not %q", to)
 	}
 	return s.change(ctx, kind, func(e *edit) (string, error) {
+		if err := e.notBelow(id); err != nil {
+			return "", err
+		}
 		r, err := e.find(id, StateOld)
 		if state := (*StateError)(nil); errors.As(err, &state) {
 			r, err = e.records[id], nil

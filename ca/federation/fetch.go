@@ -44,7 +44,7 @@ type Fetcher struct {
 // used, and was left out.
 //
 // Only the answer 200 of exactly the configured URL counts. A redirect is an error that names its target: an endpoint that can
-// send the CA elsewhere could make it knock at any door of the operator's network. [docs/decisions/0012]
+// send the CA elsewhere could make it knock at any door of the operator's network. [docs/decisions/0013]
 func (f *Fetcher) Fetch(ctx context.Context, rel *registry.Federation) (*spiffebundle.Bundle, []error, error) {
 	if err := registry.CheckEndpointURL(rel.URL); err != nil {
 		return nil, nil, err

@@ -122,7 +122,7 @@ func (a *API) toStatus(err error) error {
 	case errors.Is(err, auditlog.ErrDisk), errors.Is(err, store.ErrDiskFull):
 		a.c.Log.Error("nothing is issued that cannot be logged", "err", err)
 		return status.Error(codes.Unavailable, "the CA's disk is full")
-	case errors.Is(err, authority.ErrNoActive), errors.Is(err, authority.ErrExpired), errors.Is(err, authority.ErrStopped):
+	case errors.Is(err, authority.ErrNoActive), errors.Is(err, authority.ErrExpired), errors.Is(err, authority.ErrStopped), errors.Is(err, authority.ErrUnavailable):
 		a.c.Log.Error("cannot sign", "err", err)
 		return status.Error(codes.Unavailable, "the CA cannot sign now")
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):

@@ -35,7 +35,7 @@ shows how many agents still use it.`, func(ctx context.Context, c adminv1.AdminC
 
 // typeFlag adds --type. Empty is allowed where all kinds can be meant.
 func typeFlag(cmd *cobra.Command) *string {
-	return cmd.Flags().String("type", "", "x509, jwt or wit")
+	return cmd.Flags().String("type", "", "`TYPE` of authority: x509, jwt or wit")
 }
 
 func authorityType(text string, both bool) (adminv1.AuthorityType, error) {
@@ -206,7 +206,7 @@ authority below an upstream CA: each certificate up to the root with its id and 
 				{name: "AUTHORITY", value: func(x ownAuthority) string { return x.ID }},
 				{name: "STATE", value: func(x ownAuthority) string { return x.State }, color: func(x ownAuthority) string { return authorityColor(x.State) }},
 				{name: "VALID", value: func(x ownAuthority) string { return left(x.end, now) }},
-				{name: "", value: ownAuthority.waiting},
+				{name: "NOTE", value: ownAuthority.waiting},
 				{name: "PREPARED", wide: true, value: func(x ownAuthority) string { return x.PreparedAt }},
 				{name: "ACTIVATED", wide: true, value: func(x ownAuthority) string { return x.ActivatedAt }},
 				{name: "SIGNED UNTIL", wide: true, value: func(x ownAuthority) string { return x.SignedUntil }},
@@ -280,7 +280,7 @@ named. Its id is the only output on stdout.`,
 			if err != nil {
 				return caError("preparing an authority", c, err)
 			}
-			return a.showAuthority(*output, answer, "prepared; activate it with signet authority activate --wait")
+			return a.showAuthority(*output, answer, "prepared; activate it with signet authority activate --wait --type "+*kind)
 		})
 	}
 	return a.reachesCA(cmd)
@@ -358,7 +358,10 @@ func (a *app) noteWait(r *readiness) {
 }
 
 func activateHint(err error) error {
-	if isCode(err, codes.FailedPrecondition) {
+	switch {
+	case isCode(err, codes.FailedPrecondition) && strings.Contains(err.Error(), "no authority is prepared"):
+		return withHint(err, "'signet authority list' shows whether the schedule has activated it already (authorities.rotate: auto)")
+	case isCode(err, codes.FailedPrecondition):
 		return withHint(err, "wait with --wait, see who lags with 'signet authority list', or go ahead with --force")
 	}
 	return err

@@ -14,6 +14,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -130,6 +132,18 @@ func TestCAWithoutItsTPM(t *testing.T) {
 	defer cancel()
 	if _, err := c.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "b"}); err == nil {
 		t.Error("a JWT-SVID was signed without the TPM")
+	}
+	conn, err := i.Admin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_, err = svidv1.NewSVIDClient(conn).MintJWTSVID(ctx, &svidv1.MintJWTSVIDRequest{Id: &types.SPIFFEID{TrustDomain: held.URIs[0].Host, Path: "/x"}, Audience: []string{"b"}})
+	if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "key tpmkms:name=signet-example-org-") {
+		t.Errorf("an operator is told %v, want Unavailable and the key", err)
+	}
+	if _, err = adminv1.NewAdminClient(conn).PrepareAuthority(ctx, &adminv1.PrepareAuthorityRequest{Type: adminv1.AuthorityType_AUTHORITY_TYPE_JWT}); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), tpm.URI) {
+		t.Errorf("an operator who prepares is told %v, want Unavailable and the key store", err)
 	}
 	svid, err := c.FetchX509SVID(ctx)
 	if err != nil || !svid.Certificates[0].Equal(held) {
