@@ -24,7 +24,7 @@ import (
 // trust domain is moving away from. Nothing is ever signed with them here. [SPIRE-PROTOCOL §14]
 func (a *API) AppendBundle(ctx context.Context, req *bundlev1.AppendBundleRequest) (*types.Bundle, error) {
 	if len(req.WitAuthorities) > 0 {
-		return nil, status.Error(codes.Unimplemented, "wit_authorities: WIT-SVIDs are not supported by this version")
+		return nil, status.Error(codes.Unimplemented, "wit_authorities: WIT authorities of others are not taken into the bundle")
 	}
 	var certs [][]byte
 	for _, x := range req.X509Authorities {

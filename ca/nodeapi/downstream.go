@@ -114,9 +114,10 @@ func (a *API) PublishJWTAuthority(ctx context.Context, req *bundlev1.PublishJWTA
 	return &bundlev1.PublishJWTAuthorityResponse{JwtAuthorities: b.JwtAuthorities}, nil
 }
 
-// PublishWITAuthority is not offered: WIT-SVIDs are incubating. [STAB-01]
+// PublishWITAuthority is not offered, whether this CA issues WIT-SVIDs or not: they are incubating, and those of CAs below are
+// not vouched for. [STAB-01]
 func (a *API) PublishWITAuthority(context.Context, *bundlev1.PublishWITAuthorityRequest) (*bundlev1.PublishWITAuthorityResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "WIT-SVIDs are not offered")
+	return nil, status.Error(codes.Unimplemented, "WIT authorities of CAs below are not taken into the bundle")
 }
 
 // maxUnix is the end of the year 2199: times beyond are mistakes, and the largest of them overflow.

@@ -31,12 +31,13 @@ type Row struct {
 var laterNames = map[string]string{
 	"wit":        "WIT-SVIDs at agents, in the Workload API and at validators (an incubating part of the standard)",
 	"witval":     "what a validator does with WIT-SVIDs (the issuer's part is here)",
-	"federation": "federation: fetching and serving bundles of other trust domains",
-	"endpoint":   "the bundle endpoint",
+	"federation": "a test of its own (bundles of other trust domains are fetched and handed on)",
+	"redirects":  "a reason to follow redirects (docs/decisions/0013)",
+	"maps":       "bundle maps",
+	"endpoint":   "serving the bundle at an endpoint",
 	"broker":     "the Broker API (an incubating part of the standard)",
 	"revocation": "revocation lists",
 	"jitter":     "spreading of pushes that concern a whole fleet",
-	"profiles":   "switches for single profiles of the Workload API",
 }
 
 var sections = []struct{ number, title string }{
