@@ -526,3 +526,35 @@ func (c *cutConn) Read(b []byte) (int, error) {
 	c.left -= n
 	return n, err
 }
+
+// TestRefusalsAreLoggedWhateverTheyAreFor: a node that was stolen does not keep its attempts out of the audit log, by
+// a request of which the refusal is larger than a record may be.
+func TestRefusalsAreLoggedWhateverTheyAreFor(t *testing.T) {
+	h := start(t, config(t.TempDir()))
+	a := h.join()
+	h.create(under(a.ID.Path(), "own", "/own", "unix:uid:1"))
+	uri, err := asn1.Marshal(asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 6, Bytes: []byte(strings.Repeat("\x01", 15000))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	san, err := asn1.Marshal(asn1.RawValue{Class: asn1.ClassUniversal, Tag: asn1.TagSequence, IsCompound: true, Bytes: uri})
+	if err != nil {
+		t.Fatal(err)
+	}
+	monster, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Value: san}}}, key(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := a.SVIDAPI().BatchNewX509SVID(t.Context(), &svidv1.BatchNewX509SVIDRequest{Params: []*svidv1.NewX509SVIDParams{{EntryId: "foreign", Csr: csr(t, key(t))}, {EntryId: "own", Csr: monster}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, x := range r.Results {
+		if x.Status.Code == 0 || len(x.Status.Message) > 4096 {
+			t.Errorf("item %d: code %d, %d bytes of message", i, x.Status.Code, len(x.Status.Message))
+		}
+	}
+	if n := len(h.audit("x509svid.refused")); n != 2 {
+		t.Errorf("%d refusals are in the audit log, want 2", n)
+	}
+}

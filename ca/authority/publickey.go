@@ -74,7 +74,7 @@ func CheckCSR(der []byte, wantID spiffeid.ID) (crypto.PublicKey, error) {
 	}
 	csr, err := x509.ParseCertificateRequest(der)
 	if err != nil {
-		return nil, fmt.Errorf("csr %w: it is not a DER PKCS #10 certificate request: %w", ErrRefused, err)
+		return nil, fmt.Errorf("csr %w: it is not a DER PKCS #10 certificate request: %.256v", ErrRefused, err) // it may repeat all of it
 	}
 	// The key comes before the signature: verifying with a key of absurd size is work for an attacker.
 	if err := checkKeyStrength(csr.PublicKey); err != nil {
@@ -115,7 +115,7 @@ func checkCSRURIs(csr *x509.CertificateRequest, wantID spiffeid.ID) error {
 				return errors.New("it asks for more than one URI SAN; ask for exactly one SPIFFE ID")
 			}
 			if string(name.Bytes) != wantID.String() {
-				return fmt.Errorf("it asks for URI SAN %q, not %q; leave the URI out or use the ID of the registration entry", name.Bytes, wantID.String())
+				return fmt.Errorf("it asks for URI SAN %.256q, not %q; leave the URI out or use the ID of the registration entry", name.Bytes, wantID.String())
 			}
 		}
 	}

@@ -156,7 +156,7 @@ func (a *API) issueX509(ctx context.Context, field string, ids []registry.EntryI
 		if err != nil {
 			out[i] = issuedX509{err: status.Convert(a.toStatus(err))}
 			refusals = append(refusals, auditlog.Record{Time: now, Event: "x509svid.refused", Actor: c.ID.String(), ActorKind: "agent",
-				Subject: clip(string(ids[i])), Outcome: auditlog.Refused, Details: map[string]any{"reason": out[i].err.Message()}})
+				Subject: clip(string(ids[i])), Outcome: auditlog.Refused, Details: map[string]any{"reason": excerpt(out[i].err.Message())}})
 			continue
 		}
 		e, svid := out[i].entry, out[i].svid
@@ -174,9 +174,9 @@ func (a *API) issueX509(ctx context.Context, field string, ids []registry.EntryI
 }
 
 // auditRefused logs the refused items of a batch. They get nothing of the reserve: otherwise an agent that asks for what
-// is not its own could spend it, and stop all renewals on a full disk. [DESIGN §6]
+// is not its own could spend it, and stop all renewals on a full disk. [DESIGN §6] That it hangs up changes nothing.
 func (a *API) auditRefused(ctx context.Context, refusals []auditlog.Record) {
-	if err := a.audit(ctx, auditlog.New, refusals...); err != nil {
+	if err := a.audit(context.WithoutCancel(ctx), auditlog.New, refusals...); err != nil {
 		a.c.Log.Error("audit of refusals", "event", refusals[0].Event, "count", len(refusals), "err", err)
 	}
 }
@@ -240,7 +240,7 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 			st := status.Convert(a.toStatus(err))
 			out.Results[i] = &nodev1.IssueJWTSVIDsResponse_Result{Code: int32(st.Code()), Message: st.Message()}
 			records[i] = auditlog.Record{Time: now, Event: "jwtsvid.refused", Actor: c.ID.String(), ActorKind: "agent", Subject: clip(req.Items[i].GetEntryId()),
-				Outcome: auditlog.Refused, Details: map[string]any{"reason": st.Message()}}
+				Outcome: auditlog.Refused, Details: map[string]any{"reason": excerpt(st.Message())}}
 			return
 		}
 		out.Results[i] = &nodev1.IssueJWTSVIDsResponse_Result{Token: svid.Token, IssuedAt: svid.IssuedAt.Unix(), ExpiresAt: svid.Expiry.Unix()}

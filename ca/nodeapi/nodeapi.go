@@ -160,7 +160,7 @@ func (a *API) refuse(ctx context.Context, event string, subject string, err erro
 	if details == nil {
 		details = map[string]any{}
 	}
-	details["reason"] = status.Convert(st).Message()
+	details["reason"] = excerpt(status.Convert(st).Message())
 	details["address"] = c.Address
 	if r, ok := errors.AsType[*nodeattest.Refusal](err); ok && r.Reason != nil {
 		details["cause"] = excerpt(r.Reason.Error())

@@ -40,7 +40,7 @@ func (a *API) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewWITSVIDRe
 			st := status.Convert(a.toStatus(err))
 			out.Results[i] = &svidv1.BatchNewWITSVIDResponse_Result{Status: &types.Status{Code: int32(st.Code()), Message: st.Message()}}
 			refused = append(refused, auditlog.Record{Time: now, Event: "witsvid.refused", Actor: c.ID.String(), ActorKind: "agent", Subject: clip(string(ids[i])),
-				Outcome: auditlog.Refused, Details: map[string]any{"reason": st.Message()}})
+				Outcome: auditlog.Refused, Details: map[string]any{"reason": excerpt(st.Message())}})
 			continue
 		}
 		e, svid := entries[i], svids[i]
