@@ -28,7 +28,7 @@ func (a *API) AttestAgent(s agentv1.Agent_AttestAgentServer) error {
 		return err
 	}
 	defer leave()
-	req, err := receiveSoon(s.Context(), s)
+	req, err := receiveSoon(s.Context(), s.Recv, maxAttestation, errSilent)
 	if errors.Is(err, errSilent) {
 		return err
 	}
@@ -82,24 +82,25 @@ var (
 	errNoReply = status.Error(codes.InvalidArgument, "failed to attest: there is no answer to the challenge")
 )
 
-// receiveSoon is Recv that gives up. The handler then returns, which ends the Recv.
-func receiveSoon(ctx context.Context, s agentv1.Agent_AttestAgentServer) (*agentv1.AttestAgentRequest, error) {
+// receiveSoon is a stream's Recv that gives up after most, with the error silent. The handler then returns, which ends the
+// Recv.
+func receiveSoon[M any](ctx context.Context, recv func() (*M, error), most time.Duration, silent error) (*M, error) {
 	type received struct {
-		m   *agentv1.AttestAgentRequest
+		m   *M
 		err error
 	}
 	got := make(chan received, 1)
 	go func() {
-		m, err := s.Recv()
+		m, err := recv()
 		got <- received{m, err}
 	}()
-	timer := time.NewTimer(maxAttestation)
+	timer := time.NewTimer(most)
 	defer timer.Stop()
 	select {
 	case r := <-got:
 		return r.m, r.err
 	case <-timer.C:
-		return nil, errSilent
+		return nil, silent
 	case <-ctx.Done():
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
@@ -110,7 +111,7 @@ func ask(ctx context.Context, s agentv1.Agent_AttestAgentServer, question []byte
 	if err := s.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: question}}); err != nil {
 		return nil, err
 	}
-	m, err := receiveSoon(ctx, s)
+	m, err := receiveSoon(ctx, s.Recv, maxAttestation, errSilent)
 	if errors.Is(err, io.EOF) {
 		return nil, errNoReply
 	}

@@ -90,7 +90,10 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 	ctx, cancel := context.WithCancel(s.Context())
 	defer cancel()
 	c := access.From(ctx)
-	first, err := s.Recv()
+	first, err := receiveSoon(ctx, s.Recv, maxHello, errNoHello)
+	if errors.Is(err, errNoHello) {
+		return err
+	}
 	if err != nil {
 		return status.Error(codes.InvalidArgument, "the first message must be hello")
 	}
@@ -120,6 +123,11 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 	}()
 	return a.supervise(ctx, c, pushErr)
 }
+
+// maxHello is how long an agent may take to say hello. Until then nothing watches its rights.
+const maxHello = 30 * time.Second
+
+var errNoHello = status.Errorf(codes.DeadlineExceeded, "no hello came for %v; follow again", maxHello)
 
 // supervise returns when the stream has to end. An agent that reads nothing blocks push in the middle of a message for
 // ever; the handler's return ends that, too.
