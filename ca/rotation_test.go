@@ -5,7 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"io"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,7 +12,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
-	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -45,28 +43,44 @@ func (h *harness) prepare(kind adminv1.AuthorityType) string {
 	return r.Authority.Id
 }
 
-// activate returns what the activation said it waits for, and its outcome.
-func (h *harness) activate(ctx context.Context, req *adminv1.ActivateAuthorityRequest) (waited []*adminv1.Readiness, change *adminv1.AuthorityChange, err error) {
+// activate asks for an activation and returns its outcome.
+func (h *harness) activate(ctx context.Context, req *adminv1.ActivateAuthorityRequest) (*adminv1.AuthorityChange, error) {
 	h.t.Helper()
 	s, err := adminv1.NewAdminClient(h.admin).ActivateAuthority(ctx, req)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	return activated(s)
+}
+
+func activated(s adminv1.Admin_ActivateAuthorityClient) (change *adminv1.AuthorityChange, err error) {
 	for {
 		m, err := s.Recv()
 		if errors.Is(err, io.EOF) {
-			return waited, change, nil
+			return change, nil
 		}
 		if err != nil {
-			return waited, nil, err
-		}
-		if w := m.GetWaiting(); w != nil {
-			waited = append(waited, w)
+			return nil, err
 		}
 		if c := m.GetChange(); c != nil {
 			change = c
 		}
 	}
+}
+
+// activateLater asks for an activation that cannot be at once, and returns when it says what it waits for. The function
+// returns its outcome.
+func (h *harness) activateLater(kind adminv1.AuthorityType) (*adminv1.Readiness, func() (*adminv1.AuthorityChange, error)) {
+	h.t.Helper()
+	s, err := adminv1.NewAdminClient(h.admin).ActivateAuthority(h.t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind, Wait: true})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	m, err := s.Recv()
+	if err != nil || m.GetWaiting() == nil {
+		h.t.Fatalf("it did not wait: %v, %v", m, err)
+	}
+	return m.GetWaiting(), func() (*adminv1.AuthorityChange, error) { return activated(s) }
 }
 
 func (h *harness) states(kind adminv1.AuthorityType) string {
@@ -170,7 +184,7 @@ func TestActivationWaitsForEveryLiveAgent(t *testing.T) {
 		fa.ack(id)
 		until(t, "the first agent's acknowledgement", func() bool { return h.ca.reg.Ack(a.id).Has(id) })
 
-		_, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind})
+		_, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind})
 		if code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), b.id.String()) || strings.Contains(err.Error(), a.id.String()) {
 			t.Fatalf("with a laggard: %v, want FailedPrecondition that names %s", err, b.id)
 		}
@@ -186,27 +200,16 @@ func TestActivationWaitsForEveryLiveAgent(t *testing.T) {
 			t.Errorf("readiness: %v", ready)
 		}
 
-		done := make(chan error, 1)
-		var waited []*adminv1.Readiness
-		go func() {
-			w, change, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind, Wait: true})
-			waited = w
-			if err == nil && (change.Authority.Id != id || !change.Changed) {
-				err = errors.New("it changed " + change.String())
-			}
-			done <- err
-		}()
-		select {
-		case err := <-done:
-			t.Fatalf("it did not wait: %v", err)
-		case <-time.After(300 * time.Millisecond):
+		waiting, outcome := h.activateLater(kind)
+		if waiting.LaggardCount != 1 {
+			t.Errorf("what it waits for: %v", waiting)
+		}
+		if got := h.states(kind); got != "active prepared" {
+			t.Fatalf("states while it waits: %s", got)
 		}
 		fb.ack("something else", id)
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-		if len(waited) == 0 || waited[0].LaggardCount != 1 {
-			t.Errorf("what it waited for: %v", waited)
+		if change, err := outcome(); err != nil || change.Authority.Id != id || !change.Changed {
+			t.Fatalf("%v, %v", change, err)
 		}
 		if got := h.states(kind); got != "old active" {
 			t.Errorf("states: %s", got)
@@ -228,7 +231,7 @@ func TestAcknowledgementsOutliveTheCA(t *testing.T) {
 	until(t, "the acknowledgement", func() bool { return h.ca.reg.Ack(a.id).Has(id) })
 	h.close()
 	h = start(t, quiet(dir))
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); err != nil {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); err != nil {
 		t.Errorf("after a restart: %v", err)
 	}
 }
@@ -248,12 +251,12 @@ func TestSPIREAgentsAcknowledgeByFetching(t *testing.T) {
 	id := h.prepare(typeX509)
 	fetch(h.dial(nil, nil), nil)
 	fetch(a.conn, &types.BundleMask{JwtAuthorities: true})
-	_, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id})
+	_, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id})
 	if code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "has not fetched the bundle") {
 		t.Fatalf("before it has fetched it: %v", err)
 	}
 	fetch(a.conn, nil)
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id, Wait: true}); err != nil {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id, Wait: true}); err != nil {
 		t.Error(err)
 	}
 }
@@ -267,33 +270,24 @@ func TestSilentAgentDoesNotBlockRotation(t *testing.T) {
 	h := start(t, c)
 	h.agent() // silent for ever
 	id := h.prepare(typeX509)
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); code(err) != codes.FailedPrecondition {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); code(err) != codes.FailedPrecondition {
 		t.Fatalf("with a silent agent: %v", err)
 	}
-	if _, change, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id, Force: true}); err != nil || !change.Changed {
+	if change, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id, Force: true}); err != nil || !change.Changed {
 		t.Fatalf("forced: %v", err)
 	}
 	if r := h.audit("authority.activate"); len(r) != 1 || r[0]["outcome"] != "ok" || r[0]["details"].(map[string]any)["forced"] != true || r[0]["details"].(map[string]any)["laggards"] != 1.0 {
 		t.Errorf("audit of the override: %v", r)
 	}
 	id = h.prepare(typeX509)
-	done := make(chan error, 1)
-	go func() {
-		_, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id, Wait: true})
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		t.Fatalf("it did not wait: %v", err)
-	case <-time.After(200 * time.Millisecond):
-	}
+	_, outcome := h.activateLater(typeX509)
 	clock.move(31 * time.Minute)
-	if err := <-done; err != nil {
-		t.Errorf("past the deadline: %v", err)
+	if change, err := outcome(); err != nil || change.Authority.Id != id {
+		t.Errorf("past the deadline: %v, %v", change, err)
 	}
 	id = h.prepare(typeJWT)
 	clock.move(31*time.Minute + time.Hour) // past the end of the agent's SVID, and of the deadline
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); err != nil {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); err != nil {
 		t.Errorf("after the silent agent's SVID has ended: %v", err)
 	}
 }
@@ -308,7 +302,7 @@ func TestJumpOfTheClockIsNoTime(t *testing.T) {
 		c.Now, c.Authorities.RefreshHint, c.Authorities.ActivationDeadline = clock.now, time.Minute, 30*time.Minute
 		h := start(t, c)
 		activate := func(kind adminv1.AuthorityType) error {
-			_, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind})
+			_, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: kind})
 			return err
 		}
 		h.create(downstreamEntry("/nested"))
@@ -337,23 +331,23 @@ func TestDownstreamCAsAreGivenFiveHints(t *testing.T) {
 	h := start(t, c)
 	h.create(entry("/web", "unix:uid:8"))
 	h.prepare(typeJWT)
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT}); err != nil {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT}); err != nil {
 		t.Errorf("with nobody to wait for: %v", err)
 	}
 	h.create(downstreamEntry("/nested"))
 	h.prepare(typeX509)
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "others fetch the bundle") {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "others fetch the bundle") {
 		t.Errorf("before five hints: %v", err)
 	}
 	clock.move(5*time.Minute + time.Second)
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); err != nil {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); err != nil {
 		t.Errorf("after five hints: %v", err)
 	}
 	if _, err := entryv1.NewEntryClient(h.admin).BatchDeleteEntry(t.Context(), &entryv1.BatchDeleteEntryRequest{Ids: []string{entryOf(t, h, "/nested")}}); err != nil {
 		t.Fatal(err)
 	}
 	h.prepare(typeX509)
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); err != nil {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509}); err != nil {
 		t.Errorf("with no CA below any more: %v", err)
 	}
 }
@@ -385,11 +379,11 @@ func TestOtherServersFetchTheBundleToo(t *testing.T) {
 			}
 			id := h.prepare(typeJWT)
 			clock.move(4*time.Minute + 50*time.Second)
-			if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "fetch the bundle") {
+			if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "fetch the bundle") {
 				t.Errorf("before five hints: %v", err)
 			}
 			clock.move(5*time.Minute + time.Second)
-			if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); err != nil {
+			if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeJWT, Id: id}); err != nil {
 				t.Errorf("after five hints: %v", err)
 			}
 		})
@@ -409,11 +403,11 @@ func TestFederatedBundleIsPublishedForFiveHints(t *testing.T) {
 	}
 	id := h.prepare(typeX509)
 	clock.move(4*time.Minute + 50*time.Second)
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "fetch the bundle") {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "fetch the bundle") {
 		t.Errorf("before five hints: %v", err)
 	}
 	clock.move(5*time.Minute + time.Second)
-	if _, _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); err != nil {
+	if _, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: id}); err != nil {
 		t.Errorf("after five hints: %v", err)
 	}
 }
@@ -491,147 +485,6 @@ func TestRevokedAuthorityMakesNoAdmin(t *testing.T) {
 	}
 	if err := list(); code(err) != codes.PermissionDenied {
 		t.Errorf("after the revocation of its own authority: %v", err)
-	}
-}
-
-// TestLocalAuthorityIsSPIREs walks through SPIRE's LocalAuthority service as its command line does, with every wrong step.
-// [SPIRE-PROTOCOL §14]
-func TestLocalAuthorityIsSPIREs(t *testing.T) {
-	h := start(t, quiet(t.TempDir()))
-	api := localauthorityv1.NewLocalAuthorityClient(h.admin)
-	ctx := t.Context()
-	want := func(what string, err error, c codes.Code) {
-		t.Helper()
-		if code(err) != c {
-			t.Errorf("%s: %v, want %v", what, err, c)
-		}
-	}
-	x := func() (a, p, o string) {
-		t.Helper()
-		r, err := api.GetX509AuthorityState(ctx, &localauthorityv1.GetX509AuthorityStateRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if r.Active.ExpiresAt < time.Now().Unix() {
-			t.Errorf("active: %v", r.Active)
-		}
-		return r.Active.GetAuthorityId(), r.Prepared.GetAuthorityId(), r.Old.GetAuthorityId()
-	}
-	j := func() (a, p, o string) {
-		t.Helper()
-		r, err := api.GetJWTAuthorityState(ctx, &localauthorityv1.GetJWTAuthorityStateRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r.Active.GetAuthorityId(), r.Prepared.GetAuthorityId(), r.Old.GetAuthorityId()
-	}
-	for _, kind := range []struct {
-		name    string
-		state   func() (a, p, o string)
-		prepare func() (string, error)
-		act     map[string]func(id string) (string, error)
-	}{
-		{"x509", x, func() (string, error) {
-			r, err := api.PrepareX509Authority(ctx, &localauthorityv1.PrepareX509AuthorityRequest{})
-			return r.GetPreparedAuthority().GetAuthorityId(), err
-		}, map[string]func(string) (string, error){
-			"activate": func(id string) (string, error) {
-				r, err := api.ActivateX509Authority(ctx, &localauthorityv1.ActivateX509AuthorityRequest{AuthorityId: id})
-				return r.GetActivatedAuthority().GetAuthorityId(), err
-			},
-			"taint": func(id string) (string, error) {
-				r, err := api.TaintX509Authority(ctx, &localauthorityv1.TaintX509AuthorityRequest{AuthorityId: id})
-				return r.GetTaintedAuthority().GetAuthorityId(), err
-			},
-			"revoke": func(id string) (string, error) {
-				r, err := api.RevokeX509Authority(ctx, &localauthorityv1.RevokeX509AuthorityRequest{AuthorityId: id})
-				return r.GetRevokedAuthority().GetAuthorityId(), err
-			},
-		}},
-		{"jwt", j, func() (string, error) {
-			r, err := api.PrepareJWTAuthority(ctx, &localauthorityv1.PrepareJWTAuthorityRequest{})
-			return r.GetPreparedAuthority().GetAuthorityId(), err
-		}, map[string]func(string) (string, error){
-			"activate": func(id string) (string, error) {
-				r, err := api.ActivateJWTAuthority(ctx, &localauthorityv1.ActivateJWTAuthorityRequest{AuthorityId: id})
-				return r.GetActivatedAuthority().GetAuthorityId(), err
-			},
-			"taint": func(id string) (string, error) {
-				r, err := api.TaintJWTAuthority(ctx, &localauthorityv1.TaintJWTAuthorityRequest{AuthorityId: id})
-				return r.GetTaintedAuthority().GetAuthorityId(), err
-			},
-			"revoke": func(id string) (string, error) {
-				r, err := api.RevokeJWTAuthority(ctx, &localauthorityv1.RevokeJWTAuthorityRequest{AuthorityId: id})
-				return r.GetRevokedAuthority().GetAuthorityId(), err
-			},
-		}},
-	} {
-		first, prepared, old := kind.state()
-		if first == "" || prepared != "" || old != "" {
-			t.Errorf("%s at first: active %q, prepared %q, old %q", kind.name, first, prepared, old)
-		}
-		for step, do := range kind.act {
-			for _, id := range []string{"", "nobody", first} {
-				_, err := do(id)
-				want(kind.name+": "+step+" "+id+" at first", err, codes.InvalidArgument)
-			}
-		}
-		second, err := kind.prepare()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for step, id := range map[string]string{"taint": second, "revoke": second} {
-			_, err := kind.act[step](id)
-			want(kind.name+": "+step+" the prepared one", err, codes.InvalidArgument)
-		}
-		if got, err := kind.act["activate"](second); err != nil || got != second {
-			t.Fatalf("%s: activate: %s %v", kind.name, got, err)
-		}
-		if a, p, o := kind.state(); a != second || p != "" || o != first {
-			t.Errorf("%s activated: active %q, prepared %q, old %q", kind.name, a, p, o)
-		}
-		_, err = kind.act["activate"](second)
-		want(kind.name+": activate the active one", err, codes.InvalidArgument)
-		_, err = kind.act["revoke"](first)
-		want(kind.name+": revoke an old one that is not tainted", err, codes.InvalidArgument)
-		if got, err := kind.act["taint"](first); err != nil || got != first {
-			t.Fatalf("%s: taint: %s %v", kind.name, got, err)
-		}
-		b, err := bundlev1.NewBundleClient(h.admin).GetBundle(ctx, &bundlev1.GetBundleRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if kind.name == "x509" && (!b.X509Authorities[0].Tainted || b.X509Authorities[1].Tainted) || kind.name == "jwt" && (!b.JwtAuthorities[0].Tainted || b.JwtAuthorities[1].Tainted) {
-			t.Errorf("%s: SPIRE's agents do not see which one is tainted: %v", kind.name, b)
-		}
-		_, err = kind.act["taint"](first)
-		want(kind.name+": taint the tainted one", err, codes.InvalidArgument)
-		if got, err := kind.act["revoke"](first); err != nil || got != first {
-			t.Fatalf("%s: revoke: %s %v", kind.name, got, err)
-		}
-		if _, _, o := kind.state(); o != "" {
-			t.Errorf("%s: %q is still shown as old", kind.name, o)
-		}
-		_, err = kind.act["revoke"](first)
-		want(kind.name+": revoke the revoked one", err, codes.InvalidArgument)
-	}
-	_, err := api.TaintX509UpstreamAuthority(ctx, &localauthorityv1.TaintX509UpstreamAuthorityRequest{SubjectKeyId: "ab"})
-	want("taint an upstream authority without one", err, codes.FailedPrecondition)
-	_, err = api.RevokeX509UpstreamAuthority(ctx, &localauthorityv1.RevokeX509UpstreamAuthorityRequest{SubjectKeyId: "ab"})
-	want("revoke an upstream authority without one", err, codes.FailedPrecondition)
-	_, err = api.GetWITAuthorityState(ctx, &localauthorityv1.GetWITAuthorityStateRequest{})
-	want("WIT", err, codes.Unimplemented)
-	_, err = localauthorityv1.NewLocalAuthorityClient(h.agent().conn).PrepareX509Authority(ctx, &localauthorityv1.PrepareX509AuthorityRequest{})
-	want("an agent", err, codes.PermissionDenied)
-	var events []string
-	for _, r := range h.audit("authority.prepare", "authority.activate", "authority.taint", "authority.revoke") {
-		if r["outcome"] == "ok" && r["details"].(map[string]any)["changed"] == true {
-			events = append(events, r["event"].(string))
-		}
-	}
-	one := []string{"authority.prepare", "authority.activate", "authority.taint", "authority.revoke"}
-	if !slices.Equal(events, append(slices.Clone(one), one...)) {
-		t.Errorf("audit log: %v", events)
 	}
 }
 

@@ -74,7 +74,7 @@ func TestIntermediateIsNotRevoked(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err := undisturbed(t, func() (*adminv1.AuthorityChange, error) {
-			_, change, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: made.Authority.Id, Force: true})
+			change, err := h.activate(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Id: made.Authority.Id, Force: true})
 			return change, err
 		}); err != nil {
 			t.Fatal(err)
