@@ -236,6 +236,7 @@ func TestKilledCALosesNothingAcknowledged(t *testing.T) {
 
 	var mu sync.Mutex
 	var acked []string
+	progress := make(chan struct{}) // told of an acknowledgement when somebody waits for one
 	load, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	for w := range 4 {
@@ -249,6 +250,10 @@ func TestKilledCALosesNothingAcknowledged(t *testing.T) {
 					mu.Lock()
 					acked = append(acked, id)
 					mu.Unlock()
+					select {
+					case progress <- struct{}{}:
+					default:
+					}
 				}
 			}
 		})
@@ -257,7 +262,14 @@ func TestKilledCALosesNothingAcknowledged(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	for round := range 5 {
-		pause := time.NewTimer(time.Duration(100+rnd.IntN(300)) * time.Millisecond)
+		for range 5 { // however slow the machine is, the kill hits a load
+			select {
+			case <-progress:
+			case <-ctx.Done():
+				t.Fatalf("round %d: nothing is acknowledged", round)
+			}
+		}
+		pause := time.NewTimer(time.Duration(rnd.IntN(300)) * time.Millisecond)
 		<-pause.C
 		f.ca.end(syscall.SIGKILL)
 		if _, err := src.GetX509SVID(); err != nil {
