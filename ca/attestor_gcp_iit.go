@@ -18,7 +18,7 @@ type GCPIIT struct {
 	KeysURL string `yaml:"keys_url"`
 	// KeysURLCAFile is a PEM file with the CAs that verify the server of keys_url. Default: those of the system.
 	KeysURLCAFile string `yaml:"keys_url_ca_file"`
-	// KeysFile is a file with such keys, for a CA that cannot reach KeysURL. It is read for each attestation.
+	// KeysFile is a file with such keys, for a CA that cannot reach keys_url. It is read for each attestation.
 	KeysFile string `yaml:"keys_file"`
 	// AgentPathTemplate makes the path of the agent's SPIFFE ID below /spire/agent. Default
 	// /{{ .PluginName }}/{{ .ProjectID }}/{{ .InstanceID }}.

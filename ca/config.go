@@ -306,6 +306,9 @@ func (c *Config) Check() error {
 	c.Limits.check(bad)
 	c.Downstream.check(bad)
 	c.Upstream.check(c.trustDomain(), bad)
+	if roots := c.Federation.WebRoots; roots != "" && !filepath.IsAbs(roots) {
+		bad("federation.web_roots", "%q must be absolute", roots)
+	}
 	if err := c.WIT.authority().Check(); err != nil {
 		errs = append(errs, err)
 	}

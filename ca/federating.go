@@ -20,7 +20,7 @@ import (
 
 // Federation says how the bundles of foreign trust domains are fetched. With whom is in the store: see signet federation.
 type Federation struct {
-	// WebRoots is a PEM file with the roots that verify endpoints of the profile https_web, in the place of the system's.
+	// WebRoots is the absolute path of a PEM file with the roots that verify endpoints of the profile https_web, in the place of the system's.
 	WebRoots string `yaml:"web_roots"`
 }
 

@@ -455,3 +455,11 @@ func TestFED_28_FailingFederationShowsInTheMetrics(t *testing.T) {
 		t.Errorf("metrics:\n%s", text)
 	}
 }
+
+// TestWebRootsAreAbsolute: a daemon's working directory is not the operator's.
+func TestWebRootsAreAbsolute(t *testing.T) {
+	_, err := ReadConfig([]byte(keysConfigBase+"seal: {key_file: /k}\nfederation: {web_roots: roots.pem}\n"), "ca.yaml")
+	if err == nil || !strings.Contains(err.Error(), `federation.web_roots: "roots.pem" must be absolute`) {
+		t.Errorf("ReadConfig = %v", err)
+	}
+}

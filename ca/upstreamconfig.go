@@ -41,7 +41,7 @@ type UpstreamDisk struct {
 	// KMS is, instead of KeyFile, the URI of the key in a key store: as in keys.uri, with what names the key, such as
 	// pkcs11:module-path=/usr/lib/softhsm/libsofthsm2.so;token=signet;object=root?pin-source=/etc/signet/pin or awskms:key-id=ID.
 	KMS string `yaml:"kms"`
-	// BundleFile holds the root or roots in PEM. Not needed if CertificateFile ends with the root.
+	// BundleFile holds the root or roots in PEM. Not needed if certificate_file ends with the root.
 	BundleFile string `yaml:"bundle_file"`
 }
 

@@ -92,7 +92,7 @@ func (f *agentFilter) flags(cmd *cobra.Command) {
 	cmd.Flags().StringArrayVar(&f.selectors, "selector", nil, "only agents that have this selector, TYPE:VALUE (repeatable; all must hold)")
 	cmd.Flags().BoolVar(&f.banned, "banned", false, "only agents that are (=false: are not) banned")
 	cmd.Flags().BoolVar(&f.reattest, "can-reattest", false, "only agents that can (=false: cannot) attest again with their evidence")
-	cmd.Flags().StringVar(&f.before, "expires-before", "", "only agents whose SVID ends before this time, such as 2027-01-31T00:00:00Z")
+	cmd.Flags().StringVar(&f.before, "expires-before", "", "only agents whose SVID ends before this `TIME`, such as 2027-01-31T00:00:00Z")
 }
 
 func (f *agentFilter) request(cmd *cobra.Command) (*agentv1.ListAgentsRequest_Filter, error) {

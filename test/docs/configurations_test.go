@@ -10,12 +10,18 @@ import (
 	"github.com/signet-id/signet/ca"
 )
 
-// TestAttestorPages reads each configuration of docs/operate/attestors as the programs do.
-func TestAttestorPages(t *testing.T) {
+// TestPagesConfigurations reads the configurations of docs/operate as the programs do, but for those that need the driver of a key
+// store, which are not linked here.
+func TestPagesConfigurations(t *testing.T) {
 	pages, err := filepath.Glob(filepath.Join(root, "docs", "operate", "attestors", "*.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	more, err := filepath.Glob(filepath.Join(root, "docs", "operate", "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages = append(pages, more...)
 	read := map[string]int{}
 	for _, page := range pages {
 		text, err := os.ReadFile(page)
@@ -29,7 +35,7 @@ func TestAttestorPages(t *testing.T) {
 			}
 			var err error
 			switch top, _, _ := strings.Cut(config, ":"); top {
-			case "node_attestors":
+			case "node_attestors", "upstream", "downstream":
 				_, err = ca.ReadConfig([]byte("trust_domain: example.org\ndata_dir: /d\nseal: {key_file: /k}\n"+config), page)
 				read[top]++
 			case "node_attestation":
@@ -44,7 +50,7 @@ func TestAttestorPages(t *testing.T) {
 			}
 		}
 	}
-	if read["node_attestors"] < 4 || read["node_attestation"] < 4 {
+	if read["node_attestors"] < 4 || read["node_attestation"] < 4 || read["upstream"] < 3 || read["downstream"] < 1 {
 		t.Errorf("read %v configurations of %d pages; are the blocks found?", read, len(pages))
 	}
 }
