@@ -36,6 +36,8 @@ const (
 	minClientPing    = 30 * time.Second
 	// maxIdle ends connections on which no call is under way; an agent that follows is never idle.
 	maxIdle = 5 * time.Minute
+	// strangerLife is how long a connection without a client certificate lasts: an attestation is done in two minutes.
+	strangerLife = 10 * time.Minute
 )
 
 // bind takes the TCP addresses before anything is made: a CA that cannot serve leaves nothing behind.
@@ -67,7 +69,7 @@ func (ca *CA) makeServers() {
 		grpc.WaitForHandlers(true),
 	}
 	ca.tcp = grpc.NewServer(append(slices.Clone(common), grpc.InTapHandle(ca.guard.BoundCall),
-		grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect, Enter: ca.limiter.enter}))...)
+		grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect, Enter: ca.limiter.enter, StrangerLife: strangerLife}))...)
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
 	register(ca.tcp, ca.node, admin, liveHealth{ca.health, ca})
 	register(ca.local, ca.node, admin, liveHealth{ca.health, ca})

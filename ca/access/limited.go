@@ -38,6 +38,9 @@ type LimitedCredentials struct {
 	// Enter counts a connection of a caller, whose ID is zero if no certificate was shown, or returns an error, with which it
 	// is closed. leave is called once at its end.
 	Enter func(id spiffeid.ID, from net.Addr) (leave func(), err error)
+	// StrangerLife is how long a connection without a certificate lasts. It is cut then, whatever is under way: what such a
+	// caller does not read would be kept for it, and it can come back.
+	StrangerLife time.Duration
 }
 
 var errTooManyConnections = errors.New("too many new connections")
@@ -51,10 +54,16 @@ func (l LimitedCredentials) ServerHandshake(conn net.Conn) (net.Conn, credential
 	if err != nil {
 		return nil, nil, err
 	}
-	leave, err := l.Enter(idOf(info), conn.RemoteAddr())
+	id := idOf(info)
+	leave, err := l.Enter(id, conn.RemoteAddr())
 	if err != nil {
 		secured.Close()
 		return nil, nil, err
+	}
+	if id.IsZero() {
+		timer := time.AfterFunc(l.StrangerLife, func() { conn.Close() })
+		counted := leave
+		leave = func() { timer.Stop(); counted() }
 	}
 	return &countedConn{Conn: secured, leave: sync.OnceFunc(leave)}, info, nil
 }
@@ -85,5 +94,5 @@ func (c *countedConn) Close() error {
 
 // Clone implements credentials.TransportCredentials.
 func (l LimitedCredentials) Clone() credentials.TransportCredentials {
-	return LimitedCredentials{l.TransportCredentials.Clone(), l.Admit, l.Enter}
+	return LimitedCredentials{l.TransportCredentials.Clone(), l.Admit, l.Enter, l.StrangerLife}
 }
