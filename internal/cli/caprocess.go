@@ -52,7 +52,7 @@ func (a *app) caInfoCommand() *cobra.Command {
 			})
 		})
 	}
-	return a.reachesCA(cmd)
+	return a.reachesSocket(cmd)
 }
 
 func (a *app) caLogLevelCommand() *cobra.Command {
@@ -92,5 +92,5 @@ the CA is restarted, or reads a configuration with another level.`,
 			return err
 		})
 	}
-	return a.reachesCA(cmd)
+	return a.reachesSocket(cmd)
 }

@@ -47,11 +47,18 @@ type caFlags struct {
 // reachesCA gives cmd the flags that say how to reach the CA.
 func (a *app) reachesCA(cmd *cobra.Command) *cobra.Command {
 	f := cmd.Flags()
-	f.StringVar(&a.ca.socket, "socket", "", "admin socket of the CA (default $"+envCASocket+", else "+defaultCASocket+")")
+	a.reachesSocket(cmd)
 	f.StringVar(&a.ca.server, "server", "", "HOST:PORT of the CA, over mTLS as the identity that the Workload API gives")
 	f.StringVar(&a.ca.endpoint, "endpoint", "", "with --server: "+endpointFlagHelp)
-	f.DurationVar(&a.ca.timeout, "timeout", defaultTimeout, "how long to wait for the CA")
 	exclusive(cmd, "socket", "server")
+	return cmd
+}
+
+// reachesSocket adds the flags of what is served on the admin socket only.
+func (a *app) reachesSocket(cmd *cobra.Command) *cobra.Command {
+	f := cmd.Flags()
+	f.StringVar(&a.ca.socket, "socket", "", "admin socket of the CA (default $"+envCASocket+", else "+defaultCASocket+")")
+	f.DurationVar(&a.ca.timeout, "timeout", defaultTimeout, "how long to wait for the CA")
 	return cmd
 }
 
