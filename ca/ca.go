@@ -345,6 +345,13 @@ func (ca *CA) maintain(ctx context.Context) error {
 		if _, err := ca.set.DropEnded(ctx); err != nil && ctx.Err() == nil {
 			ca.log.Warn("removing JWT keys of downstream CAs that have ended", "err", err)
 		}
+		dropped, err := ca.set.DropUpstream(ctx)
+		if err != nil && ctx.Err() == nil {
+			ca.log.Warn("removing what the former upstream CA published", "err", err)
+		}
+		if dropped {
+			ca.log.Info("removed what the former upstream CA published, which nothing leads to any more")
+		}
 		if _, err := ca.svid.get(); err != nil {
 			ca.log.Error("the CA's own X509-SVID", "err", err)
 		}

@@ -357,6 +357,33 @@ func (s *Set) AuthorityLeft() (left, whole time.Duration) {
 // HasUpstream tells whether new X.509 authorities are signed by an upstream CA.
 func (s *Set) HasUpstream() bool { return s.config.Upstream != nil }
 
+// DropUpstream forgets what an upstream CA published that is no longer configured, and tells whether there was anything: its
+// roots when no authority in the bundle leads to one of them any more, its JWT keys when they have ended. Until then SVIDs
+// of its other CAs go on, and nothing new is learned of it. That roots were revoked is not forgotten.
+func (s *Set) DropUpstream(ctx context.Context) (bool, error) {
+	if s.config.Upstream != nil {
+		return false, nil
+	}
+	if u := s.current.Load().upstream.record; len(u.Roots) == 0 && len(u.Keys) == 0 {
+		return false, nil
+	}
+	step, err := s.change(ctx, KindX509, func(e *edit) (string, error) {
+		next := upstreamRecord{Version: recordVersion, Gone: e.upstream.Gone}
+		for _, r := range e.records {
+			if r.state.published() && r.root != nil {
+				next.Roots = e.upstream.Roots
+			}
+		}
+		for _, k := range e.upstream.Keys {
+			if e.now.Before(k.ExpiresAt.Add(signedSlack)) {
+				next.Keys = append(next.Keys, k)
+			}
+		}
+		return "", e.setUpstream(next)
+	})
+	return step.Changed, err
+}
+
 // DropEnded removes JWT keys of downstream CAs that are past their end, and tells how many. Intermediates go as other
 // authorities do, and the upstream's roots with the last one that leads to them.
 func (s *Set) DropEnded(ctx context.Context) (int, error) {

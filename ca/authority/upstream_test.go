@@ -587,3 +587,66 @@ func FuzzUpstreamAnswer(f *testing.F) {
 		}
 	})
 }
+
+// TestFormerUpstreamIsForgotten opens the authorities without the upstream below which they were made. All that it published
+// stays while SVIDs lead there, and goes with the last intermediate; its JWT keys go with their end.
+func TestFormerUpstreamIsForgotten(t *testing.T) {
+	f, org, at := openBelow(t, nil)
+	other := newOrganisation(t, at.now)
+	roots := []*x509.Certificate{org.root.cert, other.root.cert}
+	_, spki, err := newKeyPair(t)
+	f.must(err)
+	_, err = f.set.FollowUpstream(t.Context(), roots, []ForeignJWTKey{{KeyID: "above", PublicKey: spki, ExpiresAt: at.now().Add(100 * time.Hour)}})
+	f.must(err)
+	if dropped, err := f.set.DropUpstream(t.Context()); dropped || err != nil {
+		t.Errorf("with the upstream configured: dropped %t, %v", dropped, err)
+	}
+	below := f.set.Authorities(KindX509)[0].ID
+	was := f.issue("/web")
+
+	c := f.set.config
+	c.Upstream = nil
+	f.set, err = Open(t.Context(), c)
+	f.must(err)
+	feed(t, f.set)
+	if dropped, err := f.set.DropUpstream(t.Context()); dropped || err != nil || len(f.set.Bundle().X509) != 2 || len(f.set.Bundle().JWT) != 2 {
+		t.Errorf("while the intermediate signs: dropped %t, %v, the bundle holds %d and %d authorities", dropped, err, len(f.set.Bundle().X509), len(f.set.Bundle().JWT))
+	}
+	_, err = f.set.Prepare(t.Context(), KindX509)
+	f.must(err)
+	step, err := f.set.Activate(t.Context(), KindX509, "")
+	f.must(err)
+	if len(step.Above) != 0 || f.issue("/web").AuthorityID != step.ID {
+		t.Error("the next authority does not sign itself")
+	}
+	if dropped, err := f.set.DropUpstream(t.Context()); dropped || err != nil || len(f.set.Bundle().X509) != 3 {
+		t.Errorf("while SVIDs of the intermediate are valid: dropped %t, %v, %d authorities", dropped, err, len(f.set.Bundle().X509))
+	}
+	f.must(f.verify(was))
+	at.set(at.now().Add(73 * time.Hour))
+	_, err = f.set.Retire(t.Context(), KindX509, below)
+	f.must(err)
+	if dropped, err := f.set.DropUpstream(t.Context()); !dropped || err != nil {
+		t.Errorf("after the last intermediate: dropped %t, %v", dropped, err)
+	}
+	if b := f.set.Bundle(); len(b.X509) != 1 || b.X509[0].ID != step.ID || len(b.JWT) != 2 {
+		t.Errorf("the bundle holds %d and %d authorities, want ours, and the JWT key above that is still good", len(b.X509), len(b.JWT))
+	}
+	at.set(at.now().Add(27*time.Hour + signedSlack + time.Second))
+	if dropped, err := f.set.DropUpstream(t.Context()); !dropped || err != nil || len(f.set.Bundle().JWT) != 1 {
+		t.Errorf("after the end of its JWT key: dropped %t, %v, %d left", dropped, err, len(f.set.Bundle().JWT))
+	}
+	if dropped, err := f.set.DropUpstream(t.Context()); dropped || err != nil {
+		t.Errorf("again: dropped %t, %v", dropped, err)
+	}
+}
+
+func newKeyPair(t *testing.T) (*ecdsa.PrivateKey, []byte, error) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	return key, spki, err
+}
