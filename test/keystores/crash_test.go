@@ -5,6 +5,7 @@ package keystores_test
 import (
 	"context"
 	"crypto"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.step.sm/crypto/kms/apiv1"
@@ -24,7 +26,9 @@ import (
 	"github.com/signet-id/signet/ca/keys"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/ca/store/bolt"
+	"github.com/signet-id/signet/ca/upstream"
 	"github.com/signet-id/signet/test/keystores"
+	"github.com/signet-id/signet/test/signettest"
 )
 
 // What makes the test binary a child that makes authorities in a token and is killed with SIGKILL at one step.
@@ -32,6 +36,7 @@ const (
 	childDir  = "SIGNET_TEST_KEYS_DIR"  // of the store
 	childURI  = "SIGNET_TEST_KEYS_URI"  // of the token
 	childKill = "SIGNET_TEST_KEYS_KILL" // the number of the step; 0: none
+	childCA   = "SIGNET_TEST_KEYS_CA"   // directory of the upstream CA; empty: none
 )
 
 func TestMain(m *testing.M) {
@@ -98,6 +103,30 @@ func (d killedDriver) GetPublicKey(r *apiv1.GetPublicKeyRequest) (crypto.PublicK
 	return d.PKCS11.GetPublicKey(r)
 }
 
+// A killedUpstream dies before and after it has an intermediate signed.
+type killedUpstream struct {
+	authority.Upstream
+	*countdown
+}
+
+func (u killedUpstream) Mint(ctx context.Context, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, err error) {
+	u.step()
+	defer u.step()
+	return u.Upstream.Mint(ctx, csr, ttl)
+}
+
+// above is the upstream CA on disk in the directory that childCA names, or nil.
+func above(died *countdown) authority.Upstream {
+	dir := os.Getenv(childCA)
+	if dir == "" {
+		return nil
+	}
+	return killedUpstream{&upstream.Disk{CertificateFile: filepath.Join(dir, "issuing.pem"), BundleFile: filepath.Join(dir, "root.pem"), KeyName: "the test's key",
+		Key: func(context.Context) (crypto.Signer, error) {
+			return keys.LoadKeyFile(filepath.Join(dir, "issuing.key"))
+		}}, died}
+}
+
 // makeAuthorities opens the trust domain's authorities, making the first ones if there are none, and prepares one more of
 // each kind, unless one is prepared. It prints how many steps there were.
 func makeAuthorities(dir, uri string, kill int64) error {
@@ -122,7 +151,7 @@ func makeAuthorities(dir, uri string, kill int64) error {
 	choice, td := keys.Choice{Place: place, Algorithm: keys.ECP256}, spiffeid.RequireTrustDomainFromString("example.org")
 	ring := keys.NewRing(keys.RingConfig{TrustDomain: td, X509: choice, JWT: choice, Log: quiet})
 	defer ring.Close()
-	set, err := authority.Open(ctx, authority.Config{TrustDomain: td, Store: killedStore{b, died}, Seal: seal, Keys: ring, Exclusive: true, Log: quiet})
+	set, err := authority.Open(ctx, authority.Config{TrustDomain: td, Store: killedStore{b, died}, Seal: seal, Upstream: above(died), Keys: ring, Exclusive: true, Log: quiet})
 	if err != nil {
 		return err
 	}
@@ -147,6 +176,14 @@ func makeAuthorities(dir, uri string, kill int64) error {
 	}()
 	defer func() { watcher.Close(); <-followed }()
 	for _, use := range []keys.Use{keys.UseX509, keys.UseJWT} {
+		if use == keys.UseX509 && set.HasUpstream() {
+			if len(set.Authorities(use)) == 1 { // or one that died has done it
+				if _, err := set.RenewIntermediate(ctx); err != nil {
+					return err
+				}
+			}
+			continue
+		}
 		if _, err := set.Prepare(ctx, use); err != nil {
 			return err
 		}
@@ -158,6 +195,14 @@ func makeAuthorities(dir, uri string, kill int64) error {
 	}
 	if err := set.Health(); err != nil {
 		return err
+	}
+	for _, a := range set.Authorities(keys.UseX509) {
+		if set.HasUpstream() && (len(a.Above) != 2 || a.State != authority.StateActive && a.State != authority.StateOld) {
+			return fmt.Errorf("x509 authority %s is %s, below %d certificates", a.ID, a.State, len(a.Above))
+		}
+	}
+	if n := len(set.Bundle().X509); set.HasUpstream() && n != 1 {
+		return fmt.Errorf("%d X.509 authorities in the bundle, want the root", n)
 	}
 	// Signing shows that the active key of the record is the one in the token.
 	if _, err := set.SignJWT(ctx, authority.JWTRequest{ID: spiffeid.RequireFromPath(td, "/web"), Audience: []string{"a"}}); err != nil {
@@ -177,7 +222,21 @@ func runChild(t *testing.T, dir, uri string, kill int) (string, error) {
 
 // TestCrashLoopLeaksNoKey kills a CA that makes authorities in a SoftHSM token at every step, twice in a row at the same
 // one, and lets a third one finish. The token must hold one key pair for each authority then, and the store nothing else.
-func TestCrashLoopLeaksNoKey(t *testing.T) {
+func TestCrashLoopLeaksNoKey(t *testing.T) { crashLoop(t) }
+
+// TestCrashLoopBelowAnUpstream does the same with intermediates: between the signature of the upstream and the commit, as
+// everywhere, a crash leaves no key, no half authority, and an intermediate that nobody uses.
+func TestCrashLoopBelowAnUpstream(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := signettest.NewOrganisation(dir, "Example"); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(childCA, dir)
+	crashLoop(t)
+}
+
+func crashLoop(t *testing.T) {
+	t.Helper()
 	for step, done := 1, false; !done; step++ {
 		if step > 200 {
 			t.Fatal("a child never finishes")
