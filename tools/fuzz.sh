@@ -10,11 +10,22 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 targets=0
 failed=
+
+fuzz() { # NAME TIME
+	(cd "$dir" && "$tmp/fuzz.test" -test.run='^$' -test.fuzz="^$1\$" -test.fuzztime="$2" -test.fuzzminimizetime=1x \
+		-test.fuzzcachedir="$tmp/cache" -test.parallel=2 -test.timeout=5m) >"$tmp/out" 2>&1
+}
+
+# When the time of a target ends at a bad moment, as on a busy machine, Go's fuzzing calls that end a failure of the target,
+# and names no input. A number of runs instead of a time has no such moment.
+only_time_ended() {
+	grep -q '^    context deadline exceeded$' "$tmp/out" && ! grep -qE 'Failing input|panic' "$tmp/out"
+}
+
 for dir in $(grep -rlE '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u); do
 	go test -c -fuzz=. -o "$tmp/fuzz.test" "$dir"
 	for name in $(cat "$dir"/*_test.go | sed -nE 's/^func (Fuzz[A-Za-z0-9_]*)\(.*/\1/p' | sort -u); do
-		if ! (cd "$dir" && "$tmp/fuzz.test" -test.run='^$' -test.fuzz="^$name\$" -test.fuzztime="$time" -test.fuzzminimizetime=1x \
-			-test.fuzzcachedir="$tmp/cache" -test.parallel=2 -test.timeout=5m) >"$tmp/out" 2>&1; then
+		if ! fuzz "$name" "$time" && ! { only_time_ended && fuzz "$name" 200x; }; then
 			cat "$tmp/out"
 			failed="$failed $dir:$name"
 		fi
