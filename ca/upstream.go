@@ -31,6 +31,9 @@ type jwtPublisher interface {
 	PublishJWTKey(ctx context.Context, key upstream.JWTKey) error
 }
 
+// A tainter is a driver whose CA says which of its roots it has tainted, as of the last Follow.
+type tainter interface{ Tainted() []*x509.Certificate }
+
 const (
 	// mintTimeout bounds one request for an intermediate, followTimeout what else is asked of the upstream.
 	mintTimeout   = 60 * time.Second
@@ -171,7 +174,37 @@ func (k *upstreamKeeper) follow(ctx context.Context) error {
 	if errors.Is(err, authority.ErrConflict) {
 		return nil // somebody else did the same, or the next look does it
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return k.taint(asking)
+}
+
+// taint has everything re-issued below the roots that the upstream has tainted, once the active authority leads to another
+// one: those roots will be revoked above.
+func (k *upstreamKeeper) taint(ctx context.Context) error {
+	t, ok := k.driver.(tainter)
+	if !ok {
+		return nil
+	}
+	active := ""
+	for _, a := range k.ca.set.Authorities(authority.KindX509) {
+		if a.State == authority.StateActive {
+			active = a.PublishedID()
+		}
+	}
+	for _, root := range t.Tainted() {
+		for _, a := range k.ca.set.Bundle().X509 {
+			if !a.Upstream || a.State == authority.StateTainted || a.ID == active || !a.Certificate.Equal(root) {
+				continue
+			}
+			err := k.ca.rotator.TaintRoot(ctx, k.ca.rotator.Schedule(), a.ID)
+			if err != nil && !errors.Is(err, authority.ErrConflict) && !errors.Is(err, authority.ErrRootState) {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // publish has the upstream publish the JWT keys of this CA and of those below it, each once.

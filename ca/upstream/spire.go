@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -54,6 +55,8 @@ type SPIRE struct {
 	source *workloadapi.X509Source
 	conn   *grpc.ClientConn
 	closed bool
+
+	tainted atomic.Pointer[[]*x509.Certificate] // by the last answer
 }
 
 // NewSPIRE returns a SPIRE. It connects when it is first asked.
@@ -205,9 +208,11 @@ func (s *SPIRE) Follow(ctx context.Context) ([]*x509.Certificate, []JWTKey, erro
 	if got := b.GetTrustDomain(); got != s.c.TrustDomain.Name() {
 		return nil, nil, fmt.Errorf("its bundle is of trust domain %.100q, not %q", got, s.c.TrustDomain.Name())
 	}
-	var ders [][]byte
+	var ders, bad [][]byte
 	for _, a := range b.GetX509Authorities() {
-		if !a.GetTainted() { // as good as gone: what is below it is to be signed anew
+		if a.GetTainted() { // as good as gone: what is below it is to be signed anew
+			bad = append(bad, a.GetAsn1())
+		} else {
 			ders = append(ders, a.GetAsn1())
 		}
 	}
@@ -215,8 +220,21 @@ func (s *SPIRE) Follow(ctx context.Context) ([]*x509.Certificate, []JWTKey, erro
 	if err != nil {
 		return nil, nil, err
 	}
+	tainted, err := parseDER(bad, "the bundle")
+	if err != nil {
+		return nil, nil, err
+	}
+	s.tainted.Store(&tainted)
 	keys, err := jwtKeys(b.GetJwtAuthorities())
 	return roots, keys, err
+}
+
+// Tainted returns the roots that the server had tainted when Follow last answered.
+func (s *SPIRE) Tainted() []*x509.Certificate {
+	if t := s.tainted.Load(); t != nil {
+		return *t
+	}
+	return nil
 }
 
 // PublishJWTKey has the server publish a JWT key of this CA, or of one below it, to the whole trust domain.

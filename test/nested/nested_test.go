@@ -5,6 +5,7 @@ package nested
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -24,6 +25,7 @@ import (
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/test/signettest"
 )
@@ -72,6 +74,7 @@ func startBelow(t *testing.T, upper *signettest.Signet, path string) *signettest
 	allowDownstream(t, upper, path)
 	return signettest.Start(t, signettest.Config{CA: func(c *ca.Config) {
 		c.Metrics.Listen = "127.0.0.1:0"
+		c.Authorities.RefreshHint = time.Second // others are waited for during five of them
 		c.Upstream.SPIRE = &ca.UpstreamSPIRE{ServerAddress: upper.CAAddr(), AgentSocket: upper.AgentSocket(), SPIFFEID: upper.ID(path).String()}
 	}})
 }
@@ -209,6 +212,59 @@ func TestSignetBelowSignet(t *testing.T) {
 			}
 			return err
 		})
+	}
+}
+
+// TestRootTaintedAbove: when the upper CA taints a root, the lower one gets below another, and re-issues what it has signed
+// below the tainted one long before that ends: the upper CA is about to revoke it.
+func TestRootTaintedAbove(t *testing.T) {
+	upper := signettest.Start(t, signettest.Config{})
+	lower := startBelow(t, upper, "/ca/lower")
+	below := workload(t, lower, "below")
+	old := bundleOf(t, upper).X509Authorities[0].Asn1
+	admin := adminv1.NewAdminClient(upper.AdminConn())
+	const x509Type = adminv1.AuthorityType_AUTHORITY_TYPE_X509
+	all, err := admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{Type: x509Type})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.PrepareAuthority(t.Context(), &adminv1.PrepareAuthorityRequest{Type: x509Type}); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the new root below", func() error {
+		if n := len(bundleOf(t, lower).X509Authorities); n != 2 {
+			return fmt.Errorf("%d roots", n)
+		}
+		return nil
+	})
+	s, err := admin.ActivateAuthority(t.Context(), &adminv1.ActivateAuthorityRequest{Type: x509Type, Force: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		_, err = s.Recv()
+	}
+	if !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	if _, err := admin.TaintAuthority(t.Context(), &adminv1.EndAuthorityRequest{Type: x509Type, Id: all.Authorities[0].Id}); err != nil {
+		t.Fatal(err)
+	}
+	root, err := x509.ParseCertificate(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, "an SVID below the new root", func() error {
+		svid, err := below.GetX509SVID()
+		if err == nil && svid.Certificates[1].CheckSignatureFrom(root) == nil {
+			err = errors.New("the SVID is still below the tainted root")
+		}
+		return err
+	})
+	for _, a := range bundleOf(t, lower).X509Authorities {
+		if a.Tainted != slices.Equal(a.Asn1, old) {
+			t.Errorf("in the lower bundle a root is tainted: %t", a.Tainted)
+		}
 	}
 }
 
