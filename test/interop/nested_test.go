@@ -13,7 +13,7 @@ func TestNestedSPIREServer(t *testing.T) {
 	foreign(t, envAgent)
 	foreign(t, envServer)
 	ctx := bounded(t, 4*time.Minute)
-	ca := startCA(t, ctx, "")
+	ca := startCA(t, ctx, "authorities: {refresh_hint: 1s}\n") // an activation waits for five, since another server fetches the bundle
 	token, _ := ca.joinToken(ctx, "/node/top")
 	top := newSignetAgent(t, agentConfig{server: ca, token: token})
 	top.start()
