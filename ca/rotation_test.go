@@ -488,6 +488,44 @@ func TestRevokedAuthorityMakesNoAdmin(t *testing.T) {
 	}
 }
 
+// TestActivationAsksAgainWhoMayAsk: an admin who is none any more when the last laggard has answered activates nothing.
+func TestActivationAsksAgainWhoMayAsk(t *testing.T) {
+	c := quiet(t.TempDir())
+	c.AdminIDs = []string{"spiffe://example.org/ops"}
+	h := start(t, c)
+	k := key(t)
+	p, err := h.ca.set.CheckX509(authority.X509Request{ID: ids(t, "/ops"), PublicKey: k.Public()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	svid, err := h.ca.set.SignX509(t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := h.follows(h.agent())
+	id := h.prepare(typeX509)
+	f.until(id, nodev1.AuthorityState_AUTHORITY_STATE_PREPARED)
+	s, err := adminv1.NewAdminClient(h.dial(svid.Chain, k)).ActivateAuthority(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Wait: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err := s.Recv(); err != nil || m.GetWaiting() == nil {
+		t.Fatalf("it did not wait: %v, %v", m, err)
+	}
+	without := c
+	without.AdminIDs = nil
+	if _, err := h.ca.Reload(without); err != nil {
+		t.Fatal(err)
+	}
+	f.ack(id)
+	if _, err := activated(s); code(err) != codes.PermissionDenied {
+		t.Errorf("the activation of somebody who is no admin any more: %v", err)
+	}
+	if got := h.states(typeX509); got != "active prepared" {
+		t.Errorf("states %q, want the new one to stay prepared", got)
+	}
+}
+
 // deniedFor tells whether err is SPIRE's refusal of an agent for a reason.
 func deniedFor(err error, reason types.PermissionDeniedDetails_Reason) bool {
 	st := status.Convert(err)

@@ -173,8 +173,9 @@ func (s *Set) ownKey(equal func(crypto.PublicKey) bool) bool {
 	return false
 }
 
-// OwnIssuer tells whether an issuer's certificate has the key of an X.509 authority of this CA that is not revoked. What
-// else verifies against the bundle was signed by an upstream or downstream CA.
+// OwnIssuer tells whether an issuer's certificate has the key of an X.509 authority of this CA, in whatever state: who comes
+// with an SVID of a revoked one is told so by Trusts. What else verifies against the bundle was signed by an upstream or
+// downstream CA.
 func (s *Set) OwnIssuer(cert *x509.Certificate) bool {
 	for _, a := range s.current.Load().x509 {
 		if bytes.Equal(a.certificate.RawSubjectPublicKeyInfo, cert.RawSubjectPublicKeyInfo) {

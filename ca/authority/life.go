@@ -32,7 +32,7 @@ const (
 
 	// keptRevoked is how many records of revoked authorities of a kind are kept, for those who ask what became of them and
 	// for callers whose SVID one of them has signed.
-	keptRevoked = 10
+	keptRevoked = 64
 
 	// signedSlack is how long after the last moment at which an SVID of an authority can be valid the authority still counts
 	// as needed: another replica may have signed a little longer, and a verifier's clock may be late.

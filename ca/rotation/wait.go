@@ -142,7 +142,8 @@ type How struct {
 	Wait bool
 	// Force waits for nobody.
 	Force bool
-	// Progress, which may be nil, is told what is waited for whenever that changes. Its error ends the wait.
+	// Progress, which may be nil, is told what is waited for whenever that changes, and once more when nothing is any more. Its
+	// error ends the wait.
 	Progress func(Readiness) error
 }
 
@@ -198,6 +199,10 @@ func (r *Rotator) await(ctx context.Context, a authority.Authority, how How) (Re
 	for {
 		moved := r.c.Registry.Moved()
 		ready := r.Readiness(a)
+		if ready.Ready && told != "" && how.Progress != nil {
+			// Whoever waited may have lost the right to ask meanwhile: telling them once more finds out.
+			return ready, how.Progress(ready)
+		}
 		if ready.Ready || how.Force {
 			return ready, nil
 		}

@@ -339,6 +339,9 @@ handed the new one on to all its workloads, or, if the bundle is federated, befo
 
 // noteWait shows the progress of a wait.
 func (a *app) noteWait(r *readiness) {
+	if r.Ready {
+		return // what follows is the outcome
+	}
 	var parts []string
 	if r.LaggardCount > 0 {
 		names := make([]string, 0, len(r.Laggards))
