@@ -230,7 +230,7 @@ func TestK8sPSATVerdicts(t *testing.T) {
 		want   string
 	}{
 		{"not authenticated, as with another audience or an expired token", func(k *cloudtest.Kubernetes) {
-			k.Review = cloudtest.Object(`{"authenticated":false,"error":"token ` + cloudtest.NodeToken + ` is for other audiences"}`)
+			k.Review = cloudtest.Object(t, `{"authenticated":false,"error":"token `+cloudtest.NodeToken+` is for other audiences"}`)
 		}, codes.PermissionDenied, "token not authenticated"},
 		{"deleted pod", func(k *cloudtest.Kubernetes) { k.Pod = nil }, codes.PermissionDenied, "does not exist"},
 		{"a token that is not bound to a pod", func(k *cloudtest.Kubernetes) { delete(k.Review["user"].(map[string]any), "extra") }, codes.PermissionDenied, "bound to a pod"},
@@ -318,7 +318,7 @@ func TestGCPIIT(t *testing.T) {
 		{"wrong audience", token(map[string]any{"aud": "spiffe://other.example"}), codes.PermissionDenied, "audience"},
 		{"wrong issuer", token(map[string]any{"iss": "https://issuer.example"}), codes.PermissionDenied, "issuer"},
 		{"expired", token(map[string]any{"iat": now.Add(-3 * time.Hour).Unix(), "exp": now.Add(-2 * time.Hour).Unix()}), codes.PermissionDenied, "has expired"},
-		{"other project", []byte(google.Token(t, "key-1", cloudtest.Machine(claims, map[string]any{"project_id": "shop-test"}))), codes.PermissionDenied, "not in the allow list"},
+		{"other project", []byte(google.Token(t, "key-1", cloudtest.Machine(t, claims, map[string]any{"project_id": "shop-test"}))), codes.PermissionDenied, "not in the allow list"},
 		{"not of an instance", token(map[string]any{"google": nil}), codes.PermissionDenied, "compute_engine"},
 	})
 	if n := google.Served(); n != 1 {
@@ -360,7 +360,7 @@ func TestCloudPathTemplates(t *testing.T) {
 	}
 	h.refuses("gcp_iit", []refusedCase{
 		{"nothing for the template", []byte(google.Token(t, "key-1", cloudtest.With(claims, map[string]any{"email": nil}))), codes.PermissionDenied, ".ServiceAccount is empty"},
-		{"a name that is no segment", []byte(google.Token(t, "key-1", cloudtest.Machine(claims, map[string]any{"instance_name": ".."}))), codes.PermissionDenied, "cannot be a SPIFFE ID"},
+		{"a name that is no segment", []byte(google.Token(t, "key-1", cloudtest.Machine(t, claims, map[string]any{"instance_name": ".."}))), codes.PermissionDenied, "cannot be a SPIFFE ID"},
 	})
 }
 

@@ -457,22 +457,28 @@ func TestRevocationEndsStreamsAndCalls(t *testing.T) {
 	}
 }
 
+// ops connects with an X509-SVID of /ops, whom admin_ids may name.
+func (h *harness) ops() (*grpc.ClientConn, *authority.X509SVID) {
+	h.t.Helper()
+	k := key(h.t)
+	p, err := h.ca.set.CheckX509(authority.X509Request{ID: ids(h.t, "/ops"), PublicKey: k.Public()})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	svid, err := h.ca.set.SignX509(h.t.Context(), p)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return h.dial(svid.Chain, k), svid
+}
+
 // TestRevokedAuthorityMakesNoAdmin: neither the SVID of an admin nor a stream that it has open is worth anything when its
 // authority is gone.
 func TestRevokedAuthorityMakesNoAdmin(t *testing.T) {
 	c := quiet(t.TempDir())
 	c.AdminIDs = []string{"spiffe://example.org/ops"}
 	h := start(t, c)
-	k := key(t)
-	p, err := h.ca.set.CheckX509(authority.X509Request{ID: ids(t, "/ops"), PublicKey: k.Public()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	svid, err := h.ca.set.SignX509(t.Context(), p)
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn := h.dial(svid.Chain, k)
+	conn, svid := h.ops()
 	list := func() error {
 		_, err := adminv1.NewAdminClient(conn).ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
 		return err
@@ -493,19 +499,11 @@ func TestActivationAsksAgainWhoMayAsk(t *testing.T) {
 	c := quiet(t.TempDir())
 	c.AdminIDs = []string{"spiffe://example.org/ops"}
 	h := start(t, c)
-	k := key(t)
-	p, err := h.ca.set.CheckX509(authority.X509Request{ID: ids(t, "/ops"), PublicKey: k.Public()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	svid, err := h.ca.set.SignX509(t.Context(), p)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn, _ := h.ops()
 	f := h.follows(h.agent())
 	id := h.prepare(typeX509)
 	f.until(id, nodev1.AuthorityState_AUTHORITY_STATE_PREPARED)
-	s, err := adminv1.NewAdminClient(h.dial(svid.Chain, k)).ActivateAuthority(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Wait: true})
+	s, err := adminv1.NewAdminClient(conn).ActivateAuthority(t.Context(), &adminv1.ActivateAuthorityRequest{Type: typeX509, Wait: true})
 	if err != nil {
 		t.Fatal(err)
 	}

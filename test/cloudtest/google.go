@@ -4,7 +4,6 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"encoding/json"
-	"fmt"
 	"maps"
 	"net/http"
 	"os"
@@ -100,9 +99,7 @@ func (g *Google) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Cache-Control", "public, max-age=600, must-revalidate")
 	w.Header().Set("Content-Type", "application/json")
-	if _, err := w.Write(data); err != nil {
-		panic(http.ErrAbortHandler)
-	}
+	_, _ = w.Write(data) // who asked may have gone
 }
 
 // SetFault sets Fault while the keys are being served.
@@ -173,14 +170,15 @@ func With(claims map[string]any, changes map[string]any) map[string]any {
 }
 
 // Machine returns claims with parts of google.compute_engine changed.
-func Machine(claims map[string]any, changes map[string]any) map[string]any {
+func Machine(t testing.TB, claims map[string]any, changes map[string]any) map[string]any {
+	t.Helper()
 	google, ok := claims["google"].(map[string]any)
 	if !ok {
-		panic(fmt.Sprintf("no google in %v", claims))
+		t.Fatalf("no google in %v", claims)
 	}
 	machine, ok := google["compute_engine"].(map[string]any)
 	if !ok {
-		panic(fmt.Sprintf("no compute_engine in %v", claims))
+		t.Fatalf("no compute_engine in %v", claims)
 	}
 	return With(claims, map[string]any{"google": map[string]any{"compute_engine": With(machine, changes)}})
 }

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -35,10 +34,11 @@ const (
 )
 
 // Object reads a JSON object that a test holds.
-func Object(text string) map[string]any {
+func Object(t testing.TB, text string) map[string]any {
+	t.Helper()
 	var m map[string]any
 	if err := json.Unmarshal([]byte(text), &m); err != nil {
-		panic(err)
+		t.Fatal(err)
 	}
 	return m
 }
@@ -46,13 +46,13 @@ func Object(text string) map[string]any {
 // NewKubernetes starts a server that lets the agent in.
 func NewKubernetes(t testing.TB) *Kubernetes {
 	s := &Kubernetes{
-		Review: Object(`{"authenticated": true, "audiences": ["spire-server"], "user": {"username": "system:serviceaccount:signet:agent", "extra": {
+		Review: Object(t, `{"authenticated": true, "audiences": ["spire-server"], "user": {"username": "system:serviceaccount:signet:agent", "extra": {
 			"authentication.kubernetes.io/pod-name": ["agent-x1"], "authentication.kubernetes.io/pod-uid": ["pod-uid-1"],
 			"authentication.kubernetes.io/node-name": ["node1"], "authentication.kubernetes.io/node-uid": ["node-uid-1"],
 			"authentication.kubernetes.io/credential-id": ["JTI=1b4e28ba"]}}}`),
-		Pod: Object(`{"kind": "Pod", "metadata": {"name": "agent-x1", "namespace": "signet", "uid": "pod-uid-1", "labels": {"app": "agent", "secret": "no"}},
+		Pod: Object(t, `{"kind": "Pod", "metadata": {"name": "agent-x1", "namespace": "signet", "uid": "pod-uid-1", "labels": {"app": "agent", "secret": "no"}},
 			"spec": {"nodeName": "node1", "serviceAccountName": "agent"}, "status": {"phase": "Running", "hostIP": "10.0.0.7"}}`),
-		Node: Object(`{"kind": "Node", "metadata": {"name": "node1", "uid": "node-uid-1", "labels": {"zone": "a", "tier": "x"}}}`),
+		Node: Object(t, `{"kind": "Node", "metadata": {"name": "node1", "uid": "node-uid-1", "labels": {"zone": "a", "tier": "x"}}}`),
 	}
 	s.Server = httptest.NewTLSServer(s)
 	t.Cleanup(s.Close)
@@ -80,8 +80,8 @@ func (s *Kubernetes) Answer(w http.ResponseWriter, r *http.Request) {
 	var reply map[string]any
 	switch r.Method + " " + r.URL.Path {
 	case "POST /apis/authentication.k8s.io/v1/tokenreviews":
-		body, _ := io.ReadAll(r.Body)
-		if spec, _ := Object(string(body))["spec"].(map[string]any); spec["token"] != NodeToken {
+		var review struct{ Spec struct{ Token string } }
+		if err := json.NewDecoder(r.Body).Decode(&review); err != nil || review.Spec.Token != NodeToken {
 			http.Error(w, "not the node's token", http.StatusBadRequest)
 			return
 		}

@@ -83,7 +83,7 @@ func TestAttestRefusals(t *testing.T) {
 	good := google.Token(t, "key-1", claims)
 	with := func(changes map[string]any) string { return google.Token(t, "key-1", cloudtest.With(claims, changes)) }
 	machine := func(changes map[string]any) string {
-		return google.Token(t, "key-1", cloudtest.Machine(claims, changes))
+		return google.Token(t, "key-1", cloudtest.Machine(t, claims, changes))
 	}
 	payload, err := json.Marshal(claims)
 	if err != nil {

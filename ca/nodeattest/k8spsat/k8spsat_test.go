@@ -55,7 +55,7 @@ func TestAttestOldServer(t *testing.T) {
 }
 
 func TestAttestRefusals(t *testing.T) {
-	set := func(text string) map[string]any { return cloudtest.Object(text) }
+	set := func(text string) map[string]any { return cloudtest.Object(t, text) }
 	tests := []struct {
 		name    string
 		payload string
