@@ -19,7 +19,6 @@ import (
 	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/svidcache"
 	"github.com/signet-id/signet/agent/workloadattest"
-	"github.com/signet-id/signet/agent/workloadattest/unix"
 	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/workloadapi"
 )
@@ -87,15 +86,16 @@ func (a *Agent) open() error {
 	}
 	door.client, a.node.client = a.client, a.client
 
-	method, err := unix.New(unix.Config{MaxHashBytes: c.WorkloadAttestation.MaxHashBytes})
-	if err != nil {
-		return err
-	}
-	attestor, err := workloadattest.New(workloadattest.Config{Methods: []workloadattest.Method{method}, Log: a.log, Now: c.Now})
+	methods, err := c.WorkloadAttestation.open(a.log)
 	if err != nil {
 		return err
 	}
 	a.metrics = newMetrics(a)
+	a.metrics.attestsBy(methods)
+	attestor, err := workloadattest.New(workloadattest.Config{Methods: methods, Log: a.log, Now: c.Now, OnFailure: a.metrics.attestationFailed})
+	if err != nil {
+		return err
+	}
 	if c.Metrics.Listen != "" {
 		if a.web, err = net.Listen("tcp", c.Metrics.Listen); err != nil {
 			return fmt.Errorf("metrics.listen: %w", err)

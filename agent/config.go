@@ -75,13 +75,6 @@ type Config struct {
 	Version string `yaml:"-"`
 }
 
-// WorkloadAttestation says how processes are looked at.
-type WorkloadAttestation struct {
-	// MaxHashBytes is the size of the largest executable whose SHA-256 becomes a selector. Default 512 MiB; negative:
-	// none is hashed.
-	MaxHashBytes int64 `yaml:"max_hash_bytes"`
-}
-
 // Metrics says where metrics are served.
 type Metrics struct {
 	// Listen is host:port, such as 127.0.0.1:9989. Without a host it is the loopback interface. Empty: nowhere.
@@ -150,6 +143,7 @@ func (c *Config) Check() error {
 	}
 	c.checkBootstrap(bad)
 	c.NodeAttestation.check(c, bad)
+	c.WorkloadAttestation.check(bad)
 	c.checkLimits(bad)
 	if c.Metrics.Listen != "" {
 		host, port, err := net.SplitHostPort(c.Metrics.Listen)

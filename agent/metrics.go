@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/workloadapi"
 )
 
@@ -22,6 +23,7 @@ type metrics struct {
 	calls    *prometheus.CounterVec
 	pushes   *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
+	failures *prometheus.CounterVec
 }
 
 func newMetrics(a *Agent) *metrics {
@@ -34,8 +36,10 @@ func newMetrics(a *Agent) *metrics {
 			Help: "Messages sent on streams of the agent's socket, by method."}, []string{"method"}),
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "signet_agent_call_seconds",
 			Help: "Duration of unary calls on the agent's socket.", Buckets: prometheus.ExponentialBuckets(0.0005, 4, 8)}, []string{"method"}),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_agent_attestation_failures_total",
+			Help: "Attestations of processes in which a method could not find out everything, by method."}, []string{"method"}),
 	}
-	m.registry.MustRegister(m.calls, m.pushes, m.latency, collectors.NewGoCollector(),
+	m.registry.MustRegister(m.calls, m.pushes, m.latency, m.failures, collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &cacheCollector{agent: a})
 	return m
 }
@@ -54,6 +58,15 @@ func (m *metrics) call(c workloadapi.CallEnd) {
 }
 
 func (m *metrics) push(method string) { m.pushes.WithLabelValues(method).Inc() }
+
+// attestsBy shows the methods that have not failed yet, too, so that the first failure is a rise.
+func (m *metrics) attestsBy(methods []workloadattest.Method) {
+	for _, method := range methods {
+		m.failures.WithLabelValues(method.Name())
+	}
+}
+
+func (m *metrics) attestationFailed(method string) { m.failures.WithLabelValues(method).Inc() }
 
 // A cacheCollector reads the agent's numbers when they are asked for.
 type cacheCollector struct{ agent *Agent }
