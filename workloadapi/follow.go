@@ -20,65 +20,72 @@ import (
 // maxAttempts bounds how often a call is begun anew because the calling process changed meanwhile.
 const maxAttempts = 5
 
-// attest says what the process is, as it is now.
-//
-// A process may exec or change its user while it is looked at. What was found out counts only if the process is still in
-// the state that it was found out about; otherwise a program could collect another one's selectors.
-func (s *Server) attest(ctx context.Context, p *peer.Process) (Caller, error) {
-	leave, err := s.gate.Enter(ctx, p.UID)
-	if err != nil {
-		return Caller{}, err
-	}
-	defer leave()
-	for range maxAttempts {
-		caller, err := s.cfg.Attestor.Attest(ctx, p)
-		if err != nil {
-			return Caller{}, fmt.Errorf("attesting process %d: %w", p.PID, err)
-		}
-		now, err := p.Snapshot()
-		if err != nil {
-			return Caller{}, err
-		}
-		if now.Equal(caller.State) {
-			return caller, nil
-		}
-	}
-	return Caller{}, errUnsteady
-}
+// A Feed shows subjects what a Source has for them. The Workload Endpoint has one, and so have endpoints on which others
+// speak for workloads. All fields but Source and IssueWait may be zero.
+type Feed struct {
+	Source Source
 
-// check says whether the process is still what caller describes: nil, errCallerChanged or why it is not answered at all.
-func (s *Server) check(ctx context.Context, p *peer.Process, caller Caller) error {
-	leave, err := s.gate.Enter(ctx, p.UID)
-	if err != nil {
-		return err
-	}
-	defer leave()
-	now, err := p.Snapshot()
-	if err != nil {
-		return err
-	}
-	if !now.Equal(caller.State) {
-		return errCallerChanged
-	}
-	return nil
+	// IssueWait is how long a registered subject waits for its first SVID before its call ends with Unavailable.
+	IssueWait time.Duration
+
+	// SpreadUpdates spreads updates that only bring new bundles over this time. Zero sends them at once.
+	SpreadUpdates time.Duration
+
+	// BundlesWithoutIdentity lets streams with BundlesOnly go to subjects without an identity, too.
+	BundlesWithoutIdentity bool
+
+	// Log gets what operators should know. Nil means nowhere.
+	Log *slog.Logger
+
+	// OnPush is told when a stream's message has been sent. It must not block. Nil: nobody is.
+	OnPush func(method string)
 }
 
 // Answer attests the caller of a unary call, lets f find the answer, and returns nil only if the process is by then still
 // the one that f was told about. f runs again for a process that changed.
 func (s *Server) Answer(ctx context.Context, f func(Caller) error) error {
-	p, err := peer.FromContext(ctx)
+	subject, err := s.subject(ctx)
 	if err != nil {
 		return err
 	}
+	return s.feed.Answer(ctx, subject, f)
+}
+
+// Current returns the caller's state as it is now. See Feed.Current.
+func (s *Server) Current(ctx context.Context, caller Caller) (Update, error) {
+	return s.feed.Current(ctx, caller)
+}
+
+// Follow serves a stream of the process that calls. See Feed.Follow.
+func (s *Server) Follow(ctx context.Context, st Stream) error {
+	subject, err := s.subject(ctx)
+	if err != nil {
+		return err
+	}
+	return s.feed.Follow(ctx, subject, st)
+}
+
+// subject is the process that sent a call.
+func (s *Server) subject(ctx context.Context) (Subject, error) {
+	p, err := peer.FromContext(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return ProcessSubject(p, s.cfg.Attestor, s.gate), nil
+}
+
+// Answer attests the subject of a unary call, lets f find the answer, and returns nil only if the subject is by then still
+// what f was told about. f runs again for a subject that changed.
+func (d *Feed) Answer(ctx context.Context, subject Subject, f func(Caller) error) error {
 	for range maxAttempts {
-		caller, err := s.attest(ctx, p)
+		caller, err := subject.Attest(ctx)
 		if err != nil {
 			return err
 		}
 		if err := f(caller); err != nil {
 			return err
 		}
-		if err := s.check(ctx, p, caller); err != errCallerChanged {
+		if err := subject.Check(ctx, caller); !errors.Is(err, ErrSubjectChanged) {
 			return err
 		}
 	}
@@ -87,9 +94,9 @@ func (s *Server) Answer(ctx context.Context, f func(Caller) error) error {
 
 // Current returns the caller's state as it is now, which has at least one identity. The error is ErrNoIdentity if it has
 // none.
-func (s *Server) Current(ctx context.Context, caller Caller) (Update, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.IssueWait)
-	updates, err := s.cfg.Source.Watch(ctx, caller)
+func (d *Feed) Current(ctx context.Context, caller Caller) (Update, error) {
+	ctx, cancel := context.WithTimeout(ctx, d.IssueWait)
+	updates, err := d.Source.Watch(ctx, caller)
 	if err != nil {
 		cancel()
 		return Update{}, fmt.Errorf("the caller's identities: %w", err)
@@ -130,10 +137,13 @@ type Stream struct {
 	// has, since it would discard half a message too, and the error is logged.
 	Render func(Update) (Message, error)
 
+	// Narrow says what of an update is shown: a copy without the rest. Nil: all of it.
+	Narrow func(Update) Update
+
 	// BundlesOnly streams also go to callers without an identity, if the configuration allows it.
 	BundlesOnly bool
 
-	// Spread lets updates that change bundles only be delayed, by up to Config.SpreadUpdates.
+	// Spread lets updates that change bundles only be delayed, by up to Feed.SpreadUpdates.
 	Spread bool
 }
 
@@ -165,23 +175,20 @@ func Show[M any](m *M, ss grpc.ServerStreamingServer[M]) (Message, error) {
 	return Message{Digest: sha256.Sum256(raw), Size: len(raw), Send: func() error { return ss.Send(m) }}, nil
 }
 
-// Follow serves a stream: the caller's state at once, and again whenever the message would differ from the last one. It
+// Follow serves a stream: the subject's state at once, and again whenever the message would differ from the last one. It
 // returns when the call has to end, and with which error. [Workload API §4.2, §4.3]
 //
-// Before each message the process is looked at again. One that has become another program or user is attested anew, and
-// goes on with the identities of what it is now.
-func (s *Server) Follow(ctx context.Context, st Stream) error {
-	p, err := peer.FromContext(ctx)
-	if err != nil {
-		return err
-	}
-	f := &follower{Server: s, Stream: st, process: p}
+// Before each message the subject is looked at again. A process that has become another program or user is attested
+// anew, and goes on with the identities of what it is now.
+func (d *Feed) Follow(ctx context.Context, subject Subject, st Stream) error {
+	f := &follower{Feed: d, Stream: st, subject: subject}
 	for idle := 0; idle < maxAttempts; idle++ {
 		f.progress = false
-		if f.caller, err = s.attest(ctx, p); err != nil {
+		var err error
+		if f.caller, err = subject.Attest(ctx); err != nil {
 			return err
 		}
-		if err = f.subscription(ctx); err != errCallerChanged {
+		if err = f.subscription(ctx); !errors.Is(err, ErrSubjectChanged) {
 			return err
 		}
 		if f.progress {
@@ -193,9 +200,9 @@ func (s *Server) Follow(ctx context.Context, st Stream) error {
 
 // A follower is one stream being served, by one goroutine.
 type follower struct {
-	*Server
+	*Feed
 	Stream
-	process  *peer.Process
+	subject  Subject
 	caller   Caller
 	progress bool // a message was due since the last attestation
 
@@ -207,14 +214,14 @@ type follower struct {
 // subscription follows the source for one attested state of the caller.
 func (f *follower) subscription(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
-	updates, err := f.cfg.Source.Watch(ctx, f.caller)
+	updates, err := f.Source.Watch(ctx, f.caller)
 	if err != nil {
 		cancel()
 		return fmt.Errorf("the caller's identities: %w", err)
 	}
 	defer drain(cancel, updates)
 
-	patience := time.NewTimer(f.cfg.IssueWait)
+	patience := time.NewTimer(f.IssueWait)
 	defer patience.Stop()
 	spread := time.NewTimer(time.Hour)
 	spread.Stop()
@@ -226,7 +233,7 @@ func (f *follower) subscription(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
-		case <-f.process.Done():
+		case <-f.subject.Done():
 			return peer.ErrGone
 		case <-patience.C:
 			if !f.started {
@@ -240,11 +247,11 @@ func (f *follower) subscription(ctx context.Context) error {
 				}
 				return errSourceEnded
 			}
-			u = next
+			u = f.narrow(next)
 			if f.maySpread(u) {
 				if !spreading {
 					spreading = true
-					spread.Reset(rand.N(f.cfg.SpreadUpdates)) // the time of a message, not a secret
+					spread.Reset(rand.N(f.SpreadUpdates)) // the time of a message, not a secret
 				}
 				continue
 			}
@@ -259,24 +266,38 @@ func (f *follower) subscription(ctx context.Context) error {
 	}
 }
 
+func (f *follower) narrow(u Update) Update {
+	if f.Narrow == nil {
+		return u
+	}
+	return f.Narrow(u)
+}
+
+func (d *Feed) logger() *slog.Logger {
+	if d.Log == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return d.Log
+}
+
 func (f *follower) maySpread(u Update) bool {
-	return f.Spread && f.cfg.SpreadUpdates > 0 && f.started && identitiesDigest(u.Identities) == f.identities
+	return f.Spread && f.SpreadUpdates > 0 && f.started && identitiesDigest(u.Identities) == f.identities
 }
 
 // push sends u, or what has come after it meanwhile, if the client does not have it already.
 func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) error {
-	// The order matters: first the process, then the newest word on what it may have, then the message.
-	if err := f.check(ctx, f.process, f.caller); err != nil {
+	// The order matters: first the subject, then the newest word on what it may have, then the message.
+	if err := f.subject.Check(ctx, f.caller); err != nil {
 		return err
 	}
 	select {
 	case next, ok := <-updates:
 		if ok {
-			u = next
+			u = f.narrow(next)
 		}
 	default:
 	}
-	if len(u.Identities) == 0 && !(f.BundlesOnly && f.cfg.AllowBundlesWithoutIdentity) {
+	if len(u.Identities) == 0 && !(f.BundlesOnly && f.BundlesWithoutIdentity) {
 		if u.Entitled {
 			return nil // its SVIDs are on their way
 		}
@@ -288,7 +309,7 @@ func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) er
 		return err
 	}
 	if err != nil {
-		f.log.LogAttrs(ctx, slog.LevelError, "update held back: no sound message can be made of it", slog.String("method", f.Method), slog.Any("err", err))
+		f.logger().LogAttrs(ctx, slog.LevelError, "update held back: no sound message can be made of it", slog.String("method", f.Method), slog.Any("err", err))
 		return nil
 	}
 	if !f.started || m.Digest != f.last {
@@ -296,16 +317,16 @@ func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) er
 			return fmt.Errorf("%w: %w", errUnsent, err)
 		}
 		if m.Size > clientLimit && !f.started {
-			f.log.LogAttrs(ctx, slog.LevelWarn, "a message is larger than clients take by default: its caller matches too many registration entries",
+			f.logger().LogAttrs(ctx, slog.LevelWarn, "a message is larger than clients take by default: its caller matches too many registration entries",
 				slog.String("method", f.Method), slog.Int("bytes", m.Size), slog.Int("identities", len(u.Identities)),
 				slog.Int64("pid", int64(f.caller.PID)), slog.Uint64("uid", uint64(f.caller.UID)))
 		}
-		if f.cfg.OnPush != nil {
-			f.cfg.OnPush(f.Method)
+		if f.OnPush != nil {
+			f.OnPush(f.Method)
 		}
 	}
 	f.started, f.last, f.identities = true, m.Digest, identitiesDigest(u.Identities)
-	if ack, ok := f.cfg.Source.(Acknowledger); ok {
+	if ack, ok := f.Source.(Acknowledger); ok {
 		ack.HandedOn(updates, u.BundleRevision)
 	}
 	return nil

@@ -63,7 +63,7 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, l
 	if err := s.calls.take(info.UID); err != nil {
 		return ctx, leave, err
 	}
-	unhook := context.AfterFunc(s.stopping, func() { cancel(errStopping) })
+	unhook := context.AfterFunc(s.stopping, func() { cancel(ErrStopping) })
 	return ctx, func() {
 		unhook()
 		cancel(nil)
@@ -105,10 +105,10 @@ func (s *stream) Context() context.Context { return s.ctx }
 
 // ended turns the error of a call into its status and reports it.
 func (s *Server) ended(ctx context.Context, method string, start time.Time, err error) error {
-	st := toStatus(ctx, err)
+	st := Status(ctx, err)
 	// Health, reflection and unimplemented methods make their own status. It counts only as the outermost error: one that
 	// is wrapped comes from elsewhere, such as the CA, and does not speak about this call.
-	if own, ok := err.(interface{ GRPCStatus() *status.Status }); ok && !errors.Is(context.Cause(ctx), errStopping) {
+	if own, ok := err.(interface{ GRPCStatus() *status.Status }); ok && !errors.Is(context.Cause(ctx), ErrStopping) {
 		st = own.GRPCStatus().Err()
 	}
 	code := status.Code(st)
@@ -135,10 +135,10 @@ func (l *callLimit) take(uid uint32) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.all >= l.total {
-		return fmt.Errorf("%d calls are open in all: %w", l.all, errBusy)
+		return fmt.Errorf("%d calls are open in all: %w", l.all, ErrBusy)
 	}
 	if l.open[uid] >= l.perUID {
-		return fmt.Errorf("uid %d has %d calls open: %w", uid, l.open[uid], errBusy)
+		return fmt.Errorf("uid %d has %d calls open: %w", uid, l.open[uid], ErrBusy)
 	}
 	l.all++
 	l.open[uid]++
@@ -178,7 +178,7 @@ func (r *refusalLog) note(ctx context.Context, method string, code codes.Code, e
 	default:
 		level = slog.LevelInfo
 	}
-	if errors.Is(context.Cause(ctx), errStopping) {
+	if errors.Is(context.Cause(ctx), ErrStopping) {
 		return
 	}
 	r.mu.Lock()

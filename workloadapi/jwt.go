@@ -2,7 +2,6 @@ package workloadapi
 
 import (
 	"context"
-	"crypto"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -16,20 +15,12 @@ import (
 	"github.com/signet-id/signet/spiffe"
 )
 
-const (
-	// maxAudiences bounds the audiences of one JWT-SVID. A token should have one. [JWT-SVID §3.2]
-	maxAudiences = 32
-
-	// maxAudienceBytes bounds one of them; a SPIFFE ID has at most 2048 bytes.
-	maxAudienceBytes = 2048
-)
-
 // FetchJWTSVID returns a JWT-SVID for each of the caller's identities or for the one asked for. [Workload API §6.2.1]
 func (w *workloadService) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
 	if w.server.cfg.DisableJWT {
-		return nil, errDisabled
+		return nil, ErrDisabled
 	}
-	if err := checkAudience(req.GetAudience()); err != nil {
+	if err := CheckAudience(req.GetAudience()); err != nil {
 		return nil, err
 	}
 	var id spiffeid.ID
@@ -49,7 +40,7 @@ func (w *workloadService) FetchJWTSVID(ctx context.Context, req *workload.JWTSVI
 			return ErrNoIdentity
 		}
 		resp = &workload.JWTSVIDResponse{}
-		for _, svid := range distinctHints(svids, func(s JWTSVID) string { return s.Hint }) {
+		for _, svid := range DistinctJWTSVIDs(svids) {
 			if svid.ID.IsZero() || svid.Token == "" || (!id.IsZero() && svid.ID != id) {
 				return fmt.Errorf("the source returned an unusable JWT-SVID for %q", svid.ID)
 			}
@@ -63,76 +54,35 @@ func (w *workloadService) FetchJWTSVID(ctx context.Context, req *workload.JWTSVI
 	return resp, nil
 }
 
-func checkAudience(audience []string) error {
-	if len(audience) == 0 {
-		return badArgument("audience is empty: name the recipient of the JWT-SVID")
-	}
-	if len(audience) > maxAudiences {
-		return badArgument("audience has %d values: at most %d are allowed, and one is best", len(audience), maxAudiences)
-	}
-	for i, a := range audience {
-		if a == "" {
-			return badArgument("audience[%d] is empty: name the recipient of the JWT-SVID", i)
-		}
-		if len(a) > maxAudienceBytes {
-			return badArgument("audience[%d] is %d bytes long: at most %d are allowed", i, len(a), maxAudienceBytes)
-		}
-	}
-	return nil
-}
-
 // FetchJWTBundles streams the JWT bundles of our own trust domain and of those that the caller's identities federate
 // with, as plain JWK Sets without use and sequence. [Workload API §6.2.2]
 func (w *workloadService) FetchJWTBundles(_ *workload.JWTBundlesRequest, ss grpc.ServerStreamingServer[workload.JWTBundlesResponse]) error {
 	if w.server.cfg.DisableJWT {
-		return errDisabled
+		return ErrDisabled
 	}
 	return w.server.Follow(ss.Context(), Stream{
 		Method:      workload.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName,
 		BundlesOnly: true,
 		Spread:      true,
 		Render: func(u Update) (Message, error) {
-			resp := &workload.JWTBundlesResponse{Bundles: map[string][]byte{}}
-			for td := range allowedDomains(u, u.Identities) {
-				keys, ok := u.JWTBundles[td]
-				if !ok && td != u.TrustDomain {
-					continue
-				}
-				jwks, err := spiffe.MarshalJWKS(withKeyID(keys))
-				switch {
-				case err == nil:
-					resp.Bundles[td.IDString()] = jwks
-				case td == u.TrustDomain:
-					return Message{}, fmt.Errorf("the JWT bundle of our own trust domain %q: %w", td.Name(), err)
-				default:
-					w.server.log.LogAttrs(ss.Context(), slog.LevelWarn, "JWT bundle of a foreign trust domain left out",
-						slog.String("trust_domain", td.Name()), slog.Any("err", err))
-				}
+			bundles, err := JWTBundles(u, func(td spiffeid.TrustDomain, err error) {
+				w.server.log.LogAttrs(ss.Context(), slog.LevelWarn, "JWT bundle of a foreign trust domain left out",
+					slog.String("trust_domain", td.Name()), slog.Any("err", err))
+			})
+			if err != nil {
+				return Message{}, err
 			}
+			resp := &workload.JWTBundlesResponse{Bundles: bundles}
 			return Show(resp, ss)
 		},
 	})
-}
-
-// withKeyID leaves out a key without id: a client would discard the whole update for it. (WAPI-49)
-func withKeyID(keys map[string]crypto.PublicKey) map[string]crypto.PublicKey {
-	if _, ok := keys[""]; !ok {
-		return keys
-	}
-	named := make(map[string]crypto.PublicKey, len(keys))
-	for kid, key := range keys {
-		if kid != "" {
-			named[kid] = key
-		}
-	}
-	return named
 }
 
 // ValidateJWTSVID says whether a token is valid for an audience, by the bundles that the caller may have.
 // [Workload API §6.2.3]
 func (w *workloadService) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTSVIDRequest) (*workload.ValidateJWTSVIDResponse, error) {
 	if w.server.cfg.DisableJWT {
-		return nil, errDisabled
+		return nil, ErrDisabled
 	}
 	if req.GetAudience() == "" {
 		return nil, badArgument("audience is empty: name the audience that the caller is")

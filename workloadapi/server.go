@@ -132,12 +132,13 @@ type Server struct {
 	socket   *socket
 	peers    *peer.Table
 	gate     *peer.Gate
+	feed     *Feed
 	grpc     *grpc.Server
 	health   *health.Server
 	calls    callLimit
 	refusals *refusalLog
 
-	// stopping ends when Run's context does; its cause is errStopping.
+	// stopping ends when Run's context does; its cause is ErrStopping.
 	stopping context.Context
 	stop     context.CancelCauseFunc
 
@@ -165,6 +166,10 @@ func New(cfg Config) (*Server, error) {
 		health:   health.NewServer(),
 		calls:    callLimit{total: cfg.MaxStreams, perUID: cfg.MaxStreamsPerUID, open: map[uint32]int{}},
 		refusals: newRefusalLog(cfg.Log),
+	}
+	s.feed = &Feed{
+		Source: cfg.Source, IssueWait: cfg.IssueWait, SpreadUpdates: cfg.SpreadUpdates, BundlesWithoutIdentity: cfg.AllowBundlesWithoutIdentity,
+		Log: cfg.Log, OnPush: cfg.OnPush,
 	}
 	s.stopping, s.stop = context.WithCancelCause(context.Background())
 	s.grpc = grpc.NewServer(
@@ -272,7 +277,7 @@ func (s *Server) Run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		s.health.Shutdown()
-		s.stop(errStopping)
+		s.stop(ErrStopping)
 		s.stopGRPC()
 		<-served
 	case err = <-served:
@@ -302,7 +307,7 @@ func (s *Server) stopGRPC() {
 // Close ends what still runs, without grace, and removes the socket. Run does it by itself.
 func (s *Server) Close() error {
 	s.closeOnce.Do(func() {
-		s.stop(errStopping)
+		s.stop(ErrStopping)
 		s.health.Shutdown()
 		s.grpc.Stop()
 		s.closeErr = errors.Join(s.socket.close(), s.peers.Close())

@@ -71,6 +71,10 @@ type Identity struct {
 
 	// FederatesWith names the foreign trust domains whose bundles the holder may have.
 	FederatesWith []spiffeid.TrustDomain
+
+	// Privileged says that the identity opens doors at the CA: it is an admin's or a CA's below. Only the workload itself
+	// gets it, nobody who speaks for it.
+	Privileged bool
 }
 
 // An Update is the complete state for one caller. The receiver does not change what it points to: many callers may
@@ -113,6 +117,9 @@ type JWTSVID struct {
 
 	// Hint is the operator's word on what the identity is for, or empty.
 	Hint string
+
+	// Privileged is as in Identity.
+	Privileged bool
 }
 
 // A Source knows the identities of callers. The agent's SVID cache is one. Its methods are called concurrently.

@@ -11,25 +11,36 @@ import (
 	"github.com/signet-id/signet/workloadapi/peer"
 )
 
-// Conditions of the endpoint itself.
+// Conditions of an endpoint that other endpoints of the agent know too.
 var (
-	errStopping      = errors.New("the agent is shutting down")
-	errBusy          = errors.New("too many calls are open")
-	errUnsteady      = errors.New("the calling process kept changing while it was attested")
-	errCallerChanged = errors.New("the calling process is not what it was")
-	errNothingYet    = errors.New("the caller is registered, but its identities, bundles or policies are still on their way")
-	errSourceEnded   = errors.New("the agent stopped following the caller's identities")
-	errDisabled      = errors.New("this profile is disabled in the agent's configuration")
-	errUnsent        = errors.New("the message could not be sent")
+	// ErrStopping is the cause of contexts that end because the agent does. The caller gets Unavailable.
+	ErrStopping = errors.New("the agent is shutting down")
+
+	// ErrBusy says that a bound of the endpoint is reached. The caller gets Unavailable.
+	ErrBusy = errors.New("too many calls are open")
+
+	// ErrSubjectChanged says that a subject is not what it was when it was attested.
+	ErrSubjectChanged = errors.New("the process is not what it was")
+
+	// ErrDisabled says that the configuration turns a profile off. The caller gets Unimplemented.
+	ErrDisabled = errors.New("this profile is disabled in the agent's configuration")
 )
 
-// An argumentError is a mistake of the client. Its text goes to the client. [Workload Endpoint §6, Workload API §4.3]
-type argumentError struct{ text string }
+// Conditions of the endpoint itself.
+var (
+	errUnsteady    = errors.New("the process kept changing while it was attested")
+	errNothingYet  = errors.New("the caller is registered, but its identities, bundles or policies are still on their way")
+	errSourceEnded = errors.New("the agent stopped following the caller's identities")
+	errUnsent      = errors.New("the message could not be sent")
+)
 
-func (e *argumentError) Error() string { return e.text }
+// An ArgumentError is a mistake of the client. Its text goes to the client. [Workload Endpoint §6, Workload API §4.3]
+type ArgumentError struct{ Text string }
+
+func (e *ArgumentError) Error() string { return e.Text }
 
 func badArgument(format string, args ...any) error {
-	return &argumentError{fmt.Sprintf(format, args...)}
+	return &ArgumentError{fmt.Sprintf(format, args...)}
 }
 
 // A formatError says that the caller reads only older policy formats than the agent holds.
@@ -39,25 +50,26 @@ func (e *formatError) Error() string {
 	return fmt.Sprintf("the policies have format %d and the caller reads up to %d: upgrade the caller", e.have, e.reads)
 }
 
-// toStatus is the one place where errors become gRPC codes.
+// Status is the one place where errors become gRPC codes. ctx is that of the call. Endpoints on which others speak for
+// workloads judge what has another meaning there first.
 //
 // Clients end their watch for good on InvalidArgument and on Canceled. So the one stands only for mistakes in the request
 // and the other only for calls that the client itself gave up; every passing condition is Unavailable (WEP-24). An error
 // that is not known here leaves without its text, because the peer is not trusted; the interceptor has logged it.
-func toStatus(ctx context.Context, err error) error {
-	var argument *argumentError
+func Status(ctx context.Context, err error) error {
+	var argument *ArgumentError
 	var format *formatError
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(context.Cause(ctx), errStopping):
-		return status.Error(codes.Unavailable, errStopping.Error())
+	case errors.Is(context.Cause(ctx), ErrStopping):
+		return status.Error(codes.Unavailable, ErrStopping.Error())
 	case errors.As(err, &argument):
-		return status.Error(codes.InvalidArgument, argument.text)
+		return status.Error(codes.InvalidArgument, argument.Text)
 	case errors.As(err, &format):
 		return status.Error(codes.FailedPrecondition, format.Error())
-	case errors.Is(err, errDisabled):
-		return status.Error(codes.Unimplemented, errDisabled.Error())
+	case errors.Is(err, ErrDisabled):
+		return status.Error(codes.Unimplemented, ErrDisabled.Error())
 	case errors.Is(err, ErrNoIdentity):
 		return status.Error(codes.PermissionDenied, noIdentityText(ctx))
 	case errors.Is(err, ErrTooMany):
@@ -69,7 +81,7 @@ func toStatus(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		return status.FromContextError(ctx.Err()).Err()
 	}
-	for _, passing := range []error{ErrNotReady, ErrUnavailable, peer.ErrGone, errStopping, errBusy, errUnsteady, errNothingYet, errSourceEnded, errUnsent} {
+	for _, passing := range []error{ErrSubjectChanged, ErrNotReady, ErrUnavailable, peer.ErrGone, ErrStopping, ErrBusy, errUnsteady, errNothingYet, errSourceEnded, errUnsent} {
 		if errors.Is(err, passing) {
 			return status.Error(codes.Unavailable, passing.Error())
 		}

@@ -31,6 +31,7 @@ type entry struct {
 	hint          string
 	includeJTI    bool
 	noPrefetch    bool
+	privileged    bool      // it makes its holder an admin or a CA below
 	expiresAt     time.Time // zero: never
 
 	// indexed is the one selector under which the index lists the entry.
@@ -62,7 +63,7 @@ func readEntry(td spiffeid.TrustDomain, m *nodev1.Entry) (*entry, error) {
 	}
 	e := &entry{
 		id: m.GetId(), revision: m.GetRevision(), createdAt: m.GetCreatedAt(), spiffeID: id, hint: m.GetHint(),
-		includeJTI: m.GetJwtIncludeJti(), noPrefetch: m.GetDisableX509Prefetch(),
+		includeJTI: m.GetJwtIncludeJti(), noPrefetch: m.GetDisableX509Prefetch(), privileged: m.GetAdmin() || m.GetDownstream(),
 	}
 	if m.GetExpiresAt() != 0 {
 		e.expiresAt = time.Unix(m.GetExpiresAt(), 0)

@@ -108,7 +108,7 @@ func (c *Cache) FetchJWTSVIDs(ctx context.Context, caller workloadapi.Caller, id
 	svids := make([]workloadapi.JWTSVID, len(entries))
 	calls := make([]*jwtCall, len(entries))
 	for i, e := range entries {
-		svids[i] = workloadapi.JWTSVID{ID: e.spiffeID, Hint: e.hint}
+		svids[i] = workloadapi.JWTSVID{ID: e.spiffeID, Hint: e.hint, Privileged: e.privileged}
 		if svids[i].Token, calls[i], err = c.jwt(ctx, turn, e, audience); err != nil {
 			return nil, err
 		}

@@ -377,7 +377,7 @@ func (n *shown) same(sent *shown) bool {
 		}
 	}
 	return slices.EqualFunc(n.identities, sent.identities, func(a, b shownIdentity) bool {
-		return a.svid == b.svid && a.entry.id == b.entry.id && a.entry.hint == b.entry.hint && slices.Equal(a.entry.federatesWith, b.entry.federatesWith)
+		return a.svid == b.svid && a.entry.id == b.entry.id && a.entry.hint == b.entry.hint && a.entry.privileged == b.entry.privileged && slices.Equal(a.entry.federatesWith, b.entry.federatesWith)
 	})
 }
 
@@ -394,7 +394,7 @@ func (n *shown) update(own spiffeid.TrustDomain) workloadapi.Update {
 	for _, i := range n.identities {
 		u.Identities = append(u.Identities, workloadapi.Identity{
 			ID: i.svid.id, EntryID: i.entry.id, Hint: i.entry.hint, Chain: i.svid.chain, Key: i.svid.key,
-			NotAfter: i.svid.notAfter, FederatesWith: i.entry.federatesWith,
+			NotAfter: i.svid.notAfter, FederatesWith: i.entry.federatesWith, Privileged: i.entry.privileged,
 		})
 	}
 	for td, b := range n.bundles {

@@ -1,0 +1,77 @@
+package workloadapi
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/signet-id/signet/workloadapi/peer"
+)
+
+// A Subject is whom a call is answered for: the process that calls, or the workload that the caller speaks for.
+type Subject interface {
+	// Attest says what the subject is, as it is now.
+	Attest(ctx context.Context) (Caller, error)
+
+	// Check says whether the subject is still what c, which Attest returned, describes. ErrSubjectChanged asks for another
+	// attestation; any other error is why the subject is not answered any more.
+	Check(ctx context.Context, c Caller) error
+
+	// Done is closed when the subject has ended. The error for that is peer.ErrGone.
+	Done() <-chan struct{}
+}
+
+// ProcessSubject returns a pinned process as a Subject. The gate bounds what one user can make the agent look at.
+func ProcessSubject(p *peer.Process, attestor Attestor, gate *peer.Gate) Subject {
+	return &processSubject{process: p, attestor: attestor, gate: gate}
+}
+
+type processSubject struct {
+	process  *peer.Process
+	attestor Attestor
+	gate     *peer.Gate
+}
+
+func (s *processSubject) Done() <-chan struct{} { return s.process.Done() }
+
+// Attest says what the process is, as it is now.
+//
+// A process may exec or change its user while it is looked at. What was found out counts only if the process is still in
+// the state that it was found out about; otherwise a program could collect another one's selectors.
+func (s *processSubject) Attest(ctx context.Context) (Caller, error) {
+	leave, err := s.gate.Enter(ctx, s.process.UID)
+	if err != nil {
+		return Caller{}, err
+	}
+	defer leave()
+	for range maxAttempts {
+		caller, err := s.attestor.Attest(ctx, s.process)
+		if err != nil {
+			return Caller{}, fmt.Errorf("attesting process %d: %w", s.process.PID, err)
+		}
+		now, err := s.process.Snapshot()
+		if err != nil {
+			return Caller{}, err
+		}
+		if now.Equal(caller.State) {
+			return caller, nil
+		}
+	}
+	return Caller{}, errUnsteady
+}
+
+// Check says whether the process is still what caller describes.
+func (s *processSubject) Check(ctx context.Context, caller Caller) error {
+	leave, err := s.gate.Enter(ctx, s.process.UID)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	now, err := s.process.Snapshot()
+	if err != nil {
+		return err
+	}
+	if !now.Equal(caller.State) {
+		return ErrSubjectChanged
+	}
+	return nil
+}
