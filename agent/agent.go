@@ -13,9 +13,11 @@ import (
 	"reflect"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/signet-id/signet/agent/adminapi"
 	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/svidcache"
 	"github.com/signet-id/signet/agent/workloadattest"
@@ -32,9 +34,14 @@ type Agent struct {
 	node     *node
 	client   *caclient.Client
 	cache    *svidcache.Cache
+	attestor *workloadattest.Attestor
 	endpoint *workloadapi.Server
+	admin    *adminapi.Server // nil: there is no admin socket
 	metrics  *metrics
 	web      net.Listener // nil: no metrics are served
+
+	started time.Time
+	contact atomic.Pointer[contact] // nil: never was any
 
 	ready     chan struct{}
 	serving   atomic.Bool
@@ -49,7 +56,7 @@ func New(c Config) (*Agent, error) {
 	if err := c.Check(); err != nil {
 		return nil, err
 	}
-	a := &Agent{config: c, running: c, level: new(slog.LevelVar), ready: make(chan struct{})}
+	a := &Agent{config: c, running: c, level: new(slog.LevelVar), started: c.Now(), ready: make(chan struct{})}
 	a.log = a.logger()
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.Close())
@@ -79,7 +86,7 @@ func (a *Agent) open() error {
 	}
 	a.client, err = caclient.New(caclient.Config{
 		Address: c.ServerAddress, TrustDomain: td, Identity: a.node.identity, Bundles: a.node, Follower: a.cache,
-		InSync: a.inSync, Lost: a.cache.Offline, Version: c.Version, Log: a.log, Now: c.Now,
+		InSync: a.inSync, Lost: a.lost, Version: c.Version, Log: a.log, Now: c.Now,
 	})
 	if err != nil {
 		return err
@@ -92,7 +99,7 @@ func (a *Agent) open() error {
 	}
 	a.metrics = newMetrics(a)
 	a.metrics.attestsBy(methods)
-	attestor, err := workloadattest.New(workloadattest.Config{Methods: methods, Log: a.log, Now: c.Now, OnFailure: a.metrics.attestationFailed})
+	a.attestor, err = workloadattest.New(workloadattest.Config{Methods: methods, Log: a.log, Now: c.Now, OnFailure: a.metrics.attestationFailed})
 	if err != nil {
 		return err
 	}
@@ -102,7 +109,7 @@ func (a *Agent) open() error {
 		}
 	}
 	a.endpoint, err = workloadapi.New(workloadapi.Config{
-		Source: a.cache, Attestor: attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway,
+		Source: a.cache, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
 		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID,
 		OnCall: a.metrics.call, OnPush: a.metrics.push,
@@ -110,13 +117,22 @@ func (a *Agent) open() error {
 	if err != nil {
 		return fmt.Errorf("socket_path: %w", err)
 	}
-	return nil
+	return a.openAdmin()
 }
 
 // inSync is told that the CA has confirmed that the agent holds its newest state.
 func (a *Agent) inSync() {
 	a.node.inSync()
 	a.cache.InSync()
+	if was := a.contact.Load(); was == nil || !was.there {
+		a.contact.Store(&contact{there: true, since: a.config.Now()})
+	}
+}
+
+// lost is told that the contact that inSync told of has ended.
+func (a *Agent) lost() {
+	a.cache.Offline()
+	a.contact.Store(&contact{since: a.config.Now()})
 }
 
 // Run serves until ctx ends or a part fails, and returns when everything has ended, within ten seconds: nil if that was
@@ -130,8 +146,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.log.Info("agent starts", "trust_domain", a.config.TrustDomain, "server_address", a.config.ServerAddress, "socket", a.config.SocketPath)
 	group.Go(func() error {
 		defer cancel()
-		defer a.serving.Store(false)
-		return a.endpoint.Run(ctx)
+		return a.serve(ctx)
 	})
 	group.Go(func() error { return a.cache.Run(inner) })
 	group.Go(func() error { return a.node.run(inner) })
@@ -150,6 +165,19 @@ func (a *Agent) Run(ctx context.Context) error {
 	err := group.Wait()
 	a.log.Info("agent has stopped")
 	return errors.Join(err, a.Close())
+}
+
+// serve answers on both sockets until ctx ends or one of them fails.
+func (a *Agent) serve(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		defer a.serving.Store(false)
+		return a.endpoint.Run(ctx)
+	})
+	if a.admin != nil {
+		group.Go(func() error { return a.admin.Run(ctx) })
+	}
+	return group.Wait()
 }
 
 // Ready is closed once the agent has the CA's state for the first time and answers on its socket.
@@ -172,6 +200,9 @@ func (a *Agent) Close() error {
 		var errs []error
 		if a.endpoint != nil {
 			errs = append(errs, a.endpoint.Close())
+		}
+		if a.admin != nil {
+			errs = append(errs, a.admin.Close())
 		}
 		if a.web != nil {
 			if err := a.web.Close(); err != nil && !errors.Is(err, net.ErrClosed) {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/signet-id/signet/agent/nodeattest"
 	"github.com/signet-id/signet/agent/svidcache"
+	"github.com/signet-id/signet/internal/adminsocket"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -27,6 +28,8 @@ type Config struct {
 	DataDir string `yaml:"data_dir"`
 	// SocketPath is where workloads find the Workload API. Default /run/signet/agent.sock.
 	SocketPath string `yaml:"socket_path"`
+	// AdminSocket is where operators of this node ask the agent how it is and why a process gets no identity.
+	AdminSocket AdminSocket `yaml:"admin_socket"`
 
 	// JoinToken proves once what this node is. Excludes JoinTokenFile. After the first attestation neither is needed any
 	// more.
@@ -75,6 +78,26 @@ type Config struct {
 	Version string `yaml:"-"`
 }
 
+// AdminSocket says where the agent's admin socket is and who besides root and the agent's own user may use it.
+type AdminSocket struct {
+	// Path is the socket's path. It must not be in the directory of SocketPath or below, which is mounted into containers:
+	// their root would be an admin of the agent. Default /run/signet-agent/admin.sock, where signet why and signet agent
+	// status look, if SocketPath has its default too; else there is none.
+	Path string `yaml:"path"`
+	// UIDs are further users, by number. The overflow uid 65534 is refused always.
+	UIDs []uint32 `yaml:"uids"`
+	// Group is a group, by name or number, whose members are admins.
+	Group string `yaml:"group"`
+	// Open lets processes of all users connect, for services that judge each caller by its SPIFFE ID. It makes nobody an
+	// admin.
+	Open bool `yaml:"open"`
+
+	// AllowBesideSocket takes a Path in the directory of SocketPath: one that is private to a developer.
+	AllowBesideSocket bool `yaml:"-"`
+
+	isDefault bool `yaml:"-"` // Path was not chosen: that it cannot be had is no reason not to serve workloads
+}
+
 // Metrics says where metrics are served.
 type Metrics struct {
 	// Listen is host:port, such as 127.0.0.1:9989. Without a host it is the loopback interface. Empty: nowhere.
@@ -90,11 +113,13 @@ type Logging struct {
 }
 
 const (
-	defaultSocket  = "/run/signet/agent.sock"
-	defaultPort    = "8081"
-	maxSocketBytes = 107
-	maxWait        = 30 * time.Second
-	maxLeeway      = time.Minute
+	defaultSocket = "/run/signet/agent.sock"
+	// DefaultAdminSocket is where the admin socket is unless the configuration says otherwise.
+	DefaultAdminSocket = "/run/signet-agent/admin.sock"
+	defaultPort        = "8081"
+	maxSocketBytes     = 107
+	maxWait            = 30 * time.Second
+	maxLeeway          = time.Minute
 )
 
 // ReadConfig reads a configuration file. Errors name file, line and column.
@@ -141,6 +166,7 @@ func (c *Config) Check() error {
 	} else if len(c.SocketPath) > maxSocketBytes {
 		bad("socket_path", "%q has %d bytes, and a Unix socket's path at most %d; choose a shorter one", c.SocketPath, len(c.SocketPath), maxSocketBytes)
 	}
+	c.checkAdminSocket(bad)
 	c.checkBootstrap(bad)
 	c.NodeAttestation.check(c, bad)
 	c.WorkloadAttestation.check(bad)
@@ -167,6 +193,42 @@ func (c *Config) Check() error {
 		c.Now = time.Now
 	}
 	return errors.Join(errs...)
+}
+
+func (c *Config) checkAdminSocket(bad func(field, format string, args ...any)) {
+	a := &c.AdminSocket
+	if a.Path == "" && c.SocketPath == defaultSocket {
+		a.Path, a.isDefault = DefaultAdminSocket, true
+	}
+	if a.Path == "" {
+		if len(a.UIDs) > 0 || a.Group != "" || a.Open {
+			bad("admin_socket.path", "missing; name a socket, such as %s, or leave out admin_socket", DefaultAdminSocket)
+		}
+		return
+	}
+	switch dir := filepath.Dir(c.SocketPath); {
+	case !filepath.IsAbs(a.Path):
+		bad("admin_socket.path", "%q must be absolute", a.Path)
+	case len(a.Path) > maxSocketBytes:
+		bad("admin_socket.path", "%q has %d bytes, and a Unix socket's path at most %d; choose a shorter one", a.Path, len(a.Path), maxSocketBytes)
+	case filepath.Clean(a.Path) == filepath.Clean(c.SocketPath):
+		bad("admin_socket.path", "%q is socket_path; the two are different sockets", a.Path)
+	case !a.AllowBesideSocket && within(filepath.Dir(a.Path), dir):
+		bad("admin_socket.path", "%q is in %s, the directory of socket_path, which is mounted into containers: their root would be an admin; choose another directory, such as %s",
+			a.Path, dir, filepath.Dir(DefaultAdminSocket))
+	}
+	a.socket().Check(func(field, format string, args ...any) { bad("admin_socket."+field, format, args...) })
+}
+
+// within says whether path is dir or below it.
+func within(path, dir string) bool {
+	rel, err := filepath.Rel(dir, path)
+	return err == nil && rel != ".." && !strings.HasPrefix(rel, "../")
+}
+
+// socket is the configuration as the package that makes the socket wants it.
+func (a AdminSocket) socket() adminsocket.Config {
+	return adminsocket.Config{Path: a.Path, UIDs: a.UIDs, Group: a.Group, Open: a.Open}
 }
 
 // checkBootstrap sees to it that something verifies the CA on the first connection: there is no insecure way.

@@ -37,6 +37,9 @@ type Status struct {
 	Attestor string
 	// Connected says that the CA is there and has confirmed that the agent holds its newest state.
 	Connected bool
+	// Since is since when it is so, or is not; zero: it never was. Trouble says why it is not.
+	Since   time.Time
+	Trouble string
 	// Epoch and Revision name the state of the CA that is held; Revision 0: none yet.
 	Epoch    string
 	Revision int64
@@ -58,6 +61,12 @@ func (a *Agent) Status() Status {
 		s.State = Connecting
 	}
 	s.Epoch, s.Revision = a.cache.Held()
+	if c := a.contact.Load(); c != nil {
+		s.Since = c.since
+	}
+	if err := a.client.Trouble(); err != nil && !s.Connected {
+		s.Trouble = err.Error()
+	}
 	if svid := a.node.identity(); svid != nil {
 		s.ID, s.NotAfter = svid.ID, svid.Certificates[0].NotAfter
 	}

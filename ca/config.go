@@ -6,9 +6,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -258,14 +256,7 @@ func (c *Config) Check() error {
 	if c.AdminSocket.Path == "" {
 		c.AdminSocket.Path = "/run/signet/ca/admin.sock"
 	}
-	for _, u := range c.AdminSocket.UIDs {
-		if u == overflowUID {
-			bad("admin_socket.uids", "%d is the overflow uid, which unknown users of other namespaces have; it is never an admin", u)
-		}
-	}
-	if _, err := c.AdminSocket.gid(); err != nil {
-		bad("admin_socket.group", "%v", err)
-	}
+	c.AdminSocket.socket().Check(func(field, format string, args ...any) { bad("admin_socket."+field, format, args...) })
 	for _, s := range c.AdminIDs {
 		if _, err := spiffe.ParseWorkloadID(s); err != nil {
 			bad("admin_ids", "%v", err)
@@ -391,10 +382,7 @@ func (c *Config) checkLifetimes(bad func(field, format string, args ...any)) {
 	}
 }
 
-const (
-	overflowUID = 65534
-	minAgentTTL = 10 * time.Second
-)
+const minAgentTTL = 10 * time.Second
 
 func (l Logging) level() (slog.Level, error) {
 	var lv slog.Level
@@ -405,21 +393,6 @@ func (l Logging) level() (slog.Level, error) {
 		return 0, fmt.Errorf("log.level: %q is not debug, info, warn or error", l.Level)
 	}
 	return lv, nil
-}
-
-// gid returns the number of Group, or -1 if there is none.
-func (a AdminSocket) gid() (int, error) {
-	if a.Group == "" {
-		return -1, nil
-	}
-	if n, err := strconv.ParseUint(a.Group, 10, 31); err == nil {
-		return int(n), nil
-	}
-	g, err := user.LookupGroup(a.Group)
-	if err != nil {
-		return -1, fmt.Errorf("%q: no such group", a.Group)
-	}
-	return strconv.Atoi(g.Gid)
 }
 
 func (c *Config) trustDomain() spiffeid.TrustDomain {

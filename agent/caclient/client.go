@@ -205,6 +205,16 @@ func (c *Client) Connected() bool {
 	return c.session != nil && c.session.inSync.Load()
 }
 
+// Trouble is why the last attempt to be in contact with the CA came to nothing, or nil while there is contact.
+func (c *Client) Trouble() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.session != nil && c.session.inSync.Load() {
+		return nil
+	}
+	return c.lastErr
+}
+
 // Stats are counters since the Client was made.
 type Stats struct {
 	// Applied counts Follow messages that were applied.

@@ -100,6 +100,9 @@ func (c *Client) receive(stream nodev1.Node_FollowClient, s *session, first *syn
 		s.out.answered(whole.GetSyncIds())
 		if !s.inSync.Load() && first.answered() {
 			s.inSync.Store(true)
+			c.mu.Lock()
+			c.lastErr = nil
+			c.mu.Unlock()
 			silence.Stop()
 			c.config.Log.Info("in sync with the CA", "server_address", c.config.Address, "revision", whole.GetTo())
 			if c.config.InSync != nil {

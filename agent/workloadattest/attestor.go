@@ -27,6 +27,13 @@ type Method interface {
 	Selectors(ctx context.Context, p *peer.Process, state peer.Snapshot) ([]spiffe.Selector, error)
 }
 
+// A Dependent is a Method that asks something that may be away, such as the kubelet or an engine's socket.
+type Dependent interface {
+	// Available returns nil if what the method asks answers now, or is known not to be on this machine and so needs not
+	// to. It returns soon after ctx ends.
+	Available(ctx context.Context) error
+}
+
 // Config says how processes are attested.
 type Config struct {
 	// Methods are asked for every process, all at the same time. At least one.
@@ -59,6 +66,8 @@ type Attestor struct {
 	mu    sync.Mutex
 	known map[uint64]*list.Element // by peer.Process.ID; the values are *result
 	used  *list.List               // the most recently used first
+
+	tallies []tally // one for each method, in their order
 }
 
 // A result is what was found out about one process in one state. It is not changed once it is known.
@@ -102,7 +111,7 @@ func New(cfg Config) (*Attestor, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Attestor{cfg: cfg, known: map[uint64]*list.Element{}, used: list.New()}, nil
+	return &Attestor{cfg: cfg, known: map[uint64]*list.Element{}, used: list.New(), tallies: make([]tally, len(cfg.Methods))}, nil
 }
 
 // Attest returns the process with all its selectors. See workloadapi.Attestor.
@@ -172,6 +181,7 @@ func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot
 				all = append(all, s)
 			}
 		}
+		a.tallies[i].note(p.PID, a.cfg.Now(), err)
 		if err != nil {
 			missing = append(missing, fmt.Errorf("%s: %w", m.Name(), err))
 			if a.cfg.OnFailure != nil {

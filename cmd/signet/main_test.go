@@ -19,7 +19,7 @@ func TestMain(m *testing.M) {
 }
 
 // TestScript runs testdata/script: one script per command and per message that an operator may meet. Those whose name
-// begins with live_ have a CA and an agent of their own, which SIGNET_CA_SOCKET, SPIFFE_ENDPOINT_SOCKET, CA_ADDR and
+// begins with live_ have a CA and an agent of their own, which SIGNET_CA_SOCKET, AGENT_SOCKET, SPIFFE_ENDPOINT_SOCKET, CA_ADDR and
 // BUNDLE name; live_upstream's is below another one.
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
@@ -29,6 +29,7 @@ func TestScript(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			// The scripts decide themselves which CA and agent they talk to.
 			env.Setenv("SIGNET_CA_SOCKET", "")
+			env.Setenv("SIGNET_AGENT_SOCKET", "")
 			env.Setenv("SPIFFE_ENDPOINT_SOCKET", "")
 			env.Setenv("TERM", "dumb")
 			if strings.HasPrefix(filepath.Base(env.WorkDir), "script-live_") {
@@ -69,6 +70,7 @@ func startSignet(env *testscript.Env) error {
 		}
 	})
 	env.Setenv("SIGNET_CA_SOCKET", i.CASocket())
+	env.Setenv("AGENT_SOCKET", i.AgentAdminSocket())
 	env.Setenv("SPIFFE_ENDPOINT_SOCKET", i.WorkloadAPI())
 	env.Setenv("CA_ADDR", i.CAAddr())
 	env.Setenv("BUNDLE", i.BundlePath())

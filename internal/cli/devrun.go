@@ -67,7 +67,8 @@ The key that seals the CA's private keys lies beside the data (mode 0600), so it
 			return fmt.Errorf("starting in %q: %w", dir, err)
 		}
 		took := time.Since(begin)
-		fmt.Fprintf(a.stdout, "export SPIFFE_ENDPOINT_SOCKET=%s\nexport %s=%s\n", shellWord(instance.WorkloadAPI()), envCASocket, shellWord(instance.CASocket()))
+		fmt.Fprintf(a.stdout, "export SPIFFE_ENDPOINT_SOCKET=%s\nexport %s=%s\nexport %s=%s\n", shellWord(instance.WorkloadAPI()), envCASocket, shellWord(instance.CASocket()),
+			envAgentSocket, shellWord(instance.AgentAdminSocket()))
 		a.note("ready in %d ms", took.Milliseconds())
 		a.note("CA of %s at %s, bundle %s", instance.TrustDomain(), instance.CAAddr(), instance.BundlePath())
 		a.note("the seal key lies beside the data and protects nothing here; stop with Ctrl-C")

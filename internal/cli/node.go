@@ -263,61 +263,73 @@ func (s nodeStatus) state(now time.Time) string {
 func (a *app) agentStatusCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status [AGENT-ID]",
-		Short: "Say which agents follow the CA now, and how far they are",
-		Long: `Say which agents are connected to this replica of the CA, which revision each has acknowledged, and how many entries it
-serves. An agent that is "away" has a valid SVID and no connection to this replica; agents of SPIRE always are.`,
-		Example: "  signet agent status -o wide",
-		Args:    atMostArgs(1),
+		Short: "Say how the agent of this node is, or which agents follow the CA",
+		Long: `On a node: say how its agent is, from the agent's admin socket (--socket, else $` + envAgentSocket + `, else
+` + defaultAgentSocket + `).
+
+Where there is only a CA, or with --server, an AGENT-ID or the CA's socket as --socket: say which agents are connected to this
+replica of the CA, which revision each has acknowledged, and how many entries it serves. An agent that is "away" has a valid
+SVID and no connection to this replica; agents of SPIRE always are.`,
+		Example: `  signet agent status
+  signet agent status --socket /run/signet/ca/admin.sock -o wide`,
+		Args: atMostArgs(1),
 	}
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) error {
-			req := &adminv1.ListAgentStatusRequest{PageSize: agentPage}
-			if len(args) == 1 {
-				id, err := c.id(ctx, "AGENT-ID", args[0])
-				if err != nil {
-					return err
-				}
-				req.AgentId = id.String()
-			}
-			now := a.now()
-			l := &lister[nodeStatus]{app: a, format: *output, none: "no agent has attested", columns: []column[nodeStatus]{
-				{name: "AGENT", value: func(s nodeStatus) string { return s.AgentID }},
-				{name: "STATE", value: func(s nodeStatus) string { return s.state(now) }, color: func(s nodeStatus) string { return stateColor(s.state(now)) }},
-				{name: "REVISION", value: func(s nodeStatus) string { return fmt.Sprint(s.Acknowledged) }},
-				{name: "ENTRIES", value: func(s nodeStatus) string { return fmt.Sprint(s.Entries) }},
-				{name: "SVID", value: func(s nodeStatus) string { return left(s.expires, now) }},
-				{name: "VERSION", value: func(s nodeStatus) string { return s.Version }},
-				{name: "FROM", wide: true, value: func(s nodeStatus) string { return s.Remote }},
-				{name: "ATTESTED BY", wide: true, value: func(s nodeStatus) string { return s.Attestation }},
-				{name: "SELECTORS", wide: true, value: func(s nodeStatus) string { return strings.Join(s.Selectors, " ") }},
-			}}
-			client := adminv1.NewAdminClient(c)
-			for {
-				page, err := client.ListAgentStatus(ctx, req)
-				if err != nil {
-					return agentHint(caError("asking for the status of agents", c, err))
-				}
-				items := make([]nodeStatus, len(page.GetAgents()))
-				for i, s := range page.GetAgents() {
-					items[i] = nodeStatus{AgentID: s.GetAgentId(), Connected: s.GetConnected(), Acknowledged: s.GetAcknowledgedRevision(),
-						Banned: s.GetBanned(), Entries: s.GetEntries(), Version: s.GetAgentVersion(),
-						Remote: s.GetRemoteAddress(), Attestation: s.GetAttestationType(), Serial: s.GetSerialNumber(), Selectors: s.GetSelectors()}
-					if s.GetExpiresAt() != nil {
-						items[i].expires = s.GetExpiresAt().AsTime()
-						items[i].ExpiresAt = stamp(items[i].expires)
-					}
-				}
-				if err := l.add(items); err != nil {
-					return err
-				}
-				if req.PageToken = page.GetNextPageToken(); req.PageToken == "" {
-					return l.close()
-				}
-			}
-		})
+		return a.agentOrCA(cmd, args, *output, func() error { return a.fleetStatus(cmd.Context(), *output, args) })
 	}
-	return a.reachesCA(cmd)
+	a.reachesCA(cmd)
+	cmd.Flags().Lookup("socket").Usage = "admin socket of the agent of this node, or of the CA"
+	return cmd
+}
+
+// fleetStatus asks the CA how its agents are, or the one that is named.
+func (a *app) fleetStatus(ctx context.Context, f format, args []string) error {
+	return a.withCA(ctx, func(ctx context.Context, c *caConn) error {
+		req := &adminv1.ListAgentStatusRequest{PageSize: agentPage}
+		if len(args) == 1 {
+			id, err := c.id(ctx, "AGENT-ID", args[0])
+			if err != nil {
+				return err
+			}
+			req.AgentId = id.String()
+		}
+		now := a.now()
+		l := &lister[nodeStatus]{app: a, format: f, none: "no agent has attested", columns: []column[nodeStatus]{
+			{name: "AGENT", value: func(s nodeStatus) string { return s.AgentID }},
+			{name: "STATE", value: func(s nodeStatus) string { return s.state(now) }, color: func(s nodeStatus) string { return stateColor(s.state(now)) }},
+			{name: "REVISION", value: func(s nodeStatus) string { return fmt.Sprint(s.Acknowledged) }},
+			{name: "ENTRIES", value: func(s nodeStatus) string { return fmt.Sprint(s.Entries) }},
+			{name: "SVID", value: func(s nodeStatus) string { return left(s.expires, now) }},
+			{name: "VERSION", value: func(s nodeStatus) string { return s.Version }},
+			{name: "FROM", wide: true, value: func(s nodeStatus) string { return s.Remote }},
+			{name: "ATTESTED BY", wide: true, value: func(s nodeStatus) string { return s.Attestation }},
+			{name: "SELECTORS", wide: true, value: func(s nodeStatus) string { return strings.Join(s.Selectors, " ") }},
+		}}
+		client := adminv1.NewAdminClient(c)
+		for {
+			page, err := client.ListAgentStatus(ctx, req)
+			if err != nil {
+				return agentHint(caError("asking for the status of agents", c, err))
+			}
+			items := make([]nodeStatus, len(page.GetAgents()))
+			for i, s := range page.GetAgents() {
+				items[i] = nodeStatus{AgentID: s.GetAgentId(), Connected: s.GetConnected(), Acknowledged: s.GetAcknowledgedRevision(),
+					Banned: s.GetBanned(), Entries: s.GetEntries(), Version: s.GetAgentVersion(),
+					Remote: s.GetRemoteAddress(), Attestation: s.GetAttestationType(), Serial: s.GetSerialNumber(), Selectors: s.GetSelectors()}
+				if s.GetExpiresAt() != nil {
+					items[i].expires = s.GetExpiresAt().AsTime()
+					items[i].ExpiresAt = stamp(items[i].expires)
+				}
+			}
+			if err := l.add(items); err != nil {
+				return err
+			}
+			if req.PageToken = page.GetNextPageToken(); req.PageToken == "" {
+				return l.close()
+			}
+		}
+	})
 }
 
 // agentActCommand makes a command that does one thing to each agent that is named.

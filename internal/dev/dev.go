@@ -31,7 +31,7 @@ import (
 
 // Config says what to run. The zero value of a field is its default.
 type Config struct {
-	// Dir holds the state, D/ca.sock, D/agent.sock and D/bundle.pem. It is made with mode 0700 if it does not exist.
+	// Dir holds the state, D/ca.sock, D/agent.sock, D/admin.sock (the agent's) and D/bundle.pem. It is made with mode 0700 if it does not exist.
 	Dir string
 	// TrustDomain is example.org by default. It cannot be changed for a directory that has state.
 	TrustDomain string
@@ -188,7 +188,8 @@ func (i *Instance) writeFiles(addr string, doc []byte) error {
 func (i *Instance) startAgent(ctx context.Context) error {
 	dir := filepath.Join(i.c.Dir, "agent")
 	c := agent.Config{TrustDomain: i.c.TrustDomain, ServerAddress: i.CAAddr(), DataDir: dir, SocketPath: i.AgentSocket(),
-		TrustBundlePath: i.BundlePath(), JoinTokenFile: filepath.Join(i.c.Dir, "join.token"), Version: version.String(), Now: i.c.Now, Log: i.c.Log}
+		TrustBundlePath: i.BundlePath(), JoinTokenFile: filepath.Join(i.c.Dir, "join.token"),
+		AdminSocket: agent.AdminSocket{Path: i.AgentAdminSocket(), AllowBesideSocket: true}, Version: version.String(), Now: i.c.Now, Log: i.c.Log}
 	if err := i.freshToken(ctx, c.JoinTokenFile); err != nil {
 		return err
 	}
@@ -242,10 +243,11 @@ func (i *Instance) Admin() (*grpc.ClientConn, error) {
 	return grpc.NewClient("unix://"+i.CASocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 }
 
-// CASocket, AgentSocket and BundlePath are the files that an Instance serves under its directory.
-func (i *Instance) CASocket() string    { return filepath.Join(i.c.Dir, "ca.sock") }
-func (i *Instance) AgentSocket() string { return filepath.Join(i.c.Dir, "agent.sock") }
-func (i *Instance) BundlePath() string  { return filepath.Join(i.c.Dir, "bundle.pem") }
+// CASocket, AgentSocket, AgentAdminSocket and BundlePath are the files that an Instance serves under its directory.
+func (i *Instance) CASocket() string         { return filepath.Join(i.c.Dir, "ca.sock") }
+func (i *Instance) AgentSocket() string      { return filepath.Join(i.c.Dir, "agent.sock") }
+func (i *Instance) AgentAdminSocket() string { return filepath.Join(i.c.Dir, "admin.sock") }
+func (i *Instance) BundlePath() string       { return filepath.Join(i.c.Dir, "bundle.pem") }
 
 // WorkloadAPI is the value of SPIFFE_ENDPOINT_SOCKET for workloads.
 func (i *Instance) WorkloadAPI() string { return "unix://" + i.AgentSocket() }
