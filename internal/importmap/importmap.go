@@ -36,7 +36,7 @@ type rule struct {
 }
 
 // leaves are small packages that know nothing of the domain and may be imported from everywhere.
-var leaves = []string{"internal/durable", "internal/durable/...", "internal/strictyaml", "internal/version", "internal/daemon"}
+var leaves = []string{"internal/durable", "internal/durable/...", "internal/strictyaml", "internal/version", "internal/daemon", "internal/sandbox"}
 
 // rules are looked up from the top; the first that matches a package is the one for it.
 var rules = []rule{
@@ -61,6 +61,8 @@ var rules = []rule{
 	{"internal/nodekey", []string{"spiffe"}}, // what a node signs to win its SVID back, which both sides must know
 	{"internal/tpmwire", nil},                // the messages by which a node shows its TPM, likewise
 	{"internal/x509pop", nil},                // what a node signs to prove that it holds a certificate's key, likewise
+	{"internal/daemon", nil},                 // what a service manager and a daemon say to each other
+	{"internal/sandbox", nil},                // what takes from a process what it does not need; it knows none of the daemons
 	{"internal/importmap", nil},
 	{"internal/conformance", nil},
 	{"internal/...", []string{"..."}},
