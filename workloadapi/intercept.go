@@ -3,13 +3,11 @@ package workloadapi
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
+	"strconv"
 	"strings"
-	"sync"
 	"time"
 
-	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -60,14 +58,14 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, l
 	if info.Err != nil && !strings.HasPrefix(method, exempt[0]) { // health says nothing about anybody
 		return ctx, leave, info.Err
 	}
-	if err := s.calls.take(info.UID); err != nil {
+	if err := s.calls.Take(uidKey(info.UID)); err != nil {
 		return ctx, leave, err
 	}
 	unhook := context.AfterFunc(s.stopping, func() { cancel(ErrStopping) })
 	return ctx, func() {
 		unhook()
 		cancel(nil)
-		s.calls.put(info.UID)
+		s.calls.Put(uidKey(info.UID))
 	}, nil
 }
 
@@ -118,85 +116,15 @@ func (s *Server) ended(ctx context.Context, method string, start time.Time, err 
 		}
 		s.cfg.OnCall(CallEnd{Method: method, Code: code, Duration: time.Since(start)})
 	}
-	s.refusals.note(ctx, method, code, err)
+	var who []slog.Attr
+	if p, perr := peer.FromContext(ctx); perr == nil {
+		who = []slog.Attr{slog.Int("pid", int(p.PID)), slog.Uint64("uid", uint64(p.UID))}
+	}
+	s.refusals.Note(ctx, method, code, err, who...)
 	return st
 }
 
-// A callLimit counts open calls by user.
-type callLimit struct {
-	total, perUID int
+// A uidKey is a user whose calls are counted.
+type uidKey uint32
 
-	mu   sync.Mutex
-	all  int
-	open map[uint32]int
-}
-
-func (l *callLimit) take(uid uint32) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.all >= l.total {
-		return fmt.Errorf("%d calls are open in all: %w", l.all, ErrBusy)
-	}
-	if l.open[uid] >= l.perUID {
-		return fmt.Errorf("uid %d has %d calls open: %w", uid, l.open[uid], ErrBusy)
-	}
-	l.all++
-	l.open[uid]++
-	return nil
-}
-
-func (l *callLimit) put(uid uint32) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.all--
-	if l.open[uid]--; l.open[uid] == 0 {
-		delete(l.open, uid)
-	}
-}
-
-// A refusalLog writes down calls that were not answered, as many as an operator can read: callers repeat themselves, and
-// hostile ones must not fill a disk.
-type refusalLog struct {
-	log   *slog.Logger
-	limit *rate.Limiter
-
-	mu      sync.Mutex
-	skipped int
-}
-
-func newRefusalLog(log *slog.Logger) *refusalLog {
-	return &refusalLog{log: log, limit: rate.NewLimiter(5, 50)}
-}
-
-func (r *refusalLog) note(ctx context.Context, method string, code codes.Code, err error) {
-	var level slog.Level
-	switch code {
-	case codes.OK, codes.Canceled, codes.DeadlineExceeded, codes.Unimplemented:
-		return
-	case codes.Internal, codes.Unknown:
-		level = slog.LevelError
-	default:
-		level = slog.LevelInfo
-	}
-	if errors.Is(context.Cause(ctx), ErrStopping) {
-		return
-	}
-	r.mu.Lock()
-	if !r.limit.Allow() {
-		r.skipped++
-		r.mu.Unlock()
-		return
-	}
-	skipped := r.skipped
-	r.skipped = 0
-	r.mu.Unlock()
-
-	attrs := []slog.Attr{slog.String("method", method), slog.String("code", code.String()), slog.Any("err", err)}
-	if p, perr := peer.FromContext(ctx); perr == nil {
-		attrs = append(attrs, slog.Int("pid", int(p.PID)), slog.Uint64("uid", uint64(p.UID)))
-	}
-	if skipped > 0 {
-		attrs = append(attrs, slog.Int("not_logged", skipped))
-	}
-	r.log.LogAttrs(ctx, level, "call refused", attrs...)
-}
+func (u uidKey) String() string { return "uid " + strconv.FormatUint(uint64(u), 10) }

@@ -135,8 +135,8 @@ type Server struct {
 	feed     *Feed
 	grpc     *grpc.Server
 	health   *health.Server
-	calls    callLimit
-	refusals *refusalLog
+	calls    *CallLimit[uidKey]
+	refusals *RefusalLog
 
 	// stopping ends when Run's context does; its cause is ErrStopping.
 	stopping context.Context
@@ -164,8 +164,8 @@ func New(cfg Config) (*Server, error) {
 		cfg: cfg, log: cfg.Log, socket: sock, peers: peers,
 		gate:     peer.NewGate(attestingPerUID, attestingTotal),
 		health:   health.NewServer(),
-		calls:    callLimit{total: cfg.MaxStreams, perUID: cfg.MaxStreamsPerUID, open: map[uint32]int{}},
-		refusals: newRefusalLog(cfg.Log),
+		calls:    NewCallLimit[uidKey](cfg.MaxStreams, cfg.MaxStreamsPerUID),
+		refusals: NewRefusalLog(cfg.Log),
 	}
 	s.feed = &Feed{
 		Source: cfg.Source, IssueWait: cfg.IssueWait, SpreadUpdates: cfg.SpreadUpdates, BundlesWithoutIdentity: cfg.AllowBundlesWithoutIdentity,

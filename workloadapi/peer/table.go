@@ -319,8 +319,8 @@ func pollAlive(fd int) error {
 func pidfdOpen(pid int32) (int, error) {
 	fd, err := unix.PidfdOpen(int(pid), 0)
 	switch {
-	case errors.Is(err, unix.ESRCH), errors.Is(err, unix.EINVAL):
-		// EINVAL: the id of a thread, not of a process. No process has it.
+	case errors.Is(err, unix.ESRCH), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOENT):
+		// EINVAL, since Linux 6.15 ENOENT: the id of a thread, not of a process. No process has it.
 		return -1, fmt.Errorf("process %d: %w", pid, ErrGone)
 	case err != nil:
 		return -1, fmt.Errorf("opening a pidfd of process %d: %w", pid, err)
