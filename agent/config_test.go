@@ -41,7 +41,9 @@ func TestConfigCheck(t *testing.T) {
 		{name: "admin socket beside the Workload API", change: func(c *Config) { c.AdminSocket.Path = "/run/signet/admin/a.sock" }, want: "admin_socket.path: \"/run/signet/admin/a.sock\" is in /run/signet, the directory of socket_path"},
 		{name: "admin socket in a directory of a longer name", change: func(c *Config) { c.AdminSocket.Path = "/run/signet-x/a.sock" }},
 		{name: "admin socket in a developer's directory", change: func(c *Config) { c.AdminSocket = AdminSocket{Path: "/run/signet/a.sock", AllowBesideSocket: true} }},
-		{name: "one socket for both", change: func(c *Config) { c.AdminSocket = AdminSocket{Path: "/run/signet/./agent.sock", AllowBesideSocket: true} }, want: "is socket_path"},
+		{name: "one socket for both", change: func(c *Config) {
+			c.AdminSocket = AdminSocket{Path: "/run/signet/./agent.sock", AllowBesideSocket: true}
+		}, want: "is socket_path"},
 		{name: "long admin socket", change: func(c *Config) { c.AdminSocket.Path = "/" + strings.Repeat("s", 107) }, want: "admin_socket.path: "},
 		{name: "the overflow uid as an admin", change: func(c *Config) { c.AdminSocket.UIDs = []uint32{0, 65534} }, want: "admin_socket.uids: 65534 is the overflow uid"},
 		{name: "a group that does not exist", change: func(c *Config) { c.AdminSocket.Group = "no-such-group" }, want: "admin_socket.group: "},

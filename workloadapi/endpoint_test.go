@@ -288,7 +288,7 @@ func TestWEP_27_V139_NoEntryIsPermissionDenied(t *testing.T) {
 			continue
 		}
 		t.Run(name, func(t *testing.T) {
-			wantCode(t, call(spiffeCtx(t)), codes.PermissionDenied, "no identity issued", "signet entry list", fmt.Sprintf("process %d", os.Getpid()))
+			wantCode(t, call(spiffeCtx(t)), codes.PermissionDenied, "no identity issued", "signet why ", fmt.Sprintf("process %d", os.Getpid()))
 		})
 	}
 }

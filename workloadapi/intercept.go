@@ -38,7 +38,7 @@ func (s *Server) checkHeader(ctx context.Context, method string) error {
 	}
 	md, _ := metadata.FromIncomingContext(ctx)
 	if v := md.Get(securityHeader); len(v) != 1 || v[0] != "true" {
-		return badArgument("the metadata %s: true is missing: SPIFFE clients send it with each call, exactly once", securityHeader)
+		return &ArgumentError{Text: "the metadata " + securityHeader + ": true is missing: SPIFFE clients send it with each call, exactly once", Reason: ReasonHeaderMissing}
 	}
 	return nil
 }

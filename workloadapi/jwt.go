@@ -116,7 +116,7 @@ func (s *Server) validate(u Update, audience, token string) (*workload.ValidateJ
 		Now: s.cfg.Now(), Leeway: s.cfg.JWTLeeway, AllowUnknownHeaders: s.cfg.AllowUnknownJWTHeaders,
 	})
 	if err != nil {
-		return nil, badArgument("svid: %v", err)
+		return nil, &ArgumentError{Text: fmt.Sprintf("svid: %v", err), Reason: ReasonTokenInvalid}
 	}
 	claims := svid.Claims
 	if svid.ID.TrustDomain() != u.TrustDomain && !s.cfg.AllowForeignPrivateClaims {
@@ -124,7 +124,7 @@ func (s *Server) validate(u Update, audience, token string) (*workload.ValidateJ
 	}
 	fields, err := claimsStruct(claims)
 	if err != nil {
-		return nil, badArgument("svid: %v", err)
+		return nil, &ArgumentError{Text: fmt.Sprintf("svid: %v", err), Reason: ReasonTokenInvalid}
 	}
 	return &workload.ValidateJWTSVIDResponse{SpiffeId: svid.ID.String(), Claims: fields}, nil
 }

@@ -1,6 +1,7 @@
 package workloadapi
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,12 +36,16 @@ var (
 )
 
 // An ArgumentError is a mistake of the client. Its text goes to the client. [Workload Endpoint §6, Workload API §4.3]
-type ArgumentError struct{ Text string }
+type ArgumentError struct {
+	Text string
+	// Reason is ReasonInvalidArgument where it is empty.
+	Reason Reason
+}
 
 func (e *ArgumentError) Error() string { return e.Text }
 
 func badArgument(format string, args ...any) error {
-	return &ArgumentError{fmt.Sprintf(format, args...)}
+	return &ArgumentError{Text: fmt.Sprintf(format, args...)}
 }
 
 // A formatError says that the caller reads only older policy formats than the agent holds.
@@ -63,34 +68,51 @@ func Status(ctx context.Context, err error) error {
 	case err == nil:
 		return nil
 	case errors.Is(context.Cause(ctx), ErrStopping):
-		return status.Error(codes.Unavailable, ErrStopping.Error())
+		return refusal(codes.Unavailable, ReasonStopping, ErrStopping.Error())
 	case errors.As(err, &argument):
-		return status.Error(codes.InvalidArgument, argument.Text)
+		return refusal(codes.InvalidArgument, cmp.Or(argument.Reason, ReasonInvalidArgument), argument.Text)
 	case errors.As(err, &format):
-		return status.Error(codes.FailedPrecondition, format.Error())
+		return refusal(codes.FailedPrecondition, ReasonPolicyFormat, format.Error())
 	case errors.Is(err, ErrDisabled):
-		return status.Error(codes.Unimplemented, ErrDisabled.Error())
+		return refusal(codes.Unimplemented, ReasonDisabled, ErrDisabled.Error())
 	case errors.Is(err, ErrNoIdentity):
-		return status.Error(codes.PermissionDenied, noIdentityText(ctx))
+		return refusal(codes.PermissionDenied, ReasonNoIdentity, noIdentityText(ctx))
 	case errors.Is(err, ErrTooMany):
-		return status.Error(codes.ResourceExhausted, ErrTooMany.Error())
+		return refusal(codes.ResourceExhausted, ReasonRateLimited, ErrTooMany.Error())
 	case errors.Is(err, peer.ErrForeignPIDNamespace):
-		return status.Error(codes.PermissionDenied, peer.ErrForeignPIDNamespace.Error())
+		return refusal(codes.PermissionDenied, ReasonForeignPIDNamespace, peer.ErrForeignPIDNamespace.Error())
 	case errors.Is(err, peer.ErrUserChanged):
-		return status.Error(codes.PermissionDenied, peer.ErrUserChanged.Error())
+		return refusal(codes.PermissionDenied, ReasonUserChanged, peer.ErrUserChanged.Error())
 	case ctx.Err() != nil:
 		return status.FromContextError(ctx.Err()).Err()
 	}
-	for _, passing := range []error{ErrSubjectChanged, ErrNotReady, ErrUnavailable, peer.ErrGone, ErrStopping, ErrBusy, errUnsteady, errNothingYet, errSourceEnded, errUnsent} {
-		if errors.Is(err, passing) {
-			return status.Error(codes.Unavailable, passing.Error())
+	for _, p := range passing {
+		if errors.Is(err, p.err) {
+			return refusal(codes.Unavailable, p.reason, p.err.Error())
 		}
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		// Not the client's context: a part of the agent gave up.
-		return status.Error(codes.Unavailable, "the agent could not answer in time")
+		return refusal(codes.Unavailable, ReasonTimeout, "the agent could not answer in time")
 	}
-	return status.Error(codes.Internal, "internal error")
+	return refusal(codes.Internal, ReasonInternal, "internal error")
+}
+
+// passing are the conditions that pass, so that the client shall come back.
+var passing = []struct {
+	err    error
+	reason Reason
+}{
+	{ErrSubjectChanged, ReasonProcessUnsteady},
+	{ErrNotReady, ReasonNotReady},
+	{ErrUnavailable, ReasonCAUnavailable},
+	{peer.ErrGone, ReasonProcessGone},
+	{ErrStopping, ReasonStopping},
+	{ErrBusy, ReasonTooManyCalls},
+	{errUnsteady, ReasonProcessUnsteady},
+	{errNothingYet, ReasonIdentityPending},
+	{errSourceEnded, ReasonInterrupted},
+	{errUnsent, ReasonInterrupted},
 }
 
 // noIdentityText names the process as the agent sees it: that is often the answer already.
@@ -99,5 +121,5 @@ func noIdentityText(ctx context.Context) string {
 	if err != nil {
 		return ErrNoIdentity.Error()
 	}
-	return fmt.Sprintf("%v: no registration entry for this node matches process %d of uid %d (signet entry list shows what there is)", ErrNoIdentity, p.PID, p.UID)
+	return fmt.Sprintf("%v: no registration entry for this node matches process %d of uid %d (signet why %d, run by an admin of this node, says which comes nearest)", ErrNoIdentity, p.PID, p.UID, p.PID)
 }

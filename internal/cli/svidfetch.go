@@ -3,7 +3,6 @@ package cli
 import (
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -196,27 +195,4 @@ mode 0600, and --write - prints it.`,
 		return nil
 	}
 	return cmd
-}
-
-// workloadError explains an answer of the Workload API.
-func workloadError(doing string, err error) error {
-	if err == nil {
-		return nil
-	}
-	st, ok := status.FromError(err)
-	if !ok {
-		return fmt.Errorf("%s: %w", doing, err)
-	}
-	said := &remoteError{doing: doing, code: st.Code(), message: st.Message()}
-	switch st.Code() {
-	case codes.PermissionDenied:
-		return withHint(said, "no registration entry matches this process (pid %d, uid %d) on this node: 'signet entry list' shows what there is, the agent's log what it saw", os.Getpid(), os.Getuid())
-	case codes.Unavailable:
-		return withHint(said, "is an agent running behind --endpoint or $%s, and has it ever reached its CA?", envEndpoint)
-	case codes.DeadlineExceeded:
-		return withHint(said, "the agent did not answer in time; --timeout sets how long to wait")
-	case codes.Unimplemented:
-		return withHint(said, "the agent does not offer this, or it is switched off in its configuration")
-	}
-	return said
 }
