@@ -77,8 +77,12 @@ func (a *Agent) open() error {
 	if c.DisablePrefetch {
 		prefetch = -1
 	}
+	var wits svidcache.WITIssuer
+	if c.WIT.Enabled {
+		wits = door
+	}
 	a.cache, err = svidcache.New(svidcache.Config{
-		TrustDomain: td, CA: door, MaxPrefetch: prefetch, RegistrationWait: c.RegistrationWait, ServiceMatches: policy.ServiceMatches,
+		TrustDomain: td, CA: door, WIT: wits, MaxPrefetch: prefetch, RegistrationWait: c.RegistrationWait, ServiceMatches: policy.ServiceMatches,
 		OnBundle: a.node.takeBundle, Log: a.log, Now: c.Now,
 	})
 	if err != nil {
@@ -108,8 +112,12 @@ func (a *Agent) open() error {
 			return fmt.Errorf("metrics.listen: %w", err)
 		}
 	}
+	var witSource workloadapi.WITSource
+	if c.WIT.Enabled {
+		witSource = a.cache
+	}
 	a.endpoint, err = workloadapi.New(workloadapi.Config{
-		Source: a.cache, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway,
+		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
 		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID,
 		OnCall: a.metrics.call, OnPush: a.metrics.push,

@@ -60,6 +60,9 @@ type Config struct {
 	AllowBundlesWithoutIdentity bool `yaml:"allow_bundles_without_identity"`
 	// AllowUnknownJWTHeaders accepts foreign JWT-SVIDs with headers beyond the standard's.
 	AllowUnknownJWTHeaders bool `yaml:"allow_unknown_jwt_headers"`
+	// WIT serves WIT-SVIDs on the Workload API, which the CA must issue (wit.enabled there). They are incubating in the
+	// standard.
+	WIT WIT `yaml:"wit"`
 	// JWTLeeway is how far clocks may be apart when JWT-SVIDs are validated. Default 30s; at most 60s.
 	JWTLeeway time.Duration `yaml:"jwt_leeway"`
 	// WorkloadAttestation says how processes are looked at.
@@ -96,6 +99,12 @@ type AdminSocket struct {
 	AllowBesideSocket bool `yaml:"-"`
 
 	isDefault bool `yaml:"-"` // Path was not chosen: that it cannot be had is no reason not to serve workloads
+}
+
+// WIT says whether WIT-SVIDs are served.
+type WIT struct {
+	// Enabled serves them; otherwise their calls answer Unimplemented.
+	Enabled bool `yaml:"enabled"`
 }
 
 // Metrics says where metrics are served.

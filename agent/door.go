@@ -33,6 +33,20 @@ func (d *door) NewJWTSVID(ctx context.Context, entryID string, audience []string
 	return svidcache.JWTAnswer{Token: s.Token, IssuedAt: s.IssuedAt, ExpiresAt: s.ExpiresAt}, nil
 }
 
+// IssueWIT is svidcache.WITIssuer's.
+func (d *door) IssueWIT(ctx context.Context, requests []svidcache.WITRequest) []svidcache.WITAnswer {
+	items := make([]caclient.WITItem, len(requests))
+	for i, r := range requests {
+		items[i] = caclient.WITItem{EntryID: r.EntryID, PublicKey: r.PublicKey, Algorithm: r.Algorithm}
+	}
+	issued := d.client.IssueWIT(ctx, items)
+	answers := make([]svidcache.WITAnswer, len(issued))
+	for i, r := range issued {
+		answers[i] = svidcache.WITAnswer{Err: r.Err, Token: r.Token}
+	}
+	return answers
+}
+
 func (d *door) Sync(ctx context.Context) error { return d.client.Sync(ctx) }
 
 func (d *door) HandedOn(authorities []string) { d.client.HandedOn(authorities) }

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -147,7 +148,7 @@ func (f *following) until(id string, state nodev1.AuthorityState) *nodev1.Bundle
 						found = x.State
 					}
 				}
-				for _, j := range b.JwtAuthorities {
+				for _, j := range slices.Concat(b.JwtAuthorities, b.WitAuthorities) {
 					if j.KeyId == id {
 						found = j.State
 					}

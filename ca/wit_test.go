@@ -17,6 +17,8 @@ import (
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 )
 
 func publicKeyOn(t *testing.T, curve elliptic.Curve) []byte {
@@ -149,14 +151,13 @@ func TestMintWITSVID(t *testing.T) {
 }
 
 // TestWITAuthoritiesRotate takes a WIT authority through its life by SPIRE's API, with a SPIRE agent that acknowledges by
-// fetching the bundle and one of our own that follows, of which nothing is expected.
+// fetching the bundle and one of our own that says that it has handed it on.
 func TestWITAuthoritiesRotate(t *testing.T) {
 	c := config(t.TempDir())
 	c.WIT.Enabled, c.Authorities.Rotate = true, rotateManual
 	h := start(t, c)
 	own := h.agent()
-	stream := hello(t, own, "", 0)
-	follow(t, stream)
+	following := h.follows(own)
 	a := h.join()
 	web := under(a.ID.Path(), "web", "/web", "unix:uid:1")
 	h.create(web)
@@ -190,6 +191,12 @@ func TestWITAuthoritiesRotate(t *testing.T) {
 	if got := published(); !slices.Equal(got, []string{first, next}) || signer() != first {
 		t.Errorf("published %v, want %s and %s, of which the first signs", got, first, next)
 	}
+	if _, err := api.ActivateWITAuthority(t.Context(), &localauthorityv1.ActivateWITAuthorityRequest{AuthorityId: next}); code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), own.id.String()) {
+		t.Errorf("with a laggard: %v, want FailedPrecondition that names %s", err, own.id)
+	}
+	following.until(next, nodev1.AuthorityState_AUTHORITY_STATE_PREPARED)
+	following.ack(next)
+	until(t, "our agent's acknowledgement", func() bool { return h.ca.reg.Ack(own.id).Has(next) })
 	if _, err := api.ActivateWITAuthority(t.Context(), &localauthorityv1.ActivateWITAuthorityRequest{AuthorityId: next}); err != nil {
 		t.Fatal(err)
 	}

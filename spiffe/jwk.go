@@ -26,12 +26,15 @@ const (
 // sets give equal bytes. An empty set has the keys [] and never null (WAPI-49).
 //
 // The error is a [RowError] if a key has no id or cannot verify a JWT-SVID; above all, a private key is never written.
-func MarshalJWKS(keys map[string]crypto.PublicKey) ([]byte, error) {
+func MarshalJWKS(keys map[string]crypto.PublicKey) ([]byte, error) { return marshalSet("", keys) }
+
+// marshalSet returns the JWK Set of keys that verify SVIDs of one kind.
+func marshalSet(use string, keys map[string]crypto.PublicKey) ([]byte, error) {
 	set := struct {
 		Keys []json.RawMessage `json:"keys"`
 	}{Keys: []json.RawMessage{}}
 	for _, kid := range slices.Sorted(maps.Keys(keys)) {
-		jwk, err := marshalSigningKey("", kid, keys[kid])
+		jwk, err := marshalSigningKey(use, kid, keys[kid])
 		if err != nil {
 			return nil, err
 		}

@@ -134,7 +134,8 @@ type Stream struct {
 	Method string
 
 	// Render makes the message for an update. An error means that no sound message can be made: the client keeps what it
-	// has, since it would discard half a message too, and the error is logged.
+	// has, since it would discard half a message too, and the error is logged. ErrNoIdentity ends the stream; what is still
+	// on its way is no error.
 	Render func(Update) (Message, error)
 
 	// Narrow says what of an update is shown: a copy without the rest. Nil: all of it.
@@ -142,6 +143,9 @@ type Stream struct {
 
 	// BundlesOnly streams also go to callers without an identity, if the configuration allows it.
 	BundlesOnly bool
+
+	// WIT is where the updates of a stream with WIT-SVIDs come from. Nil: it shows none.
+	WIT WITSource
 
 	// Spread lets updates that change bundles only be delayed, by up to Feed.SpreadUpdates.
 	Spread bool
@@ -214,7 +218,11 @@ type follower struct {
 // subscription follows the source for one attested state of the caller.
 func (f *follower) subscription(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
-	updates, err := f.Source.Watch(ctx, f.caller)
+	watch := f.Source.Watch
+	if f.WIT != nil {
+		watch = f.WIT.WatchWIT
+	}
+	updates, err := watch(ctx, f.caller)
 	if err != nil {
 		cancel()
 		return fmt.Errorf("the caller's identities: %w", err)
@@ -305,8 +313,11 @@ func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) er
 	}
 	f.progress = true
 	m, err := f.Render(u)
-	if format := (*formatError)(nil); errors.As(err, &format) {
+	if format := (*formatError)(nil); errors.As(err, &format) || errors.Is(err, ErrNoIdentity) {
 		return err
+	}
+	if errors.Is(err, errNothingYet) {
+		return nil
 	}
 	if err != nil {
 		f.logger().LogAttrs(ctx, slog.LevelError, "update held back: no sound message can be made of it", slog.String("method", f.Method), slog.Any("err", err))
@@ -339,6 +350,9 @@ func identitiesDigest(ids []Identity) (d [sha256.Size]byte) {
 		writeField(h, ids[i].ID.String())
 		writeField(h, ids[i].Hint)
 		writeField(h, string(ids[i].Chain))
+		if ids[i].WIT != nil {
+			writeField(h, ids[i].WIT.Token)
+		}
 		for _, td := range ids[i].FederatesWith {
 			writeField(h, td.Name())
 		}

@@ -88,6 +88,9 @@ type Config struct {
 	// AllowBundlesWithoutIdentity serves our own trust domain's bundles to callers without a registration entry.
 	AllowBundlesWithoutIdentity bool
 
+	// WIT has the WIT-SVIDs. Nil answers the RPCs of that profile with Unimplemented. [Workload API §7]
+	WIT WITSource
+
 	// DisableX509 and DisableJWT answer the RPCs of that profile with Unimplemented.
 	DisableX509, DisableJWT bool
 

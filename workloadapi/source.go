@@ -75,6 +75,18 @@ type Identity struct {
 	// Privileged says that the identity opens doors at the CA: it is an admin's or a CA's below. Only the workload itself
 	// gets it, nobody who speaks for it.
 	Privileged bool
+
+	// WIT is a WIT-SVID of the identity, in updates of WatchWIT only.
+	WIT *WITSVID
+}
+
+// A WITSVID is one WIT-SVID with the key that it is bound to. It never changes. [WIT-SVID §3]
+type WITSVID struct {
+	// Token is the JWS compact serialization. Without Key it is of no use.
+	Token string
+
+	// Key is the private key as a JWK. It is a secret: never logged.
+	Key string
 }
 
 // An Update is the complete state for one caller. The receiver does not change what it points to: many callers may
@@ -95,6 +107,9 @@ type Update struct {
 	// JWTBundles holds the JWT authorities of the same trust domains by key id.
 	JWTBundles map[spiffeid.TrustDomain]map[string]crypto.PublicKey
 
+	// WITBundles holds the WIT authorities of the same trust domains by key id; a trust domain without any has none.
+	WITBundles map[spiffeid.TrustDomain]map[string]crypto.PublicKey
+
 	// Policies are the call policies of the caller's own IDs and no others; nil if policies were never synchronised.
 	Policies *policyv1.PolicySet
 
@@ -103,6 +118,9 @@ type Update struct {
 
 	// Entitled says that the caller has at least one registration entry, even though its SVID may still be on its way.
 	Entitled bool
+
+	// Pending says that an identity of the caller's is left out, because its SVID is still on its way.
+	Pending bool
 
 	// BundleRevision is the revision of the bundles in this update. The endpoint hands it back to an Acknowledger.
 	BundleRevision int64
@@ -138,6 +156,13 @@ type Source interface {
 	//
 	// Errors: ErrNotReady, ErrNoIdentity (also if id is not the caller's), ErrUnavailable, ErrTooMany, and ctx's.
 	FetchJWTSVIDs(ctx context.Context, caller Caller, id spiffeid.ID, audience []string) ([]JWTSVID, error)
+}
+
+// A WITSource is a Source that has WIT-SVIDs.
+type WITSource interface {
+	// WatchWIT is Source.Watch for a caller that wants WIT-SVIDs: each identity has one, and there is a further update when
+	// one was renewed. An identity whose WIT-SVID is still on its way is left out, and Entitled stays.
+	WatchWIT(ctx context.Context, caller Caller) (<-chan Update, error)
 }
 
 // An Acknowledger is a Source that counts which bundles have reached workloads. Activation of an authority waits for it.

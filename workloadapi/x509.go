@@ -5,8 +5,7 @@ import (
 	"google.golang.org/grpc"
 )
 
-// A workloadService is the SPIFFE Workload API. The RPCs of the WIT-SVID profile are not implemented and say so.
-// [Workload API §5, §6, §7]
+// A workloadService is the SPIFFE Workload API. [Workload API §5, §6, §7]
 type workloadService struct {
 	workload.UnimplementedSpiffeWorkloadAPIServer
 	server *Server

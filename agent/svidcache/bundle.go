@@ -9,8 +9,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
-	"sort"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -29,14 +29,16 @@ type bundle struct {
 	x509        []*x509.Certificate
 	x509DER     []byte // concatenated
 	jwt         map[string]crypto.PublicKey
+	wit         map[string]crypto.PublicKey
 	digest      [sha256.Size]byte // of what callers see
 
 	// The following are known for the own trust domain only.
-	ids      []string            // X.509 authority ids and JWT key ids
+	ids      []string            // X.509 authority ids, JWT and WIT key ids
 	signers  map[string]struct{} // SKIs of X.509 authorities that are not tainted
 	tainted  map[string]struct{} // SKIs of those that are
 	reissue  time.Duration       // over which what those signed is renewed
 	jwtKnown map[string]struct{} // key ids of JWT authorities that are not tainted
+	witKnown map[string]struct{} // the same of WIT authorities
 }
 
 // errTooBig says that a bundle has more authorities than are taken.
@@ -48,12 +50,11 @@ func readBundle(m *nodev1.Bundle) (b *bundle, skipped []error, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if n := max(len(m.GetX509Authorities()), len(m.GetJwtAuthorities())); n > maxBundleAuthorities {
+	if n := max(len(m.GetX509Authorities()), len(m.GetJwtAuthorities()), len(m.GetWitAuthorities())); n > maxBundleAuthorities {
 		return nil, nil, fmt.Errorf("the bundle of %q has %d authorities of a kind, more than the %d allowed: %w", td.Name(), n, maxBundleAuthorities, errTooBig)
 	}
 	b = &bundle{
-		trustDomain: td, revision: m.GetRevision(), jwt: make(map[string]crypto.PublicKey),
-		signers: make(map[string]struct{}), tainted: make(map[string]struct{}), jwtKnown: make(map[string]struct{}),
+		trustDomain: td, revision: m.GetRevision(), signers: make(map[string]struct{}), tainted: make(map[string]struct{}),
 		reissue: time.Duration(min(max(m.GetReissueSeconds(), 0), int64(maxWave/time.Second))) * time.Second,
 	}
 	for i, a := range m.GetX509Authorities() {
@@ -75,35 +76,44 @@ func readBundle(m *nodev1.Bundle) (b *bundle, skipped []error, err error) {
 			b.tainted[string(cert.SubjectKeyId)] = struct{}{}
 		}
 	}
-	for i, a := range m.GetJwtAuthorities() {
-		key, err := x509.ParsePKIXPublicKey(a.GetPublicKey())
-		switch key.(type) {
-		case nil, *ecdsa.PublicKey, *rsa.PublicKey:
-		default:
-			err = fmt.Errorf("a %T signs no JWT-SVIDs", key) // [JWT-SVID §2.1]
-		}
-		switch {
-		case err == nil && a.GetKeyId() == "":
-			err = errors.New("it has no key id")
-		case err == nil && b.jwt[a.GetKeyId()] != nil:
-			err = fmt.Errorf("the key id %q is already taken", a.GetKeyId()) // DEC-09
-		}
-		if err != nil {
-			skipped = append(skipped, fmt.Errorf("JWT authority %d of %q: %w", i, td.Name(), err))
-			continue
-		}
-		b.jwt[a.GetKeyId()] = key
-		b.ids = append(b.ids, a.GetKeyId())
-		if a.GetState() != nodev1.AuthorityState_AUTHORITY_STATE_TAINTED {
-			b.jwtKnown[a.GetKeyId()] = struct{}{}
-		}
-	}
+	b.jwt, b.jwtKnown = b.takeKeys("JWT", m.GetJwtAuthorities(), nil, &skipped)
+	b.wit, b.witKnown = b.takeKeys("WIT", m.GetWitAuthorities(), b.jwt, &skipped)
 	slices.Sort(b.ids)
 	b.ids = slices.Compact(b.ids)
 	if err := b.seal(); err != nil {
 		return nil, nil, err
 	}
 	return b, skipped, nil
+}
+
+// takeKeys reads the keys that verify tokens of one kind, and which of them are not tainted. A key id that another kind has
+// is not taken (WIT-03).
+func (b *bundle) takeKeys(kind string, all []*nodev1.JWTAuthority, others map[string]crypto.PublicKey, skipped *[]error) (keys map[string]crypto.PublicKey, known map[string]struct{}) {
+	keys, known = make(map[string]crypto.PublicKey, len(all)), make(map[string]struct{}, len(all))
+	for i, a := range all {
+		key, err := x509.ParsePKIXPublicKey(a.GetPublicKey())
+		switch key.(type) {
+		case nil, *ecdsa.PublicKey, *rsa.PublicKey:
+		default:
+			err = fmt.Errorf("a %T signs no %s-SVIDs", key, kind) // [JWT-SVID §2.1]
+		}
+		switch {
+		case err == nil && a.GetKeyId() == "":
+			err = errors.New("it has no key id")
+		case err == nil && (keys[a.GetKeyId()] != nil || others[a.GetKeyId()] != nil):
+			err = fmt.Errorf("the key id %q is already taken", a.GetKeyId()) // DEC-09
+		}
+		if err != nil {
+			*skipped = append(*skipped, fmt.Errorf("%s authority %d of %q: %w", kind, i, b.trustDomain.Name(), err))
+			continue
+		}
+		keys[a.GetKeyId()] = key
+		b.ids = append(b.ids, a.GetKeyId())
+		if a.GetState() != nodev1.AuthorityState_AUTHORITY_STATE_TAINTED {
+			known[a.GetKeyId()] = struct{}{}
+		}
+	}
+	return keys, known
 }
 
 // seal computes the forms that are handed out. The order of X.509 authorities is that of the CA.
@@ -119,18 +129,16 @@ func (b *bundle) seal() error {
 		b.x509DER = append(b.x509DER, c.Raw...)
 	}
 	part(b.x509DER)
-	ids := make([]string, 0, len(b.jwt))
-	for id := range b.jwt {
-		ids = append(ids, id)
-	}
-	sort.Strings(ids)
-	for _, id := range ids {
-		der, err := x509.MarshalPKIXPublicKey(b.jwt[id])
-		if err != nil {
-			return fmt.Errorf("JWT authority %q of %q: %w", id, b.trustDomain.Name(), err)
+	for _, keys := range []map[string]crypto.PublicKey{b.jwt, b.wit} {
+		for _, id := range slices.Sorted(maps.Keys(keys)) {
+			der, err := x509.MarshalPKIXPublicKey(keys[id])
+			if err != nil {
+				return fmt.Errorf("authority %q of %q: %w", id, b.trustDomain.Name(), err)
+			}
+			part([]byte(id))
+			part(der)
 		}
-		part([]byte(id))
-		part(der)
+		part(nil)
 	}
 	h.Sum(b.digest[:0])
 	return nil

@@ -92,6 +92,9 @@ type Config struct {
 	// CA signs.
 	CA CA
 
+	// WIT signs WIT-SVIDs. Nil: there are none.
+	WIT WITIssuer
+
 	// MaxPrefetch is how many X509-SVIDs are held ready for entries that nobody asks for now; 0 means
 	// DefaultMaxPrefetch, less than 0 none.
 	MaxPrefetch int
@@ -126,16 +129,18 @@ type Cache struct {
 	closing sync.Mutex
 	closed  bool // no new tasks; guarded by closing
 
-	lanes  [2]chan struct{} // one slot each: look at due
-	retime chan struct{}    // one slot: the next tick may be earlier
-	jwts   jwtCache
-	stats  counters
+	lanes   [2]chan struct{} // one slot each: look at due
+	witLane chan struct{}    // one slot: look at wits
+	retime  chan struct{}    // one slot: the next tick may be earlier
+	jwts    jwtCache
+	stats   counters
 
 	// mu makes a new state and its consequences for records and watchers one step. It is held for microseconds, never
 	// over a call to the CA.
 	mu       sync.Mutex
-	records  map[string]*record // by entry id: those that watchers need, and the idle ones
-	idle     *list.List         // records without watchers, the most recently used in front
+	records  map[string]*record    // by entry id: those that watchers need, and the idle ones
+	wits     map[string]*witRecord // by entry id: those that streams show
+	idle     *list.List            // records without watchers, the most recently used in front
 	due      [2]map[*record]struct{}
 	nextTick time.Time // on the steady clock
 	refill   bool      // idle has room that entries without a record may take
@@ -182,6 +187,8 @@ func New(c Config) (*Cache, error) {
 		config:   c,
 		synced:   make(chan struct{}),
 		retime:   make(chan struct{}, 1),
+		witLane:  make(chan struct{}, 1),
+		wits:     make(map[string]*witRecord),
 		records:  make(map[string]*record),
 		idle:     list.New(),
 		watchers: make(map[*watcher]struct{}),
@@ -211,6 +218,9 @@ func (c *Cache) Run(ctx context.Context) error {
 		group.Go(func() { c.issueLoop(c.ctx, lane) })
 	}
 	group.Go(func() { c.clockLoop(c.ctx) })
+	if c.config.WIT != nil {
+		group.Go(func() { c.witLoop(c.ctx) })
+	}
 	group.Wait()
 	c.closing.Lock()
 	c.closed = true
@@ -313,6 +323,7 @@ func (c *Cache) takeChange(s *state, change change) {
 			c.check(r, now)
 		}
 		c.handOn()
+		kick(c.witLane)
 	}
 	c.tellUse()
 	if change.own || change.foreign || change.policies {
@@ -362,6 +373,10 @@ func (c *Cache) InSync() {
 		r.failures, r.retryAt = 0, time.Time{}
 		c.check(r, c.config.Now())
 	}
+	for _, r := range c.wits {
+		r.failures, r.retryAt = 0, time.Time{}
+	}
+	kick(c.witLane)
 }
 
 // counters are Stats in the making.

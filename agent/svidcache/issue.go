@@ -189,6 +189,7 @@ func (c *Cache) look(now time.Time, jumped bool) time.Duration {
 		}
 	}
 	if jumped { // entries may have come to life again
+		kick(c.witLane)
 		for w := range c.watchers {
 			ended[w] = struct{}{}
 		}

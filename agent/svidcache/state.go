@@ -142,7 +142,7 @@ func (n *state) takeBundles(own spiffeid.TrustDomain, base *state, m *nodev1.Fol
 
 // sameBundle says whether callers and the issuing of SVIDs see no difference.
 func sameBundle(a, b *bundle) bool {
-	return a != nil && b != nil && a.digest == b.digest && slices.Equal(a.ids, b.ids) && sameKeys(a.signers, b.signers) && sameKeys(a.tainted, b.tainted) && sameKeys(a.jwtKnown, b.jwtKnown)
+	return a != nil && b != nil && a.digest == b.digest && slices.Equal(a.ids, b.ids) && sameKeys(a.signers, b.signers) && sameKeys(a.tainted, b.tainted) && sameKeys(a.jwtKnown, b.jwtKnown) && sameKeys(a.witKnown, b.witKnown)
 }
 
 func sameKeys(a, b map[string]struct{}) bool {

@@ -25,6 +25,7 @@ type watcher struct {
 	uid       uint32
 	selectors map[spiffe.Selector]struct{}
 	holdsSVID bool          // entries are issued and kept for it
+	wit       bool          // WIT-SVIDs too
 	wake      chan struct{} // one slot: look again
 	out       chan workloadapi.Update
 
@@ -44,7 +45,11 @@ var _ workloadapi.Source = (*Cache)(nil)
 // caller can see. The first update waits for a registration in flight and for the SVIDs that are being issued. It is
 // workloadapi.Source's.
 func (c *Cache) Watch(ctx context.Context, caller workloadapi.Caller) (<-chan workloadapi.Update, error) {
-	w := newWatcher(caller, true)
+	return c.follow(ctx, newWatcher(caller, true))
+}
+
+// follow sends w's updates.
+func (c *Cache) follow(ctx context.Context, w *watcher) (<-chan workloadapi.Update, error) {
 	c.subscribe(w)
 	if err := c.awaitEntry(ctx, w); err != nil && !errors.Is(err, workloadapi.ErrNoIdentity) {
 		c.unsubscribe(w)
@@ -98,10 +103,8 @@ func (c *Cache) unsubscribe(w *watcher) {
 			delete(c.bySel, s)
 		}
 	}
-	if w.holdsSVID {
-		for _, e := range w.entries {
-			c.unwatch(e.id, w)
-		}
+	for _, e := range w.entries {
+		c.letGo(e.id, w)
 	}
 	w.entries = nil
 	c.handed.leave(w)
@@ -120,11 +123,24 @@ func (c *Cache) rematch(w *watcher, s *state, now time.Time) {
 	}
 	for _, e := range w.entries {
 		c.watch(e, w, now)
+		if w.wit {
+			c.watchWIT(e, w)
+		}
 	}
 	for _, e := range old {
 		if !slices.ContainsFunc(w.entries, func(have *entry) bool { return have.id == e.id }) {
-			c.unwatch(e.id, w)
+			c.letGo(e.id, w)
 		}
+	}
+}
+
+// letGo ends w's need of what is issued for an entry. It is called with mu held.
+func (c *Cache) letGo(id string, w *watcher) {
+	if w.holdsSVID {
+		c.unwatch(id, w)
+	}
+	if w.wit {
+		c.unwatchWIT(id, w)
 	}
 }
 
@@ -289,11 +305,13 @@ type shown struct {
 	policies   *policyv1.PolicySet
 	offline    time.Time // since when; zero: not
 	entitled   bool
+	pending    bool // an identity is left out, because its SVID is on its way
 }
 
 type shownIdentity struct {
 	entry *entry
 	svid  *svid
+	wit   *workloadapi.WITSVID
 }
 
 // show collects what w may see now. complete says that nothing is on its way that belongs to it; lost that the
@@ -319,9 +337,20 @@ func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 			complete = false
 		}
 		if !r.serves(wall) {
+			n.pending = true
 			continue
 		}
-		n.identities = append(n.identities, shownIdentity{entry: e, svid: r.svid})
+		identity := shownIdentity{entry: e, svid: r.svid}
+		if w.wit {
+			t := c.wits[e.id]
+			if t == nil || !t.serves(s.bundles[n.ownTD], wall) {
+				complete = complete && t != nil && t.failures > 0
+				n.pending = true
+				continue
+			}
+			identity.wit = t.svid.shown
+		}
+		n.identities = append(n.identities, identity)
 		for _, td := range e.federatesWith {
 			if b := s.bundles[td]; b != nil {
 				n.bundles[td] = b
@@ -368,7 +397,7 @@ func (p *policies) set(td spiffeid.TrustDomain, found []*policyv1.Policy, sent *
 
 // same says whether a caller sees no difference between n and what was sent (WAPI-07).
 func (n *shown) same(sent *shown) bool {
-	if sent == nil || n.entitled != sent.entitled || n.policies != sent.policies || !n.offline.Equal(sent.offline) || len(n.bundles) != len(sent.bundles) {
+	if sent == nil || n.entitled != sent.entitled || n.pending != sent.pending || n.policies != sent.policies || !n.offline.Equal(sent.offline) || len(n.bundles) != len(sent.bundles) {
 		return false
 	}
 	for td, b := range n.bundles {
@@ -377,7 +406,7 @@ func (n *shown) same(sent *shown) bool {
 		}
 	}
 	return slices.EqualFunc(n.identities, sent.identities, func(a, b shownIdentity) bool {
-		return a.svid == b.svid && a.entry.id == b.entry.id && a.entry.hint == b.entry.hint && a.entry.privileged == b.entry.privileged && slices.Equal(a.entry.federatesWith, b.entry.federatesWith)
+		return a.svid == b.svid && a.wit == b.wit && a.entry.id == b.entry.id && a.entry.hint == b.entry.hint && a.entry.privileged == b.entry.privileged && slices.Equal(a.entry.federatesWith, b.entry.federatesWith)
 	})
 }
 
@@ -387,19 +416,22 @@ func (n *shown) update(own spiffeid.TrustDomain) workloadapi.Update {
 		TrustDomain: own,
 		X509Bundles: make(map[spiffeid.TrustDomain][]byte, len(n.bundles)),
 		JWTBundles:  make(map[spiffeid.TrustDomain]map[string]crypto.PublicKey, len(n.bundles)),
+		WITBundles:  make(map[spiffeid.TrustDomain]map[string]crypto.PublicKey, len(n.bundles)),
 		Policies:    n.policies,
 		Offline:     n.offline,
 		Entitled:    n.entitled,
+		Pending:     n.pending,
 	}
 	for _, i := range n.identities {
 		u.Identities = append(u.Identities, workloadapi.Identity{
 			ID: i.svid.id, EntryID: i.entry.id, Hint: i.entry.hint, Chain: i.svid.chain, Key: i.svid.key,
-			NotAfter: i.svid.notAfter, FederatesWith: i.entry.federatesWith, Privileged: i.entry.privileged,
+			NotAfter: i.svid.notAfter, FederatesWith: i.entry.federatesWith, Privileged: i.entry.privileged, WIT: i.wit,
 		})
 	}
 	for td, b := range n.bundles {
 		u.X509Bundles[td] = b.x509DER
 		u.JWTBundles[td] = b.jwt
+		u.WITBundles[td] = b.wit
 	}
 	if b := n.bundles[own]; b != nil {
 		u.BundleRevision = b.revision

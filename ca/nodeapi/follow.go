@@ -412,14 +412,19 @@ func ownBundle(b authority.Bundle) *nodev1.Bundle {
 	for _, x := range b.X509 {
 		m.X509Authorities = append(m.X509Authorities, &nodev1.X509Authority{Certificate: x.Certificate.Raw, AuthorityId: x.ID, State: protoStates[x.State]})
 	}
-	for _, j := range b.JWT {
+	m.JwtAuthorities, m.WitAuthorities = tokenAuthorities(b.JWT), tokenAuthorities(b.WIT)
+	return m
+}
+
+func tokenAuthorities(all []authority.JWTAuthority) (out []*nodev1.JWTAuthority) {
+	for _, j := range all {
 		der, err := marshalKey(j.PublicKey)
 		if err != nil {
 			continue // the authority package made this key itself
 		}
-		m.JwtAuthorities = append(m.JwtAuthorities, &nodev1.JWTAuthority{KeyId: j.KeyID, PublicKey: der, ExpiresAt: unix(j.ExpiresAt), State: protoStates[j.State]})
+		out = append(out, &nodev1.JWTAuthority{KeyId: j.KeyID, PublicKey: der, ExpiresAt: unix(j.ExpiresAt), State: protoStates[j.State]})
 	}
-	return m
+	return out
 }
 
 func foreignBundle(b *registry.Bundle) (*nodev1.Bundle, error) {
@@ -437,12 +442,22 @@ func foreignBundle(b *registry.Bundle) (*nodev1.Bundle, error) {
 	for _, x := range parsed.X509Authorities() {
 		m.X509Authorities = append(m.X509Authorities, &nodev1.X509Authority{Certificate: x.Raw})
 	}
-	for kid, key := range maps.All(parsed.JWTAuthorities()) {
-		der, err := marshalKey(key)
+	if m.JwtAuthorities, err = foreignKeys(parsed.JWTAuthorities()); err != nil {
+		return nil, err
+	}
+	if m.WitAuthorities, err = foreignKeys(parsed.WITAuthorities()); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func foreignKeys(keys map[string]crypto.PublicKey) (out []*nodev1.JWTAuthority, err error) {
+	for _, kid := range slices.Sorted(maps.Keys(keys)) {
+		der, err := marshalKey(keys[kid])
 		if err != nil {
 			return nil, err
 		}
-		m.JwtAuthorities = append(m.JwtAuthorities, &nodev1.JWTAuthority{KeyId: kid, PublicKey: der})
+		out = append(out, &nodev1.JWTAuthority{KeyId: kid, PublicKey: der})
 	}
-	return m, nil
+	return out, nil
 }

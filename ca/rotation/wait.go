@@ -73,9 +73,6 @@ func (r *Rotator) Readiness(a authority.Authority) Readiness {
 	out := Readiness{Deadline: r.deadline(a)}
 	streams := r.c.Following()
 	r.c.Registry.LiveNodes(func(n *registry.Node, ack *registry.Ack) bool {
-		if a.Kind == authority.KindWIT && n.Follows {
-			return true // such an agent hands on no WIT authorities, so that there is none it could lack
-		}
 		out.Live++
 		if ack.Has(a.PublishedID()) {
 			return true

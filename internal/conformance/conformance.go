@@ -29,8 +29,8 @@ type Row struct {
 
 // laterNames says what a capability is that this version does not have yet.
 var laterNames = map[string]string{
-	"wit":        "WIT-SVIDs at agents, in the Workload API and at validators (an incubating part of the standard)",
-	"witval":     "what a validator does with WIT-SVIDs (the issuer's part is here)",
+	"wit":        "WIT-SVIDs with their proofs of possession, at who presents and who validates them (an incubating part of the standard)",
+	"witval":     "what a validator does with WIT-SVIDs (the issuer's and the holder's part is here)",
 	"federation": "a test of its own (bundles of other trust domains are fetched and handed on)",
 	"redirects":  "a reason to follow redirects (docs/decisions/0013)",
 	"maps":       "bundle maps",
@@ -80,9 +80,10 @@ func Rows() ([]Row, error) {
 }
 
 // Claimed tells whether this version claims to meet the requirement, so that a test must show it: what binds issuer,
-// agent, Workload API, validator or policy in the stable parts of the standard, and what binds the issuer of WIT-SVIDs.
+// agent, Workload API, validator or policy in the stable parts of the standard, and what binds the issuer of WIT-SVIDs and
+// the agent that holds them.
 func (r Row) Claimed() bool {
-	if r.Later != "" && r.Later != "witval" || !slices.Contains([]string{"1", "2", "3", "4", "5", "6", "7", "8"}, r.Section) {
+	if r.Later != "" && r.Later != "witval" || !slices.Contains([]string{"1", "2", "3", "4", "5", "6", "7", "7.4", "8"}, r.Section) {
 		return false
 	}
 	return slices.ContainsFunc(r.Binds, func(b string) bool {

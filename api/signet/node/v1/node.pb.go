@@ -655,6 +655,8 @@ type Bundle struct {
 	JwtAuthorities  []*JWTAuthority  `protobuf:"bytes,6,rep,name=jwt_authorities,json=jwtAuthorities,proto3" json:"jwt_authorities,omitempty"`
 	// Own trust domain, with a tainted authority: what it signed is renewed in this many seconds, spread evenly.
 	ReissueSeconds int64 `protobuf:"varint,7,opt,name=reissue_seconds,json=reissueSeconds,proto3" json:"reissue_seconds,omitempty"`
+	// Keys that verify WIT-SVIDs; none unless the CA issues them.
+	WitAuthorities []*JWTAuthority `protobuf:"bytes,8,rep,name=wit_authorities,json=witAuthorities,proto3" json:"wit_authorities,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -736,6 +738,13 @@ func (x *Bundle) GetReissueSeconds() int64 {
 		return x.ReissueSeconds
 	}
 	return 0
+}
+
+func (x *Bundle) GetWitAuthorities() []*JWTAuthority {
+	if x != nil {
+		return x.WitAuthorities
+	}
+	return nil
 }
 
 type X509Authority struct {
@@ -1217,7 +1226,7 @@ func (x *FollowRequest_Hello) GetAgentVersion() string {
 type FollowRequest_Ack struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Revision int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
-	// Authorities (X.509 authority ids and JWT key ids) that it has written to every open Workload API stream.
+	// Authorities (X.509 authority ids, JWT and WIT key ids) that it has written to every open Workload API stream.
 	AuthoritiesHandedOn []string `protobuf:"bytes,2,rep,name=authorities_handed_on,json=authoritiesHandedOn,proto3" json:"authorities_handed_on,omitempty"`
 	// X.509 authorities of which it still holds a workload's X509-SVID, so that an operator sees when nobody needs a
 	// tainted one any more.
@@ -1409,7 +1418,7 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	" \x01(\bR\rjwtIncludeJti\x122\n" +
 	"\x15disable_x509_prefetch\x18\v \x01(\bR\x13disableX509Prefetch\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\f \x01(\x03R\texpiresAt\"\xcd\x02\n" +
+	"expires_at\x18\f \x01(\x03R\texpiresAt\"\x94\x03\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12'\n" +
@@ -1417,7 +1426,8 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\frefresh_hint\x18\x04 \x01(\x03R\vrefreshHint\x12H\n" +
 	"\x10x509_authorities\x18\x05 \x03(\v2\x1d.signet.node.v1.X509AuthorityR\x0fx509Authorities\x12E\n" +
 	"\x0fjwt_authorities\x18\x06 \x03(\v2\x1c.signet.node.v1.JWTAuthorityR\x0ejwtAuthorities\x12'\n" +
-	"\x0freissue_seconds\x18\a \x01(\x03R\x0ereissueSeconds\"\x8a\x01\n" +
+	"\x0freissue_seconds\x18\a \x01(\x03R\x0ereissueSeconds\x12E\n" +
+	"\x0fwit_authorities\x18\b \x03(\v2\x1c.signet.node.v1.JWTAuthorityR\x0ewitAuthorities\"\x8a\x01\n" +
 	"\rX509Authority\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12!\n" +
 	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\x124\n" +
@@ -1490,19 +1500,20 @@ var file_signet_node_v1_node_proto_depIdxs = []int32{
 	8,  // 10: signet.node.v1.FollowResponse.bundles:type_name -> signet.node.v1.Bundle
 	9,  // 11: signet.node.v1.Bundle.x509_authorities:type_name -> signet.node.v1.X509Authority
 	10, // 12: signet.node.v1.Bundle.jwt_authorities:type_name -> signet.node.v1.JWTAuthority
-	0,  // 13: signet.node.v1.X509Authority.state:type_name -> signet.node.v1.AuthorityState
-	0,  // 14: signet.node.v1.JWTAuthority.state:type_name -> signet.node.v1.AuthorityState
-	1,  // 15: signet.node.v1.Node.IssueX509SVIDs:input_type -> signet.node.v1.IssueX509SVIDsRequest
-	3,  // 16: signet.node.v1.Node.IssueJWTSVIDs:input_type -> signet.node.v1.IssueJWTSVIDsRequest
-	5,  // 17: signet.node.v1.Node.Follow:input_type -> signet.node.v1.FollowRequest
-	2,  // 18: signet.node.v1.Node.IssueX509SVIDs:output_type -> signet.node.v1.IssueX509SVIDsResponse
-	4,  // 19: signet.node.v1.Node.IssueJWTSVIDs:output_type -> signet.node.v1.IssueJWTSVIDsResponse
-	6,  // 20: signet.node.v1.Node.Follow:output_type -> signet.node.v1.FollowResponse
-	18, // [18:21] is the sub-list for method output_type
-	15, // [15:18] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	10, // 13: signet.node.v1.Bundle.wit_authorities:type_name -> signet.node.v1.JWTAuthority
+	0,  // 14: signet.node.v1.X509Authority.state:type_name -> signet.node.v1.AuthorityState
+	0,  // 15: signet.node.v1.JWTAuthority.state:type_name -> signet.node.v1.AuthorityState
+	1,  // 16: signet.node.v1.Node.IssueX509SVIDs:input_type -> signet.node.v1.IssueX509SVIDsRequest
+	3,  // 17: signet.node.v1.Node.IssueJWTSVIDs:input_type -> signet.node.v1.IssueJWTSVIDsRequest
+	5,  // 18: signet.node.v1.Node.Follow:input_type -> signet.node.v1.FollowRequest
+	2,  // 19: signet.node.v1.Node.IssueX509SVIDs:output_type -> signet.node.v1.IssueX509SVIDsResponse
+	4,  // 20: signet.node.v1.Node.IssueJWTSVIDs:output_type -> signet.node.v1.IssueJWTSVIDsResponse
+	6,  // 21: signet.node.v1.Node.Follow:output_type -> signet.node.v1.FollowResponse
+	19, // [19:22] is the sub-list for method output_type
+	16, // [16:19] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_signet_node_v1_node_proto_init() }
