@@ -5,13 +5,17 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
 
+	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/workloadapi"
 	"github.com/signet-id/signet/workloadapi/peer"
 )
@@ -108,6 +112,45 @@ func TestWEP_21_ExecBeforePush(t *testing.T) {
 				t.Error("the program that was exec'ed read the SVID of what the process was before")
 			}
 		})
+	}
+}
+
+// fleetingAttestor knows that an equal state does not say which program runs.
+type fleetingAttestor struct{ rewritten atomic.Bool }
+
+func (a *fleetingAttestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Caller, error) {
+	c, err := byState{}.Attest(ctx, p)
+	c.Fleeting = true
+	if a.rewritten.Load() {
+		c.Selectors = append(c.Selectors[:1:1], spiffe.Selector{Type: "test", Value: "rewritten"})
+	}
+	return c, err
+}
+
+func TestWEP_21_RewrittenExecutableBeforePush(t *testing.T) {
+	a := newAuthority(t, "example.org", "k1")
+	src := newMemory(a,
+		entry{match: func(c workloadapi.Caller) bool { return !having("test:rewritten")(c) }, identity: a.identity(t, "/good")},
+		entry{match: having("test:rewritten"), identity: a.identity(t, "/rewritten")})
+	attestor := &fleetingAttestor{}
+	e := serve(t, src, func(c *workloadapi.Config) { c.Attestor = attestor })
+	stream, err := e.client(t).FetchX509SVID(spiffeCtx(t), &workload.X509SVIDRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 10 { // rotations do no harm while nothing is found to differ
+		if got := svidIDs(recv(t, stream)); !slices.Equal(got, []string{"spiffe://example.org/good"}) {
+			t.Fatalf("got %q", got)
+		}
+		renewed := a.identity(t, "/good")
+		src.change(func() { src.entries[0].identity = renewed })
+	}
+	recv(t, stream)
+	attestor.rewritten.Store(true)
+	renewed := a.identity(t, "/good")
+	src.change(func() { src.entries[0].identity = renewed })
+	if got := svidIDs(recv(t, stream)); !slices.Equal(got, []string{"spiffe://example.org/rewritten"}) {
+		t.Errorf("a program that differs, in an equal state, got %q", got)
 	}
 }
 

@@ -48,6 +48,10 @@ type Caller struct {
 	// State is the state of the process that Selectors describes. The endpoint answers only while the process is still
 	// in that very state. A Source does not need it.
 	State peer.Snapshot
+
+	// Fleeting says that an equal State does not mean that Selectors still hold, since the content of the executable could
+	// change without a trace in it. The endpoint attests such a caller again before each answer.
+	Fleeting bool
 }
 
 // An Identity is one X509-SVID with what its holder may know.

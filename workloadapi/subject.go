@@ -3,7 +3,9 @@ package workloadapi
 import (
 	"context"
 	"fmt"
+	"slices"
 
+	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/workloadapi/peer"
 )
 
@@ -73,5 +75,24 @@ func (s *processSubject) Check(ctx context.Context, caller Caller) error {
 	if !now.Equal(caller.State) {
 		return ErrSubjectChanged
 	}
+	if !caller.Fleeting {
+		return nil
+	}
+	again, err := s.attestor.Attest(ctx, s.process)
+	if err != nil {
+		return fmt.Errorf("attesting process %d: %w", s.process.PID, err)
+	}
+	if !again.State.Equal(caller.State) || !sameSelectors(again.Selectors, caller.Selectors) {
+		return ErrSubjectChanged
+	}
 	return nil
+}
+
+// sameSelectors compares two lists without repetitions.
+func sameSelectors(a, b []spiffe.Selector) bool {
+	in := make(map[spiffe.Selector]bool, len(a))
+	for _, s := range a {
+		in[s] = true
+	}
+	return len(a) == len(b) && !slices.ContainsFunc(b, func(s spiffe.Selector) bool { return !in[s] })
 }

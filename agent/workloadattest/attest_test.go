@@ -36,6 +36,16 @@ func TestMain(m *testing.M) {
 	case "":
 		goleak.VerifyTestMain(m)
 		return
+	case "respawn":
+		respawn()
+	case "hidepid":
+		hideProcesses()
+	case "look":
+		lookAround()
+	case "another":
+		becomeAnother()
+	case "rewrite":
+		rewriteAndRun()
 	case "mount": // hide what is at argument 2 behind argument 1, in a mount namespace of our own, and become it
 		runtime.LockOSThread()
 		for _, err := range []error{

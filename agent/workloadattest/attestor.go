@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -32,6 +33,12 @@ type Dependent interface {
 	// Available returns nil if what the method asks answers now, or is known not to be on this machine and so needs not
 	// to. It returns soon after ctx ends.
 	Available(ctx context.Context) error
+}
+
+// A Doubter is a Method that knows when its selectors may stop to hold although the state stays the same. It is asked after
+// Selectors.
+type Doubter interface {
+	Doubts(p *peer.Process, state peer.Snapshot) bool
 }
 
 // Config says how processes are attested.
@@ -117,14 +124,14 @@ func New(cfg Config) (*Attestor, error) {
 // Attest returns the process with all its selectors. See workloadapi.Attestor.
 //
 // A result is used again only for the same pinned process in the same state. One with something missing is never used
-// again, so that a passing failure passes.
+// again, so that a passing failure passes, and neither is one that a method doubts.
 func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Caller, error) {
 	state, err := p.Snapshot()
 	if err != nil {
 		return workloadapi.Caller{}, err
 	}
 	before := a.recall(p.ID())
-	if before != nil && before.missing == "" && before.caller.State.Equal(state) && a.cfg.Now().Sub(before.at) < a.cfg.MaxAge {
+	if before != nil && before.missing == "" && !before.caller.Fleeting && before.caller.State.Equal(state) && a.cfg.Now().Sub(before.at) < a.cfg.MaxAge {
 		return before.caller, nil
 	}
 	at := a.cfg.Now()
@@ -132,8 +139,12 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Cal
 	if err := ctx.Err(); err != nil {
 		return workloadapi.Caller{}, context.Cause(ctx)
 	}
+	// Methods read by process id. What they read is about this process only if it has held the id until now.
+	if err := p.Alive(); err != nil {
+		return workloadapi.Caller{}, err
+	}
 	r := &result{process: p.ID(), at: at, caller: workloadapi.Caller{
-		PID: p.PID, UID: state.EffectiveUID, GID: state.EffectiveGID, Selectors: selectors, State: state,
+		PID: p.PID, UID: state.EffectiveUID, GID: state.EffectiveGID, Selectors: selectors, State: state, Fleeting: a.doubtful(p, state),
 	}}
 	if missing != nil {
 		r.missing = missing.Error()
@@ -190,6 +201,13 @@ func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot
 		}
 	}
 	return all, errors.Join(missing...)
+}
+
+func (a *Attestor) doubtful(p *peer.Process, state peer.Snapshot) bool {
+	return slices.ContainsFunc(a.cfg.Methods, func(m Method) bool {
+		d, ok := m.(Doubter)
+		return ok && d.Doubts(p, state)
+	})
 }
 
 func (a *Attestor) recall(process uint64) *result {

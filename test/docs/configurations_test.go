@@ -44,13 +44,16 @@ func TestPagesConfigurations(t *testing.T) {
 				}
 				_, err = agent.ReadConfig([]byte("trust_domain: example.org\nserver_address: ca\ndata_dir: /d\n"+config), page)
 				read[top]++
+			case "workload_attestation":
+				_, err = agent.ReadConfig([]byte("trust_domain: example.org\nserver_address: ca\ndata_dir: /d\n"+config), page)
+				read[top]++
 			}
 			if err != nil {
 				t.Errorf("%v, in:\n%s", err, config)
 			}
 		}
 	}
-	if read["node_attestors"] < 4 || read["node_attestation"] < 4 || read["upstream"] < 3 || read["downstream"] < 1 {
+	if read["node_attestors"] < 4 || read["node_attestation"] < 4 || read["upstream"] < 3 || read["downstream"] < 1 || read["workload_attestation"] < 1 {
 		t.Errorf("read %v configurations of %d pages; are the blocks found?", read, len(pages))
 	}
 }

@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 	"sync"
-	"time"
 
 	sys "golang.org/x/sys/unix"
 
@@ -21,10 +20,6 @@ import (
 const (
 	// hashingPerUID and hashingTotal bound the files that are read at the same time.
 	hashingPerUID, hashingTotal = 2, 64
-
-	// settled is how old a file's last change must be for its hash to be remembered. A change within the same tick of
-	// the kernel's coarse clock, at most 10 ms, would not show in its times.
-	settled = 2 * time.Second
 )
 
 // errChanged says that the process runs another file by now. Attestation starts anew then.
@@ -61,7 +56,7 @@ func (m *Method) hash(ctx context.Context, p *peer.Process, exe peer.File) (stri
 	if err != nil {
 		return "", fmt.Errorf("sha256 of the executable: %w", err)
 	}
-	if newest := time.Unix(0, max(exe.Changed, exe.Modified)); time.Since(newest) > settled {
+	if m.steady(int(f.Fd()), exe) {
 		m.hashes.remember(exe, sum)
 	}
 	return sum, nil

@@ -15,6 +15,7 @@ import (
 	"os/user"
 	"strconv"
 	"strings"
+	"time"
 
 	sys "golang.org/x/sys/unix"
 
@@ -42,6 +43,9 @@ type Config struct {
 	// AllowFUSE hashes also files on FUSE filesystems. Whoever serves such a filesystem can run one content and show
 	// another.
 	AllowFUSE bool
+
+	// Now is the wall clock, which the times of files are compared with. Nil means time.Now.
+	Now func() time.Time
 }
 
 // A Method is this attestation. It is for concurrent use.
@@ -60,6 +64,9 @@ func New(cfg Config) (*Method, error) {
 	}
 	if cfg.MaxHashes == 0 {
 		cfg.MaxHashes = 1024
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
 	}
 	return &Method{cfg: cfg, hashes: newHashes(cfg.MaxHashes)}, nil
 }
