@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
 
 	"github.com/signet-id/signet/agent/adminapi"
 	"github.com/signet-id/signet/agent/caclient"
@@ -116,11 +117,15 @@ func (a *Agent) open() error {
 	if c.WIT.Enabled {
 		witSource = a.cache
 	}
+	envoys, err := a.envoys()
+	if err != nil {
+		return err
+	}
 	a.endpoint, err = workloadapi.New(workloadapi.Config{
 		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
 		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID,
-		OnCall: a.metrics.call, OnPush: a.metrics.push,
+		OnCall: a.metrics.call, OnPush: a.metrics.push, Services: []func(grpc.ServiceRegistrar, *workloadapi.Server){envoys},
 	})
 	if err != nil {
 		return fmt.Errorf("socket_path: %w", err)

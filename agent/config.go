@@ -65,6 +65,8 @@ type Config struct {
 	WIT WIT `yaml:"wit"`
 	// JWTLeeway is how far clocks may be apart when JWT-SVIDs are validated. Default 30s; at most 60s.
 	JWTLeeway time.Duration `yaml:"jwt_leeway"`
+	// SDS says how Envoys find their certificates and validation contexts on the socket.
+	SDS SDS `yaml:"sds"`
 	// WorkloadAttestation says how processes are looked at.
 	WorkloadAttestation WorkloadAttestation `yaml:"workload_attestation"`
 
@@ -179,6 +181,7 @@ func (c *Config) Check() error {
 	c.checkBootstrap(bad)
 	c.NodeAttestation.check(c, bad)
 	c.WorkloadAttestation.check(bad)
+	c.SDS.check(bad)
 	c.checkLimits(bad)
 	if c.Metrics.Listen != "" {
 		host, port, err := net.SplitHostPort(c.Metrics.Listen)

@@ -24,6 +24,7 @@ type metrics struct {
 	pushes   *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
 	failures *prometheus.CounterVec
+	rejected prometheus.Counter
 }
 
 func newMetrics(a *Agent) *metrics {
@@ -38,8 +39,10 @@ func newMetrics(a *Agent) *metrics {
 			Help: "Duration of unary calls on the agent's socket.", Buckets: prometheus.ExponentialBuckets(0.0005, 4, 8)}, []string{"method"}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_agent_attestation_failures_total",
 			Help: "Attestations of processes in which a method could not find out everything, by method."}, []string{"method"}),
+		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_agent_sds_rejected_total",
+			Help: "Responses of SDS that an Envoy has refused; the log says why."}),
 	}
-	m.registry.MustRegister(m.calls, m.pushes, m.latency, m.failures, collectors.NewGoCollector(),
+	m.registry.MustRegister(m.calls, m.rejected, m.pushes, m.latency, m.failures, collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &cacheCollector{agent: a})
 	return m
 }

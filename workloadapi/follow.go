@@ -11,7 +11,6 @@ import (
 	"math/rand/v2"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/signet-id/signet/workloadapi/peer"
@@ -149,6 +148,10 @@ type Stream struct {
 
 	// Spread lets updates that change bundles only be delayed, by up to Feed.SpreadUpdates.
 	Spread bool
+
+	// Again, if not nil, has the newest update rendered once more: the client has asked for something else meanwhile.
+	// One slot is enough.
+	Again <-chan struct{}
 }
 
 // clientLimit is what gRPC's clients take in one message unless they are told otherwise.
@@ -162,12 +165,12 @@ type Message struct {
 	// Size is its length in bytes.
 	Size int
 
-	// Send writes the message to the stream.
+	// Send writes the message to the stream. Nil means that there is nothing to say.
 	Send func() error
 }
 
-// Show renders a protobuf message for a server stream.
-func Show[M any](m *M, ss grpc.ServerStreamingServer[M]) (Message, error) {
+// Show renders a protobuf message for a server's stream.
+func Show[M any](m *M, ss interface{ Send(*M) error }) (Message, error) {
 	pm, ok := any(m).(proto.Message)
 	if !ok {
 		return Message{}, fmt.Errorf("%T is not a protobuf message", m)
@@ -237,6 +240,7 @@ func (f *follower) subscription(ctx context.Context) error {
 	spreading := false
 
 	var u Update
+	known := false // u is what the source has said
 	for {
 		select {
 		case <-ctx.Done():
@@ -255,7 +259,7 @@ func (f *follower) subscription(ctx context.Context) error {
 				}
 				return errSourceEnded
 			}
-			u = f.narrow(next)
+			u, known = f.narrow(next), true
 			if f.maySpread(u) {
 				if !spreading {
 					spreading = true
@@ -267,8 +271,14 @@ func (f *follower) subscription(ctx context.Context) error {
 			spread.Stop()
 		case <-spread.C:
 			spreading = false
+		case <-f.Again:
+			if !known {
+				continue
+			}
+			spreading = false
+			spread.Stop()
 		}
-		if err := f.push(ctx, u, updates); err != nil {
+		if u, err = f.push(ctx, u, updates); err != nil {
 			return err
 		}
 	}
@@ -292,11 +302,11 @@ func (f *follower) maySpread(u Update) bool {
 	return f.Spread && f.SpreadUpdates > 0 && f.started && identitiesDigest(u.Identities) == f.identities
 }
 
-// push sends u, or what has come after it meanwhile, if the client does not have it already.
-func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) error {
+// push sends u, or what has come after it meanwhile, if the client does not have it already. It returns what it took.
+func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) (Update, error) {
 	// The order matters: first the subject, then the newest word on what it may have, then the message.
 	if err := f.subject.Check(ctx, f.caller); err != nil {
-		return err
+		return u, err
 	}
 	select {
 	case next, ok := <-updates:
@@ -307,25 +317,25 @@ func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) er
 	}
 	if len(u.Identities) == 0 && !(f.BundlesOnly && f.BundlesWithoutIdentity) {
 		if u.Entitled {
-			return nil // its SVIDs are on their way
+			return u, nil // its SVIDs are on their way
 		}
-		return ErrNoIdentity
+		return u, ErrNoIdentity
 	}
 	f.progress = true
 	m, err := f.Render(u)
 	if format := (*formatError)(nil); errors.As(err, &format) || errors.Is(err, ErrNoIdentity) {
-		return err
+		return u, err
 	}
 	if errors.Is(err, errNothingYet) {
-		return nil
+		return u, nil
 	}
 	if err != nil {
 		f.logger().LogAttrs(ctx, slog.LevelError, "update held back: no sound message can be made of it", slog.String("method", f.Method), slog.Any("err", err))
-		return nil
+		return u, nil
 	}
-	if !f.started || m.Digest != f.last {
+	if m.Send != nil && (!f.started || m.Digest != f.last) {
 		if err := m.Send(); err != nil {
-			return fmt.Errorf("%w: %w", errUnsent, err)
+			return u, fmt.Errorf("%w: %w", errUnsent, err)
 		}
 		if m.Size > clientLimit && !f.started {
 			f.logger().LogAttrs(ctx, slog.LevelWarn, "a message is larger than clients take by default: its caller matches too many registration entries",
@@ -340,7 +350,7 @@ func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) er
 	if ack, ok := f.Source.(Acknowledger); ok {
 		ack.HandedOn(updates, u.BundleRevision)
 	}
-	return nil
+	return u, nil
 }
 
 // identitiesDigest tells two sets of SVIDs apart.

@@ -26,8 +26,9 @@ import (
 
 // Bounds of the endpoint that nobody needs to change.
 const (
-	// maxRequestBytes bounds a request: the longest is a JWT-SVID of 16 KiB with an audience, or a list of audiences.
-	maxRequestBytes = 64 << 10
+	// maxRequestBytes bounds a request. Of the Workload API the longest is a JWT-SVID of 16 KiB with an audience, or a list
+	// of audiences; an Envoy names in its first request each of its several hundred extensions.
+	maxRequestBytes = 256 << 10
 
 	// maxHeaderBytes bounds the metadata of a call.
 	maxHeaderBytes = 16 << 10

@@ -129,6 +129,11 @@ func allowedDomains(u Update, identities []Identity) map[spiffeid.TrustDomain]bo
 	return allowed
 }
 
+// TrustDomains is whose bundles the caller may have.
+func (u *Update) TrustDomains() map[spiffeid.TrustDomain]bool {
+	return allowedDomains(*u, u.Identities)
+}
+
 // distinctHints leaves out what repeats an earlier non-empty hint. The order is the source's: the default identity, then
 // the oldest entry first. [Workload API §5.2.1]
 func distinctHints[T any](all []T, hint func(T) string) []T {

@@ -108,6 +108,9 @@ type Update struct {
 	// federates with. Our own is there also for a caller without an identity.
 	X509Bundles map[spiffeid.TrustDomain][]byte
 
+	// CRLs holds, as DER, certificate revocation lists of the X.509 authorities in X509Bundles; nil where there are none.
+	CRLs map[spiffeid.TrustDomain][][]byte
+
 	// JWTBundles holds the JWT authorities of the same trust domains by key id.
 	JWTBundles map[spiffeid.TrustDomain]map[string]crypto.PublicKey
 
