@@ -254,14 +254,13 @@ func (c *Config) fitDescriptors(level slog.Level) error {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		return fmt.Errorf("asking for the limit of open files: %w", err)
 	}
-	// A connection costs one descriptor and at most one more for its process.
 	most := 1
 	if limit.Cur > spareDescriptors {
-		most = max(1, int(min(limit.Cur-spareDescriptors, math.MaxInt32)/2))
+		most = max(1, peer.MaxConnections(int(min(limit.Cur-spareDescriptors, math.MaxInt32))))
 	}
 	if c.MaxStreams > most {
 		c.Log.Log(context.Background(), level, "max_streams is lowered to what the limit of open files allows", "max_streams", c.MaxStreams,
-			"lowered_to", most, "open_files", limit.Cur, "wanted", 2*uint64(c.MaxStreams)+spareDescriptors)
+			"lowered_to", most, "open_files", limit.Cur, "wanted", peer.Descriptors(c.MaxStreams)+spareDescriptors)
 		c.MaxStreams = most
 	}
 	return nil

@@ -99,7 +99,7 @@ func (t *Table) identify(raw net.Conn) (net.Conn, Info, error) {
 		}
 		return nil, Info{}, err
 	}
-	c := &conn{UnixConn: unixConn, table: t, uid: cred.Uid}
+	c := &conn{UnixConn: unixConn, table: t, pid: cred.Pid, uid: cred.Uid}
 	if info.Err == nil {
 		p, err := t.acquire(cred.Pid, fd, c)
 		if err != nil {
@@ -139,18 +139,37 @@ func (t *Table) peerPIDFD(socket int, pid int32) (int, error) {
 	if t.noPeerPIDFD {
 		return pidfdByStartTime(pid)
 	}
+	return askPIDFD(socket, pid)
+}
+
+// askPIDFD asks the kernel for a pidfd of the process that connected the socket, whose id was pid.
+func askPIDFD(socket int, pid int32) (int, error) {
 	fd, err := unix.GetsockoptInt(socket, unix.SOL_SOCKET, unix.SO_PEERPIDFD)
 	switch {
 	case err == nil:
 		return fd, nil
-	case errors.Is(err, unix.ENOPROTOOPT):
-		return pidfdByStartTime(pid)
 	case errors.Is(err, unix.ESRCH), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENODATA):
 		return -1, fmt.Errorf("process %d: %w", pid, ErrGone)
 	default:
 		return -1, fmt.Errorf("asking for the peer's pidfd: %w", err)
 	}
 }
+
+// hasPeerPIDFD says whether this kernel has SO_PEERPIDFD, which came with Linux 6.5.
+var hasPeerPIDFD = sync.OnceValue(func() bool {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	fd, err := unix.GetsockoptInt(pair[0], unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	if err != nil {
+		return false
+	}
+	unix.Close(fd)
+	return true
+})
 
 // pidfdByStartTime is for kernels before 6.5. It makes sure that the pidfd means the process that has pid now, at the
 // moment of accept. That the process which connected ended in the microseconds before, and its id was given away, cannot
@@ -179,18 +198,33 @@ type conn struct {
 	*net.UnixConn
 	table *Table
 	pin   *pin // set by Table.acquire; nil for a caller that is only told why it is refused
+	pid   int32
 	uid   uint32
 	once  sync.Once
+}
+
+// peerPIDFD asks for a pidfd of the process that connected. As long as the connection is open the kernel remembers which it
+// was, even if another has its id by now.
+func (c *conn) peerPIDFD() (fd int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	ctlErr := raw.Control(func(s uintptr) { fd, err = askPIDFD(int(s), c.pid) })
+	if ctlErr != nil {
+		return -1, ctlErr
+	}
+	return fd, err
 }
 
 // Close closes the connection. It may be called more than once.
 func (c *conn) Close() error {
 	err := net.ErrClosed
 	c.once.Do(func() {
-		err = c.UnixConn.Close()
 		if c.pin != nil {
-			c.table.release(c.pin, c)
+			c.table.release(c.pin, c) // first: whoever asks for the process must not come upon a closed connection
 		}
+		err = c.UnixConn.Close()
 		c.table.dismiss(c.uid)
 	})
 	return err

@@ -132,18 +132,25 @@ func waitGone(t testing.TB, p *Process) {
 	}
 }
 
-func bothKernels(t *testing.T, f func(t *testing.T, table *Table)) {
-	for _, old := range []bool{false, true} {
-		t.Run(fmt.Sprintf("without SO_PEERPIDFD %t", old), func(t *testing.T) {
+// ways are those in which a table can hold on to a process: by a pidfd, by the connection, and as on older kernels.
+var ways = map[string]func(*Table){
+	"held":                 func(*Table) {},
+	"not held":             func(t *Table) { t.maxHeld = 0 },
+	"without SO_PEERPIDFD": func(t *Table) { t.noPeerPIDFD = true },
+}
+
+func everyWay(t *testing.T, f func(t *testing.T, table *Table)) {
+	for name, change := range ways {
+		t.Run(name, func(t *testing.T) {
 			table := newTable(t, Config{})
-			table.noPeerPIDFD = old
+			change(table)
 			f(t, table)
 		})
 	}
 }
 
 func TestWEP_19_KernelSaysWhoConnected(t *testing.T) {
-	bothKernels(t, func(t *testing.T, table *Table) {
+	everyWay(t, func(t *testing.T, table *Table) {
 		l := newListener(t)
 		child := pinStartCaller(t, l.Addr().String())
 		p := identify(t, table, pinAccept(t, l))
@@ -174,16 +181,18 @@ func TestWEP_19_KernelSaysWhoConnected(t *testing.T) {
 }
 
 func TestWEP_21_ZombieHasEnded(t *testing.T) {
-	table, l := newTable(t, Config{}), newListener(t)
-	child := pinStartCaller(t, l.Addr().String())
-	p := identify(t, table, pinAccept(t, l))
-	if err := child.cmd.Process.Kill(); err != nil { // and not reaped
-		t.Fatal(err)
-	}
-	waitGone(t, p)
-	if err := p.Alive(); !errors.Is(err, ErrGone) {
-		t.Errorf("Alive of a zombie = %v, want ErrGone", err)
-	}
+	everyWay(t, func(t *testing.T, table *Table) {
+		l := newListener(t)
+		child := pinStartCaller(t, l.Addr().String())
+		p := identify(t, table, pinAccept(t, l))
+		if err := child.cmd.Process.Kill(); err != nil { // and not reaped
+			t.Fatal(err)
+		}
+		waitGone(t, p)
+		if err := p.Alive(); !errors.Is(err, ErrGone) {
+			t.Errorf("Alive of a zombie = %v, want ErrGone", err)
+		}
+	})
 }
 
 // reusePID starts children until one has the process id.
@@ -220,7 +229,7 @@ func TestWEP_21_PIDReusedBetweenConnectAndIdentification(t *testing.T) {
 }
 
 func TestWEP_21_PIDReusedAfterIdentification(t *testing.T) {
-	bothKernels(t, func(t *testing.T, table *Table) {
+	everyWay(t, func(t *testing.T, table *Table) {
 		l := newListener(t)
 		first := pinStartCaller(t, l.Addr().String())
 		p := identify(t, table, pinAccept(t, l))
@@ -242,20 +251,99 @@ func TestWEP_21_PIDReusedAfterIdentification(t *testing.T) {
 }
 
 func TestWEP_22_ConnectionsCloseWithTheirProcess(t *testing.T) {
+	everyWay(t, func(t *testing.T, table *Table) {
+		l := newListener(t)
+		child := pinStartCaller(t, l.Addr().String())
+		raw := pinAccept(t, l)
+		p := identify(t, table, raw)
+		child.end()
+		waitGone(t, p)
+		raw.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := raw.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("read on the connection of an ended process: %v, want it closed", err)
+		}
+	})
+}
+
+// TestPIDFDsAreBounded: the processes beyond the bound are held on to by their connections, also when the one that is asked
+// is closed, and one that is opened by its id has a pidfd in any case.
+func TestPIDFDsAreBounded(t *testing.T) {
 	table, l := newTable(t, Config{}), newListener(t)
-	child := pinStartCaller(t, l.Addr().String())
-	raw := pinAccept(t, l)
-	p := identify(t, table, raw)
-	child.end()
-	waitGone(t, p)
-	raw.SetReadDeadline(time.Now().Add(10 * time.Second))
-	if _, err := raw.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("read on the connection of an ended process: %v, want it closed", err)
+	table.maxHeld = 2
+	open := func() (n int) {
+		names, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range names {
+			if to, err := os.Readlink("/proc/self/fd/" + d.Name()); err == nil && strings.Contains(to, "pidfd") {
+				n++
+			}
+		}
+		return n
+	}
+	before := open()
+	var processes []*Process
+	var children []*pinCaller
+	for range 5 {
+		children = append(children, pinStartCaller(t, l.Addr().String()))
+		processes = append(processes, identify(t, table, pinAccept(t, l)))
+	}
+	// os/exec holds a pidfd for each child as well.
+	if got := open() - before - len(children); got != 2 {
+		t.Errorf("%d pidfds are open for %d processes, want 2", got, len(processes))
+	}
+	opened, err := table.Open(processes[4].PID)
+	if err != nil || opened.ID() != processes[4].ID() {
+		t.Fatalf("the same process by its id: %v", err)
+	}
+	if got := open() - before - len(children); got != 3 {
+		t.Errorf("%d pidfds are open, want 3 with that of the process opened by its id", got)
+	}
+	opened.Close()
+	for i, p := range processes {
+		if err := p.Alive(); err != nil {
+			t.Errorf("process %d: %v", i, err)
+		}
+		children[i].end()
+		waitGone(t, p)
+	}
+	if got := open() - before; got != 0 {
+		t.Errorf("%d pidfds are left over", got)
+	}
+}
+
+// TestAnotherConnectionIsAsked: a process without a pidfd is held on to by any of its connections.
+func TestAnotherConnectionIsAsked(t *testing.T) {
+	table, l := newTable(t, Config{}), newListener(t)
+	table.maxHeld = 0
+	var conns []net.Conn
+	var processes []*Process
+	for range 3 {
+		c, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		conn, info, err := table.identify(pinAccept(t, l))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns, processes = append(conns, conn), append(processes, info.Process)
+	}
+	for i := range conns {
+		if _, err := processes[2].Snapshot(); err != nil {
+			t.Fatalf("with %d of 3 connections: %v", 3-i, err)
+		}
+		conns[i].Close()
+	}
+	if err := processes[2].Alive(); !errors.Is(err, ErrGone) {
+		t.Errorf("without a connection: %v, want ErrGone", err)
 	}
 }
 
 func TestOnePinForOneProcess(t *testing.T) {
-	bothKernels(t, func(t *testing.T, table *Table) {
+	everyWay(t, func(t *testing.T, table *Table) {
 		l := newListener(t)
 		var conns []net.Conn
 		var wg sync.WaitGroup

@@ -149,10 +149,10 @@ func testCaller(t *testing.T, prepare func(*exec.Cmd), args ...string) *child {
 }
 
 func TestProcessIsPinnedUntilItEnds(t *testing.T) {
-	for _, old := range []bool{false, true} {
-		t.Run(fmt.Sprintf("without SO_PEERPIDFD %t", old), func(t *testing.T) {
+	for name, change := range ways {
+		t.Run(name, func(t *testing.T) {
 			p := testPlace(t)
-			p.table.noPeerPIDFD = old
+			change(p.table)
 			c := testCaller(t, nil, p.path, ") S 1 (\nUid:\t0")
 			conn, info, err := p.accept()
 			if err != nil {

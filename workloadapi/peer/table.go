@@ -9,14 +9,14 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // A Config says how many callers a Table takes.
 type Config struct {
-	// MaxConnections bounds open connections, which cost one file descriptor each and one more per process. Zero means
-	// 16384.
+	// MaxConnections bounds open connections, which cost one file descriptor each, and MaxHeld more in all. Zero means 16384.
 	MaxConnections int
 
 	// MaxConnectionsPerUID bounds those of one user, so that one cannot lock out the others. Zero means a quarter of
@@ -27,23 +27,52 @@ type Config struct {
 	Log *slog.Logger
 }
 
-// A Table pins the processes behind connections: one pidfd for each, shared by its connections and closed with the last
-// of them. One goroutine watches them all; when a process ends, its connections are closed, wherever they were passed to.
+// MaxHeld is how many pidfds a table holds open on kernels that have SO_PEERPIDFD, for processes behind connections. The end
+// of such a process is noticed at once. For further ones the pidfd is asked of the connection whenever it is needed, which is
+// as safe and costs two system calls more, and their end is looked for every sweepEvery.
+const MaxHeld = 1024
+
+// sweepEvery is how long a process that ended may go unnoticed while nobody asks, if its connection was passed to another:
+// otherwise the kernel closes the connection.
+const sweepEvery = 2 * time.Second
+
+// MaxConnections says how many connections fit into so many file descriptors, each of a process of its own.
+func MaxConnections(descriptors int) int {
+	if hasPeerPIDFD() {
+		return max(descriptors-MaxHeld, descriptors/2)
+	}
+	return descriptors / 2
+}
+
+// Descriptors says how many file descriptors so many connections need at most.
+func Descriptors(connections int) int {
+	if hasPeerPIDFD() {
+		return connections + min(connections, MaxHeld)
+	}
+	return 2 * connections
+}
+
+// A Table pins the processes behind connections. One goroutine watches them all; when a process ends, its connections are
+// closed, wherever they were passed to.
 type Table struct {
 	maxConns, maxConnsPerUID int
 	log                      *slog.Logger
 
 	// noPeerPIDFD makes the table act as on a kernel before 6.5, without SO_PEERPIDFD.
 	noPeerPIDFD bool
+	maxHeld     int
 
 	epoll   *os.File
 	epollFD int
 	watcher sync.WaitGroup
+	stop    chan struct{} // closed by Close
+	sweeps  chan struct{} // one slot: there is a pin to sweep
 
 	// mu guards what follows. Holding it, a pin that is in pins has at least one user and an open pidfd.
 	mu       sync.Mutex
 	closed   bool
 	lastID   uint64
+	held     int             // pins whose pidfd is open
 	pins     map[uint64]*pin // by id
 	byPID    map[int32]*pin  // the newest by process id
 	conns    int
@@ -62,7 +91,8 @@ type pin struct {
 
 	// mu makes sure that nobody polls a descriptor that has been closed and given to something else.
 	mu       sync.RWMutex
-	fd       int // -1 when closed
+	fd       int   // -1 when it is not held
+	via      *conn // a connection to ask for a pidfd, where none is held
 	goneOnce sync.Once
 }
 
@@ -93,6 +123,7 @@ func NewTable(c Config) (*Table, error) {
 		// The runtime's own poller watches the epoll descriptor, so that waiting costs no thread and Close wakes it.
 		epoll: os.NewFile(uintptr(fd), "pidfds"), epollFD: fd,
 		pins: map[uint64]*pin{}, byPID: map[int32]*pin{}, uidConns: map[uint32]int{},
+		noPeerPIDFD: !hasPeerPIDFD(), maxHeld: MaxHeld, stop: make(chan struct{}), sweeps: make(chan struct{}, 1),
 	}
 	raw, err := t.epoll.SyscallConn()
 	if err != nil {
@@ -100,6 +131,7 @@ func NewTable(c Config) (*Table, error) {
 		return nil, fmt.Errorf("watching callers: %w", err)
 	}
 	t.watcher.Go(func() { t.watch(raw) })
+	t.watcher.Go(t.sweep)
 	return t, nil
 }
 
@@ -111,6 +143,7 @@ func (t *Table) Close() error {
 		return nil
 	}
 	t.closed = true
+	close(t.stop)
 	var conns []*conn
 	for _, p := range t.pins {
 		for c := range p.conns {
@@ -171,18 +204,14 @@ func (t *Table) acquire(pid int32, fd int, c *conn) (*pin, error) {
 		return nil, err
 	}
 	p := t.byPID[pid]
-	if p != nil && p.alive() == nil {
-		unix.Close(fd)
-	} else {
+	if p == nil || p.alive() != nil {
 		t.lastID++
-		p = &pin{id: t.lastID, pid: pid, gone: make(chan struct{}), conns: map[*conn]struct{}{}, fd: fd}
-		event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: int32(uint32(p.id)), Pad: int32(uint32(p.id >> 32))}
-		if err := unix.EpollCtl(t.epollFD, unix.EPOLL_CTL_ADD, fd, &event); err != nil {
-			unix.Close(fd)
-			return nil, fmt.Errorf("watching process %d: %w", pid, err)
-		}
-		t.pins[p.id], t.byPID[pid] = p, p
+		p = &pin{id: t.lastID, pid: pid, gone: make(chan struct{}), conns: map[*conn]struct{}{}, fd: -1}
 	}
+	if err := t.holdOrClose(p, fd, c); err != nil {
+		return nil, err
+	}
+	t.pins[p.id], t.byPID[pid] = p, p
 	p.users++
 	if c != nil {
 		// Under mu, since ended may close c as soon as it is listed.
@@ -192,6 +221,36 @@ func (t *Table) acquire(pid int32, fd int, c *conn) (*pin, error) {
 	return p, nil
 }
 
+// holdOrClose takes over fd, a pidfd of p: it is held if p has none yet and there is room for it, or no connection c that
+// could be asked for another. It is called with mu held.
+func (t *Table) holdOrClose(p *pin, fd int, c *conn) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.fd >= 0:
+		unix.Close(fd)
+		return nil
+	case c != nil && !t.noPeerPIDFD && t.held >= t.maxHeld:
+		unix.Close(fd)
+		if p.via == nil {
+			p.via = c
+		}
+		select {
+		case t.sweeps <- struct{}{}:
+		default:
+		}
+		return nil
+	}
+	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT, Fd: int32(uint32(p.id)), Pad: int32(uint32(p.id >> 32))}
+	if err := unix.EpollCtl(t.epollFD, unix.EPOLL_CTL_ADD, fd, &event); err != nil {
+		unix.Close(fd)
+		return fmt.Errorf("watching process %d: %w", p.pid, err)
+	}
+	t.held++
+	p.fd, p.via = fd, nil
+	return nil
+}
+
 // release gives up one use of a pin; the last one closes the pidfd.
 func (t *Table) release(p *pin, c *conn) {
 	t.mu.Lock()
@@ -199,6 +258,7 @@ func (t *Table) release(p *pin, c *conn) {
 	delete(p.conns, c)
 	p.users--
 	if p.users > 0 {
+		p.askAnother(c)
 		return
 	}
 	delete(t.pins, p.id)
@@ -208,12 +268,31 @@ func (t *Table) release(p *pin, c *conn) {
 	p.markGone()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.via = nil
+	if p.fd < 0 {
+		return
+	}
 	// Closing the only descriptor of a pidfd would also take it off the epoll set, but a forked child may hold a copy.
 	if !t.closed {
 		_ = unix.EpollCtl(t.epollFD, unix.EPOLL_CTL_DEL, p.fd, nil)
 	}
 	unix.Close(p.fd)
 	p.fd = -1
+	t.held--
+}
+
+// askAnother finds another connection to ask when c is about to be closed. It is called with Table.mu held.
+func (p *pin) askAnother(c *conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c == nil || p.via != c {
+		return
+	}
+	p.via = nil
+	for other := range p.conns {
+		p.via = other
+		return
+	}
 }
 
 // admit counts a connection of uid, or says why it is one too many.
@@ -266,6 +345,51 @@ func (t *Table) watch(raw syscall.RawConn) {
 	}
 }
 
+// sweep looks for processes that have ended among those without a held pidfd, until the table is closed. It sleeps while
+// there are none.
+func (t *Table) sweep() {
+	ticker := time.NewTicker(sweepEvery)
+	ticker.Stop()
+	defer ticker.Stop()
+	for {
+		select {
+		case <-t.sweeps:
+			ticker.Reset(sweepEvery)
+			continue
+		case <-ticker.C:
+		case <-t.stop:
+			return
+		}
+		if t.sweepOnce() == 0 {
+			ticker.Stop()
+		}
+	}
+}
+
+// sweepOnce returns how many it has looked at.
+func (t *Table) sweepOnce() int {
+	var pins []*pin
+	t.mu.Lock()
+	for _, p := range t.pins {
+		if p.swept() {
+			pins = append(pins, p)
+		}
+	}
+	t.mu.Unlock()
+	for _, p := range pins {
+		if errors.Is(p.alive(), ErrGone) {
+			t.ended(p.id)
+		}
+	}
+	return len(pins)
+}
+
+func (p *pin) swept() bool {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	return p.fd < 0
+}
+
 // ended closes the connections of the process with that id.
 func (t *Table) ended(id uint64) {
 	t.mu.Lock()
@@ -292,10 +416,18 @@ func (p *pin) alive() error {
 	}
 	p.mu.RLock()
 	defer p.mu.RUnlock()
-	if p.fd < 0 {
+	switch {
+	case p.fd >= 0:
+		return pollAlive(p.fd)
+	case p.via == nil:
 		return ErrGone
 	}
-	return pollAlive(p.fd)
+	fd, err := p.via.peerPIDFD()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return pollAlive(fd)
 }
 
 // pollAlive asks the pidfd, which turns readable when the process ends. Unlike sending signal 0 this needs no rights and
