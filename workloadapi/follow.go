@@ -323,7 +323,7 @@ func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) (U
 	}
 	f.progress = true
 	m, err := f.Render(u)
-	if format := (*formatError)(nil); errors.As(err, &format) || errors.Is(err, ErrNoIdentity) {
+	if format := (*formatError)(nil); errors.As(err, &format) || errors.Is(err, ErrNoIdentity) || errors.Is(err, errNoPolicies) {
 		return u, err
 	}
 	if errors.Is(err, errNothingYet) {

@@ -23,6 +23,9 @@ func (p *policyService) Watch(req *policyapi.WatchRequest, ss grpc.ServerStreami
 	return p.server.Follow(ss.Context(), Stream{
 		Method: policyapi.Policies_Watch_FullMethodName,
 		Render: func(u Update) (Message, error) {
+			if u.NoPolicies {
+				return Message{}, errNoPolicies
+			}
 			if u.Policies == nil {
 				return Message{}, errors.New("policies were never synchronised")
 			}

@@ -33,6 +33,7 @@ const (
 	ReasonStopping            Reason = "STOPPING"              // Unavailable: the agent is shutting down
 	ReasonRateLimited         Reason = "RATE_LIMITED"          // ResourceExhausted: too many new JWT-SVIDs are asked for
 	ReasonPolicyFormat        Reason = "POLICY_FORMAT"         // FailedPrecondition: the caller reads only older policies
+	ReasonNoPolicies          Reason = "NO_POLICIES"           // FailedPrecondition: the agent's CA has no call policies
 	ReasonDisabled            Reason = "DISABLED"              // Unimplemented: this profile is switched off
 	ReasonInternal            Reason = "INTERNAL"              // Internal: the agent's log says more
 )
@@ -41,7 +42,7 @@ const (
 var Reasons = []Reason{
 	ReasonNoIdentity, ReasonForeignPIDNamespace, ReasonUserChanged, ReasonHeaderMissing, ReasonInvalidArgument, ReasonTokenInvalid, ReasonNotReady,
 	ReasonIdentityPending, ReasonCAUnavailable, ReasonTooManyCalls, ReasonProcessGone, ReasonProcessUnsteady, ReasonInterrupted, ReasonTimeout, ReasonStopping,
-	ReasonRateLimited, ReasonPolicyFormat, ReasonDisabled, ReasonInternal,
+	ReasonRateLimited, ReasonPolicyFormat, ReasonNoPolicies, ReasonDisabled, ReasonInternal,
 }
 
 // refusal is a status with its reason.

@@ -120,6 +120,9 @@ type Update struct {
 	// Policies are the call policies of the caller's own IDs and no others; nil if policies were never synchronised.
 	Policies *policyv1.PolicySet
 
+	// NoPolicies says that the CA is one without call policies, as a SPIRE server, so that none will come.
+	NoPolicies bool
+
 	// Offline is since when the agent has had no contact to its CA, so that Policies may be out of date; zero while it has.
 	Offline time.Time
 

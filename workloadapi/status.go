@@ -31,6 +31,7 @@ var (
 var (
 	errUnsteady    = errors.New("the process kept changing while it was attested")
 	errNothingYet  = errors.New("the caller is registered, but its identities, bundles or policies are still on their way")
+	errNoPolicies  = errors.New("the agent's CA has no call policies, as a SPIRE server; without them a service allows nothing")
 	errSourceEnded = errors.New("the agent stopped following the caller's identities")
 	errUnsent      = errors.New("the message could not be sent")
 )
@@ -73,6 +74,8 @@ func Status(ctx context.Context, err error) error {
 		return refusal(codes.InvalidArgument, cmp.Or(argument.Reason, ReasonInvalidArgument), argument.Text)
 	case errors.As(err, &format):
 		return refusal(codes.FailedPrecondition, ReasonPolicyFormat, format.Error())
+	case errors.Is(err, errNoPolicies):
+		return refusal(codes.FailedPrecondition, ReasonNoPolicies, errNoPolicies.Error())
 	case errors.Is(err, ErrDisabled):
 		return refusal(codes.Unimplemented, ReasonDisabled, ErrDisabled.Error())
 	case errors.Is(err, ErrNoIdentity):

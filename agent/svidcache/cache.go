@@ -43,6 +43,9 @@ type X509Request struct {
 	EntryID string
 	// PublicKey is PKIX DER.
 	PublicKey []byte
+
+	key *key
+	id  spiffeid.ID
 }
 
 // An X509Answer is what became of an X509Request.
@@ -266,7 +269,7 @@ func (c *Cache) Apply(m *nodev1.FollowResponse) error {
 
 	c.mu.Lock()
 	c.state.Store(next)
-	c.takeChange(next, change)
+	c.takeChange(next, change, next.epoch != old.epoch)
 	c.mu.Unlock()
 
 	select {
@@ -284,8 +287,9 @@ func (c *Cache) Apply(m *nodev1.FollowResponse) error {
 	return nil
 }
 
-// takeChange brings records and watchers up to the new state. It is called with mu held.
-func (c *Cache) takeChange(s *state, change change) {
+// takeChange brings records and watchers up to the new state, which may be of another epoch than the one before. It is
+// called with mu held.
+func (c *Cache) takeChange(s *state, change change, epoch bool) {
 	now := c.config.Now()
 	affected := make(map[*watcher]struct{})
 	for _, id := range change.entries {
@@ -304,6 +308,7 @@ func (c *Cache) takeChange(s *state, change change) {
 		switch {
 		case ok && r != nil:
 			r.entry = e
+			r.foreign = r.foreign || epoch && r.svid != nil
 			r.failures, r.retryAt = 0, time.Time{} // what the CA refused before it may grant now
 			c.check(r, now)
 		case ok:

@@ -2,8 +2,12 @@ package svidcache
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/x509"
 	"errors"
+	"fmt"
 	"maps"
+	"net/url"
 	"slices"
 	"time"
 )
@@ -69,9 +73,22 @@ func requestsOf(batch []job) ([]X509Request, error) {
 			}
 			j.key = k
 		}
-		requests[i] = X509Request{EntryID: j.entry.id, PublicKey: j.key.public}
+		requests[i] = X509Request{EntryID: j.entry.id, PublicKey: j.key.public, key: j.key, id: j.entry.spiffeID}
 	}
 	return requests, nil
+}
+
+// CSR makes the PKCS#10 request for the key and the entry's ID, DER, for a CA that wants one.
+func (r X509Request) CSR() ([]byte, error) {
+	k, err := x509.ParsePKCS8PrivateKey(r.key.private)
+	if err != nil {
+		return nil, fmt.Errorf("a workload's key: %w", err)
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{URIs: []*url.URL{r.id.URL()}}, k)
+	if err != nil {
+		return nil, fmt.Errorf("making a workload's certificate request: %w", err)
+	}
+	return csr, nil
 }
 
 // issue asks for a batch and puts what came into the records.
@@ -116,6 +133,7 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 			c.stats.issued.Add(1)
 			c.use(r.svid, svids[i])
 			r.svid, r.next, r.waveAt = svids[i], nil, time.Time{}
+			r.foreign = r.foreign && r.entry != j.entry
 			if why := r.stale(own, now); why == "" || r.entry != j.entry {
 				r.failures, r.retryAt = 0, time.Time{} // if the entry moved on meanwhile, the next is asked for at once
 			} else {

@@ -43,6 +43,7 @@ type record struct {
 	watchers map[*watcher]struct{}
 	idle     *list.Element // in Cache.idle while nobody watches
 
+	foreign  bool // its SVID was built from an entry of another epoch, whose revision says nothing about the present one
 	inFlight bool
 	next     *key // made for an issuance that has not succeeded yet
 	failures int
@@ -157,6 +158,9 @@ func (s *svid) stale(e *entry, own *bundle, now time.Time) string {
 // stale says why the record's SVID must be issued now although there is one, or is empty. What a tainted authority signed
 // waits for its moment in the wave.
 func (r *record) stale(own *bundle, now time.Time) string {
+	if r.foreign {
+		return "its entry is another CA's"
+	}
 	if why := r.svid.stale(r.entry, own, now); why != "" {
 		return why
 	}

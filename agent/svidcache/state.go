@@ -176,7 +176,7 @@ func differing(a, b *table[string, *entry]) (ids []string) {
 
 // policies are the call policies that concern this agent's entries. They never change.
 type policies struct {
-	synced   bool
+	synced   bool // the CA has told them
 	epoch    string
 	revision int64 // of the message that brought them
 	defaults policyv1.DefaultsMode
@@ -187,8 +187,12 @@ type policies struct {
 	ofID sync.Map // spiffeid.ID → []*policyv1.Policy
 }
 
-// next returns p itself if m changes nothing.
+// next returns p itself if m changes nothing. A snapshot without defaults is of a CA that has no policies: nothing is known
+// then, which is not the same as that there are none.
 func (p *policies) next(m *nodev1.FollowResponse) *policies {
+	if !p.synced && m.PolicyDefaults == nil {
+		return p
+	}
 	if p.synced && p.epoch == m.GetEpoch() && len(m.GetPolicies()) == 0 && len(m.GetRemovedPolicies()) == 0 && m.PolicyDefaults == nil {
 		return p
 	}

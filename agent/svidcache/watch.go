@@ -303,6 +303,7 @@ type shown struct {
 	bundles    map[spiffeid.TrustDomain]*bundle // own and federated
 	ownTD      spiffeid.TrustDomain
 	policies   *policyv1.PolicySet
+	noPolicies bool      // the CA has none to tell
 	offline    time.Time // since when; zero: not
 	entitled   bool
 	pending    bool // an identity is left out, because its SVID is on its way
@@ -358,6 +359,7 @@ func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 		}
 	}
 	n.policies = s.policies.set(c.config.TrustDomain, policies, w.sent)
+	n.noPolicies = s.revision != 0 && !s.policies.synced
 	if w.sent != nil {
 		for _, before := range w.sent.identities {
 			if !slices.ContainsFunc(w.entries, func(e *entry) bool { return e.id == before.entry.id }) {
@@ -397,7 +399,7 @@ func (p *policies) set(td spiffeid.TrustDomain, found []*policyv1.Policy, sent *
 
 // same says whether a caller sees no difference between n and what was sent (WAPI-07).
 func (n *shown) same(sent *shown) bool {
-	if sent == nil || n.entitled != sent.entitled || n.pending != sent.pending || n.policies != sent.policies || !n.offline.Equal(sent.offline) || len(n.bundles) != len(sent.bundles) {
+	if sent == nil || n.entitled != sent.entitled || n.pending != sent.pending || n.policies != sent.policies || n.noPolicies != sent.noPolicies || !n.offline.Equal(sent.offline) || len(n.bundles) != len(sent.bundles) {
 		return false
 	}
 	for td, b := range n.bundles {
@@ -418,6 +420,7 @@ func (n *shown) update(own spiffeid.TrustDomain) workloadapi.Update {
 		JWTBundles:  make(map[spiffeid.TrustDomain]map[string]crypto.PublicKey, len(n.bundles)),
 		WITBundles:  make(map[spiffeid.TrustDomain]map[string]crypto.PublicKey, len(n.bundles)),
 		Policies:    n.policies,
+		NoPolicies:  n.noPolicies,
 		Offline:     n.offline,
 		Entitled:    n.entitled,
 		Pending:     n.pending,
