@@ -50,7 +50,7 @@ func (a *Agent) describe(ctx context.Context) *agentv1.GetStatusResponse {
 	s := a.Status()
 	out := &agentv1.GetStatusResponse{
 		State: string(s.State), Detail: s.Detail, NotReady: s.notReady(), TrustDomain: a.config.TrustDomain, Attestor: s.Attestor,
-		Ca:    &agentv1.CA{Address: a.config.ServerAddress, Connected: s.Connected, Since: stamp(s.Since), Error: s.Trouble},
+		Ca:    &agentv1.CA{Address: a.config.ServerAddress, Connected: s.Connected, Since: stamp(s.Since), Error: s.Trouble, Server: s.Server},
 		Epoch: s.Epoch, Revision: s.Revision,
 		Entries: int64(s.Entries), X509Svids: int64(s.X509SVIDs), JwtSvids: int64(s.JWTSVIDs), Streams: int64(s.Streams),
 		SocketPath: a.config.SocketPath, Serving: s.Serving,

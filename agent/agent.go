@@ -91,7 +91,7 @@ func (a *Agent) open() error {
 	}
 	a.client, err = caclient.New(caclient.Config{
 		Address: c.ServerAddress, TrustDomain: td, Identity: a.node.identity, Bundles: a.node, Follower: a.cache,
-		InSync: a.inSync, Lost: a.lost, Version: c.Version, Log: a.log, Now: c.Now,
+		InSync: a.inSync, Lost: a.lost, PollEvery: c.PollInterval, Version: c.Version, Log: a.log, Now: c.Now,
 	})
 	if err != nil {
 		return err

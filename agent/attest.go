@@ -21,12 +21,19 @@ import (
 // errNoFreshToken says that there is nothing to attest with.
 var errNoFreshToken = errors.New("there is no join token that was not used already")
 
+// errNoWayBack says that the server lets no node in by the key of its last SVID, as SPIRE's.
+var errNoWayBack = errors.New("this server lets no node back in by its key")
+
 // remedy says what a person can do when attesting does not help.
 func (n *node) remedy() string {
 	if n.attestor != nil {
 		return "see the CA's log for why it does not take the evidence of node_attestation, or evict the agent there if it was replaced"
 	}
-	return "put a fresh join token of signet token create into join_token_file, or into join_token and reload"
+	maker := "signet token create"
+	if n.client.Server() == caclient.SPIRE {
+		maker = "spire-server token generate"
+	}
+	return "put a fresh join token of " + maker + " into join_token_file, or into join_token and reload"
 }
 
 // attest attests this node: by its evidence, or with the configured join token if it is not the one by which the agent
@@ -65,7 +72,7 @@ func (n *node) attest(ctx context.Context, seen *x509svid.SVID) (bool, error) {
 		request.Bundle = old.bundle
 	default:
 		return false, errors.New("the join token carries no authority pin, so that nothing verifies the CA; " +
-			"use a token of signet token create, or set trust_bundle_path")
+			"use a token of signet token create, or set trust_bundle_path, for a SPIRE server to a file with the output of spire-server bundle show")
 	}
 	key, err := n.dir.pendingKey()
 	if err != nil {
@@ -96,7 +103,8 @@ func (n *node) attestByEvidence(ctx context.Context, b *bootstrap, old *nodeReco
 	if old != nil && !old.reattestable {
 		// Evidence that counts once only does not let this node in again, but its key does, unless it was evicted.
 		did, err := n.recover(ctx, old)
-		if code := status.Code(err); did || code != codes.PermissionDenied && code != codes.Unavailable {
+		code := status.Code(err)
+		if did || code != codes.PermissionDenied && code != codes.Unavailable && !errors.Is(err, errNoWayBack) {
 			return did, err
 		}
 	}
@@ -161,7 +169,11 @@ func (n *node) recover(ctx context.Context, old *nodeRecord) (bool, error) {
 	}
 	evidence := nodeattest.NodeKey{ID: old.svid.ID, Key: old.svid.PrivateKey, CSR: csr}
 	request := caclient.Attestation{Address: n.config.ServerAddress, TrustDomain: n.td, Evidence: evidence, CSR: csr, Bundle: old.bundle, Now: n.config.Now}
-	return n.attestWith(ctx, request, key, old.token)
+	did, err := n.attestWith(ctx, request, key, old.token)
+	if status.Code(err) == codes.FailedPrecondition { // it knows no such attestor
+		err = fmt.Errorf("%w: %w", errNoWayBack, err)
+	}
+	return did, err
 }
 
 // attestWith asks for an SVID for key and keeps it, on disk before it is used. token is the fingerprint of the join

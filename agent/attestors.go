@@ -76,7 +76,7 @@ func (n *NodeAttestation) check(c *Config, bad func(field, format string, args .
 	}
 	if c.TrustBundlePath == "" {
 		bad("trust_bundle_path", "missing; with node_attestation.%s nothing else verifies the CA on the first connection; "+
-			"name a file with the output of signet bundle show", configured[0].name)
+			"name a file with the output of signet bundle show, or of spire-server bundle show", configured[0].name)
 	}
 }
 

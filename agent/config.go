@@ -11,6 +11,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/nodeattest"
 	"github.com/signet-id/signet/agent/svidcache"
 	"github.com/signet-id/signet/internal/adminsocket"
@@ -41,8 +42,11 @@ type Config struct {
 	NodeAttestation NodeAttestation `yaml:"node_attestation"`
 	// TrustBundlePath holds the trust domain's X.509 authorities, as PEM or as a SPIFFE bundle, by which the agent
 	// verifies the CA on its first connection, and with NodeAttestation also when the bundle that it holds does not verify the
-	// CA any more. Not needed with a join token that carries an authority pin.
+	// CA any more. Not needed with a join token that carries an authority pin; those of a SPIRE server carry none.
 	TrustBundlePath string `yaml:"trust_bundle_path"`
+
+	// PollInterval is how often a SPIRE server is asked for changes; a CA of signet tells them by itself. Default 5s; 1s to 5m.
+	PollInterval time.Duration `yaml:"poll_interval"`
 
 	// RegistrationWait is how long a process without an identity is kept waiting, in case its registration entry is just
 	// being made. Default 1s; at most 30s.
@@ -130,6 +134,8 @@ const (
 	defaultPort        = "8081"
 	maxSocketBytes     = 107
 	maxWait            = 30 * time.Second
+	minPoll            = time.Second
+	maxPoll            = 5 * time.Minute
 	maxLeeway          = time.Minute
 )
 
@@ -262,7 +268,7 @@ func (c *Config) checkBootstrap(bad func(field, format string, args ...any)) {
 		bad("join_token", "%v", err)
 	case !token.Pinned() && c.TrustBundlePath == "":
 		bad("join_token", "carries no authority pin, so that nothing verifies the CA on the first connection; "+
-			"use a token of signet token create, or set trust_bundle_path")
+			"use a token of signet token create, or set trust_bundle_path, for a SPIRE server to a file with the output of spire-server bundle show")
 	}
 }
 
@@ -272,6 +278,12 @@ func (c *Config) checkLimits(bad func(field, format string, args ...any)) {
 	}
 	if c.RegistrationWait == 0 {
 		c.RegistrationWait = svidcache.DefaultRegistrationWait
+	}
+	if c.PollInterval == 0 {
+		c.PollInterval = caclient.DefaultPollEvery
+	}
+	if c.PollInterval < minPoll || c.PollInterval > maxPoll {
+		bad("poll_interval", "%s is not between %s and %s", c.PollInterval, minPoll, maxPoll)
 	}
 	if c.MaxPrefetch < 0 {
 		bad("max_prefetch", "%d is negative; to keep none ready set disable_prefetch", c.MaxPrefetch)

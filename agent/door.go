@@ -15,7 +15,7 @@ var _ svidcache.CA = (*door)(nil)
 func (d *door) IssueX509(ctx context.Context, requests []svidcache.X509Request) []svidcache.X509Answer {
 	items := make([]caclient.IssueItem, len(requests))
 	for i, r := range requests {
-		items[i] = caclient.IssueItem{EntryID: r.EntryID, PublicKey: r.PublicKey}
+		items[i] = caclient.IssueItem{EntryID: r.EntryID, PublicKey: r.PublicKey, CSR: r.CSR}
 	}
 	issued := d.client.IssueX509(ctx, items)
 	answers := make([]svidcache.X509Answer, len(issued))

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/workloadapi"
 )
@@ -81,6 +82,7 @@ var (
 		"jwt":        prometheus.NewDesc("signet_agent_jwt_svids", "JWT-SVIDs held.", nil, nil),
 		"streams":    prometheus.NewDesc("signet_agent_streams", "Open subscriptions of workloads.", nil, nil),
 		"connected":  prometheus.NewDesc("signet_agent_connected", "1 if the CA is there and the agent holds its newest state.", nil, nil),
+		"polls":      prometheus.NewDesc("signet_agent_polls", "1 if the CA is a SPIRE server, which is asked for changes.", nil, nil),
 		"revision":   prometheus.NewDesc("signet_agent_revision", "The CA's revision that the agent holds.", nil, nil),
 		"own_expiry": prometheus.NewDesc("signet_agent_svid_not_after_seconds", "End of the agent's own SVID, Unix time.", nil, nil),
 	}
@@ -109,6 +111,11 @@ func (c *cacheCollector) Collect(ch chan<- prometheus.Metric) {
 		connected = 1
 	}
 	gauge("connected", connected)
+	polls := 0.0
+	if c.agent.client.Server() == caclient.SPIRE {
+		polls = 1
+	}
+	gauge("polls", polls)
 	if !status.NotAfter.IsZero() {
 		gauge("own_expiry", float64(status.NotAfter.Unix()))
 	}

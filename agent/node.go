@@ -256,7 +256,11 @@ func (n *node) denied(ctx context.Context, err error, wait time.Duration) time.D
 	}
 	if d != nil && d.Reason == caclient.Banned {
 		n.setStatus(Banned, err.Error())
-		n.log.Error("this agent is banned: it issues nothing new and serves what it holds until it ends; an operator can end the ban with signet agent unban",
+		how := "signet agent unban"
+		if n.client.Server() == caclient.SPIRE {
+			how = "spire-server agent evict, after which the agent must attest again"
+		}
+		n.log.Error("this agent is banned: it issues nothing new and serves what it holds until it ends; an operator can end the ban with "+how,
 			"retry_in", retryMax, "err", err)
 		n.sleep(ctx, spread(retryMax))
 		return retryMax

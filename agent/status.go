@@ -40,6 +40,8 @@ type Status struct {
 	// Since is since when it is so, or is not; zero: it never was. Trouble says why it is not.
 	Since   time.Time
 	Trouble string
+	// Server is what kind of CA answered last: signet, spire, or unknown. One of SPIRE's is polled, and has no call policies.
+	Server string
 	// Epoch and Revision name the state of the CA that is held; Revision 0: none yet.
 	Epoch    string
 	Revision int64
@@ -54,7 +56,7 @@ type Status struct {
 func (a *Agent) Status() Status {
 	node, stats := a.node.status.Load(), a.cache.Stats()
 	s := Status{
-		State: node.state, Detail: node.detail, Attestor: a.node.kind(), Connected: a.client.Connected(),
+		State: node.state, Detail: node.detail, Attestor: a.node.kind(), Connected: a.client.Connected(), Server: a.client.Server().String(),
 		Entries: stats.Entries, X509SVIDs: stats.X509SVIDs, JWTSVIDs: stats.JWTSVIDs, Streams: stats.Watchers, Serving: a.serving.Load(),
 	}
 	if s.State == InSync && !s.Connected {

@@ -63,6 +63,8 @@ type Config struct {
 
 	// SyncPage is how many entries a message to a SPIRE agent holds at most, for tests of paging. 0: 500, as at SPIRE.
 	SyncPage int `yaml:"-"`
+	// SPIREOnly leaves out signet.node.v1, so that an agent takes the CA for a SPIRE server, for tests of that.
+	SPIREOnly bool `yaml:"-"`
 	// Now tells the time. Nil: time.Now.
 	Now func() time.Time `yaml:"-"`
 	// Log replaces the logger that Logging describes.

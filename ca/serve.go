@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/keepalive"
 
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/adminapi"
 	"github.com/signet-id/signet/internal/version"
@@ -71,8 +72,12 @@ func (ca *CA) makeServers() {
 	ca.tcp = grpc.NewServer(append(slices.Clone(common), grpc.InTapHandle(ca.guard.BoundCall),
 		grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect, Enter: ca.limiter.enter, StrangerLife: strangerLife}))...)
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
-	register(ca.tcp, ca.node, admin, liveHealth{ca.health, ca})
-	register(ca.local, ca.node, admin, liveHealth{ca.health, ca})
+	for _, s := range []*grpc.Server{ca.tcp, ca.local} {
+		register(s, ca.node, admin, liveHealth{ca.health, ca})
+		if !ca.c.SPIREOnly {
+			nodev1.RegisterNodeServer(s, ca.node)
+		}
+	}
 }
 
 // shutdownGrace is how long calls may take to end after the CA was told to stop.

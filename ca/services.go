@@ -172,7 +172,6 @@ func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1
 	svidv1.RegisterSVIDServer(s, &svidService{nodeAPI: n, adminAPI: a})
 	entryv1.RegisterEntryServer(s, &entryService{nodeAPI: n, adminAPI: a})
 	localauthorityv1.RegisterLocalAuthorityServer(s, &localAuthorityService{adminAPI: a})
-	nodev1.RegisterNodeServer(s, node)
 	adminv1.RegisterAdminServer(s, &adminapi.AdminServer{API: admin})
 	healthv1.RegisterHealthServer(s, h)
 	reflection.Register(s)

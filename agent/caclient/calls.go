@@ -20,6 +20,8 @@ type IssueItem struct {
 	EntryID string
 	// PublicKey is PKIX DER.
 	PublicKey []byte
+	// CSR makes the PKCS#10 request for the same key, DER. It is called for servers that want one: SPIRE's.
+	CSR func() ([]byte, error)
 }
 
 // Issued is the answer to one IssueItem.
@@ -64,13 +66,25 @@ func (c *Client) issueBatch(ctx context.Context, items []IssueItem) ([]Issued, e
 	defer release()
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
+	if !s.spire.Load() {
+		results, err := issueByKey(ctx, s, items)
+		if status.Code(err) != codes.Unimplemented {
+			return results, fromStatus(err)
+		}
+	}
+	results, err := c.issueByCSR(ctx, s, items)
+	return results, fromStatus(err)
+}
+
+// issueByKey asks a CA of signet.
+func issueByKey(ctx context.Context, s *session, items []IssueItem) ([]Issued, error) {
 	request := &nodev1.IssueX509SVIDsRequest{Items: make([]*nodev1.IssueX509SVIDsRequest_Item, len(items))}
 	for i, item := range items {
 		request.Items[i] = &nodev1.IssueX509SVIDsRequest_Item{EntryId: item.EntryID, PublicKey: item.PublicKey}
 	}
 	response, err := nodev1.NewNodeClient(s.conn).IssueX509SVIDs(ctx, request)
 	if err != nil {
-		return nil, fromStatus(err)
+		return nil, err
 	}
 	if got := len(response.GetResults()); got != len(items) {
 		return nil, fmt.Errorf("the CA answered %d items with %d results", len(items), got)

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/signet-id/signet/agent/caclient/spireserver"
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 )
 
@@ -80,6 +81,9 @@ type Config struct {
 	// is not called when another connection takes over. It must not block. May be nil.
 	Lost func()
 
+	// PollEvery is how often a server that does not push is asked for changes: a SPIRE server. Zero means DefaultPollEvery.
+	PollEvery time.Duration
+
 	// Version is the agent's, for the CA's list of agents.
 	Version string
 
@@ -95,7 +99,9 @@ type Client struct {
 	config Config
 	batch  atomic.Int64 // items in the next IssueX509SVIDs call
 	jwt    *jwtQueue
-	as     spiffeid.ID // whom it was last followed as; Run's own
+	as     spiffeid.ID        // whom it was last followed as; Run's own
+	poller spireserver.Poller // Run's own
+	server atomic.Int32       // a Server: what answered last
 
 	mu      sync.Mutex
 	session *session // nil while there is no connection; guarded by mu
@@ -123,7 +129,10 @@ func New(c Config) (*Client, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	client := &Client{config: c}
+	if c.PollEvery <= 0 {
+		c.PollEvery = DefaultPollEvery
+	}
+	client := &Client{config: c, poller: spireserver.Poller{TrustDomain: c.TrustDomain, Log: c.Log}}
 	client.jwt = newJWTQueue(client.issueJWTs)
 	client.batch.Store(MaxBatch)
 	return client, nil
@@ -149,10 +158,10 @@ func (c *Client) Run(ctx context.Context) error {
 			// What was held as another node is no base for differences to what this one is sent.
 			fresh = fresh || !c.as.IsZero() && c.as != s.svid.ID
 			c.as = s.svid.ID
-			err = c.follow(ctx, s, fresh)
+			err = c.keepUp(ctx, s, fresh)
 			contact = contact || s.inSync.Load()
 		}
-		if ctx.Err() == nil && errors.Is(err, errReplaced) {
+		if ctx.Err() == nil && (errors.Is(err, errReplaced) || errors.Is(err, errAnotherConnection) && s.inSync.Load()) {
 			old, wait, fresh = s, retryMin, false
 			continue
 		}
@@ -215,6 +224,24 @@ func (c *Client) Trouble() error {
 	return c.lastErr
 }
 
+// A Server is what kind of CA there is.
+type Server int32
+
+// The kinds of CAs.
+const (
+	// Unknown: none has answered yet.
+	Unknown Server = iota
+	// Signet pushes.
+	Signet
+	// SPIRE is one without the service signet.node.v1. It is polled, and has no call policies.
+	SPIRE
+)
+
+func (s Server) String() string { return [...]string{"unknown", "signet", "spire"}[s] }
+
+// Server says what kind of CA answered last.
+func (c *Client) Server() Server { return Server(c.server.Load()) }
+
 // Stats are counters since the Client was made.
 type Stats struct {
 	// Applied counts Follow messages that were applied.
@@ -240,6 +267,8 @@ type session struct {
 	svid   *x509svid.SVID
 	out    outbox
 	inSync atomic.Bool // the CA has answered the first Sync
+	local  string      // our end of the connection on which the server said that it has no Follow; else empty
+	spire  atomic.Bool // the server is one that is polled
 
 	ended   chan struct{} // closed by end
 	endOnce sync.Once

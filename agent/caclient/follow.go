@@ -8,21 +8,48 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 )
 
-// follow says what is held and then applies what the CA sends, until the stream or the session ends. It returns only
-// when every goroutine that it started has ended. With fresh it asks for a snapshot.
-func (c *Client) follow(ctx context.Context, s *session, fresh bool) error {
+// keepUp keeps the follower up to date over s, until the stream or the session ends: by Follow, or by polling if the server
+// has no Follow. It returns only when every goroutine that it started has ended. With fresh it asks for a snapshot.
+//
+// What a server has is asked on each new connection, since another program may answer at the address. Only its own answer
+// counts, which comes over a connection that has shown the CA's SVID: nobody else can make the agent poll.
+func (c *Client) keepUp(ctx context.Context, s *session, fresh bool) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	var group sync.WaitGroup
+	group.Go(func() {
+		select {
+		case <-s.ended:
+			cancel(s.endErr)
+		case <-ctx.Done():
+		}
+	})
+	err := c.follow(ctx, s, fresh)
+	if status.Code(err) == codes.Unimplemented && s.local != "" {
+		err = c.poll(ctx, s, fresh)
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause // why the stream was cut says more than that it was
+	}
+	s.end(err)
+	group.Wait()
+	s.out.fail(fmt.Errorf("%w: %w", ErrUnreachable, err))
+	return err
+}
 
+// follow says what is held and then applies what the CA sends, until the stream ends; its error says why.
+func (c *Client) follow(ctx context.Context, s *session, fresh bool) error {
+	ctx, cancel := context.WithCancel(ctx)
 	stream, err := c.hello(ctx, s, fresh)
 	if err != nil {
-		s.end(err)
-		s.out.fail(fmt.Errorf("%w: %w", ErrUnreachable, err))
+		cancel()
 		return err
 	}
 	var group sync.WaitGroup
@@ -31,19 +58,10 @@ func (c *Client) follow(ctx context.Context, s *session, fresh bool) error {
 			s.end(err)
 		}
 	})
-	group.Go(func() {
-		<-s.ended
-		cancel(s.endErr)
-	})
+	defer group.Wait()
+	defer cancel()
 	// The answer to this Sync is the proof that the agent holds the newest state, also when there is nothing to send.
-	err = fromStatus(c.receive(stream, s, s.out.sync()))
-	if cause := context.Cause(ctx); cause != nil {
-		err = cause // why the stream was cut says more than that it was
-	}
-	s.end(err)
-	group.Wait()
-	s.out.fail(fmt.Errorf("%w: %w", ErrUnreachable, err))
-	return err
+	return fromStatus(c.receive(stream, s, s.out.sync()))
 }
 
 func (c *Client) hello(ctx context.Context, s *session, fresh bool) (nodev1.Node_FollowClient, error) {
@@ -74,11 +92,15 @@ func (c *Client) receive(stream nodev1.Node_FollowClient, s *session, first *syn
 		if errors.Is(err, io.EOF) {
 			return errors.New("the CA ended Follow")
 		}
+		if n == 0 && status.Code(err) == codes.Unimplemented {
+			s.local = localAddr(stream.Context())
+		}
 		if err != nil {
 			return err
 		}
 		if n == 0 {
 			c.connections.Add(1)
+			c.server.Store(int32(Signet))
 		}
 		if !s.inSync.Load() {
 			silence.Reset(answerTimeout)

@@ -18,6 +18,8 @@ const (
 	// maxJWTFlight is how many calls for JWT-SVIDs are under way at once. What is asked for meanwhile shares the next
 	// one, so that a burst costs the CA few calls and a single request waits for nobody.
 	maxJWTFlight = 2
+	// singleJWTs is how many calls for one JWT-SVID each are under way at once for a batch, at a server that has no batches.
+	singleJWTs = 16
 	// maxJWTQueue bounds the requests that wait.
 	maxJWTQueue = 4096
 )
@@ -138,29 +140,29 @@ func (c *Client) issueJWTs(ctx context.Context, batch []*jwtRequest) ([]jwtAnswe
 	defer release()
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	answers := make([]jwtAnswer, len(batch))
+	if !s.spire.Load() {
+		answers, err := issueJWTBatch(ctx, s, batch)
+		if status.Code(err) != codes.Unimplemented { // a CA of the minor version before, or a SPIRE server
+			return answers, fromStatus(err)
+		}
+	}
+	return issueJWTsSingly(ctx, s, batch), nil
+}
+
+// issueJWTBatch asks a CA of signet for all at once.
+func issueJWTBatch(ctx context.Context, s *session, batch []*jwtRequest) ([]jwtAnswer, error) {
 	request := &nodev1.IssueJWTSVIDsRequest{Items: make([]*nodev1.IssueJWTSVIDsRequest_Item, len(batch))}
 	for i, r := range batch {
 		request.Items[i] = &nodev1.IssueJWTSVIDsRequest_Item{EntryId: r.entryID, Audience: r.audience}
 	}
 	response, err := nodev1.NewNodeClient(s.conn).IssueJWTSVIDs(ctx, request)
-	if status.Code(err) == codes.Unimplemented { // a CA of the minor version before, or a SPIRE server
-		for i, r := range batch {
-			one, err := svidv1.NewSVIDClient(s.conn).NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: r.entryID, Audience: r.audience})
-			if err != nil {
-				answers[i].err = fromStatus(err)
-				continue
-			}
-			answers[i] = readJWT(one.GetSvid().GetToken(), one.GetSvid().GetIssuedAt(), one.GetSvid().GetExpiresAt())
-		}
-		return answers, nil
-	}
 	if err != nil {
-		return nil, fromStatus(err)
+		return nil, err
 	}
 	if got := len(response.GetResults()); got != len(batch) {
 		return nil, fmt.Errorf("the CA answered %d items with %d results", len(batch), got)
 	}
+	answers := make([]jwtAnswer, len(batch))
 	for i, r := range response.GetResults() {
 		if r.GetCode() != int32(codes.OK) {
 			answers[i].err = fromStatus(status.Error(codes.Code(uint32(r.GetCode())), r.GetMessage()))
@@ -169,6 +171,27 @@ func (c *Client) issueJWTs(ctx context.Context, batch []*jwtRequest) ([]jwtAnswe
 		answers[i] = readJWT(r.GetToken(), r.GetIssuedAt(), r.GetExpiresAt())
 	}
 	return answers, nil
+}
+
+// issueJWTsSingly asks for each JWT-SVID by a call of its own, which is all that SPIRE's API has.
+func issueJWTsSingly(ctx context.Context, s *session, batch []*jwtRequest) []jwtAnswer {
+	answers := make([]jwtAnswer, len(batch))
+	var group sync.WaitGroup
+	slots := make(chan struct{}, singleJWTs)
+	for i, r := range batch {
+		slots <- struct{}{}
+		group.Go(func() {
+			defer func() { <-slots }()
+			one, err := svidv1.NewSVIDClient(s.conn).NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: r.entryID, Audience: r.audience})
+			if err != nil {
+				answers[i].err = fromStatus(err)
+				return
+			}
+			answers[i] = readJWT(one.GetSvid().GetToken(), one.GetSvid().GetIssuedAt(), one.GetSvid().GetExpiresAt())
+		})
+	}
+	group.Wait()
+	return answers
 }
 
 func readJWT(token string, iat, exp int64) jwtAnswer {

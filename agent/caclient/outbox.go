@@ -127,6 +127,28 @@ func (o *outbox) answered(ids []uint64) {
 	}
 }
 
+// take returns the ids of all requests that nobody has answered, for an answer that begins now; none if nobody waits.
+func (o *outbox) take() (ids []uint64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.queued != nil {
+		o.lastID++
+		o.open[o.lastID] = o.queued
+		o.queued = nil
+	}
+	for id := range o.open {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// wanted says whether somebody waits for a request that nothing is done for yet.
+func (o *outbox) wanted() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.queued != nil
+}
+
 // fail ends all waiting, now and later, with err.
 func (o *outbox) fail(err error) {
 	o.mu.Lock()

@@ -133,6 +133,7 @@ type agentStateCA struct {
 	Connected bool   `json:"connected"`
 	Since     string `json:"since,omitempty"`
 	Error     string `json:"error,omitempty"`
+	Server    string `json:"server,omitempty"`
 }
 
 type agentAttestor struct {
@@ -155,7 +156,7 @@ func agentStateOf(m *agentv1.GetStatusResponse) agentState {
 	s := agentState{State: m.GetState(), Detail: m.GetDetail(), NotReady: m.GetNotReady(), ID: m.GetId(), NotAfter: stampOf(m.GetNotAfter()), TrustDomain: m.GetTrustDomain(),
 		Attestor: m.GetAttestor(), Epoch: m.GetEpoch(), Revision: m.GetRevision(), Entries: m.GetEntries(), X509SVIDs: m.GetX509Svids(), JWTSVIDs: m.GetJwtSvids(),
 		Streams: m.GetStreams(), Socket: m.GetSocketPath(), Serving: m.GetServing(), Version: m.GetVersion(), StartedAt: stampOf(m.GetStartedAt()), Now: stampOf(m.GetNow()),
-		CA:        agentStateCA{Address: m.GetCa().GetAddress(), Connected: m.GetCa().GetConnected(), Since: stampOf(m.GetCa().GetSince()), Error: m.GetCa().GetError()},
+		CA:        agentStateCA{Address: m.GetCa().GetAddress(), Connected: m.GetCa().GetConnected(), Since: stampOf(m.GetCa().GetSince()), Error: m.GetCa().GetError(), Server: m.GetCa().GetServer()},
 		Attestors: []agentAttestor{}}
 	for _, at := range m.GetAttestors() {
 		s.Attestors = append(s.Attestors, agentAttestor{Name: at.GetName(), Unavailable: at.GetUnavailable(), Asked: at.GetAsked(), Incomplete: at.GetIncomplete(),
@@ -211,6 +212,9 @@ func (a *app) printAgentState(f format, m *agentv1.GetStatusResponse) error {
 	}
 	if s.CA.Since != "" {
 		contact += fmt.Sprintf(" since %s (%s)", s.CA.Since, approximate(max(0, now.Sub(m.GetCa().GetSince().AsTime()))))
+	}
+	if s.CA.Server == "spire" {
+		contact += "; a SPIRE server: polled, and without call policies"
 	}
 	held := "nothing yet"
 	if s.Revision > 0 {

@@ -282,7 +282,9 @@ type CA struct {
 	// Since when it is so, or is not; absent: never since the agent started.
 	Since *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
 	// Why there is no connection.
-	Error         string `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
+	// What kind of CA answered last: "signet", "spire", or "unknown". A SPIRE server is polled, and has no call policies.
+	Server        string `protobuf:"bytes,5,opt,name=server,proto3" json:"server,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -341,6 +343,13 @@ func (x *CA) GetSince() *timestamppb.Timestamp {
 func (x *CA) GetError() string {
 	if x != nil {
 		return x.Error
+	}
+	return ""
+}
+
+func (x *CA) GetServer() string {
+	if x != nil {
+		return x.Server
 	}
 	return ""
 }
@@ -537,12 +546,13 @@ const file_signet_agent_v1_agent_proto_rawDesc = "" +
 	"\aversion\x18\x13 \x01(\tR\aversion\x129\n" +
 	"\n" +
 	"started_at\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12,\n" +
-	"\x03now\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"\x84\x01\n" +
+	"\x03now\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"\x9c\x01\n" +
 	"\x02CA\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x120\n" +
 	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error\"\xfb\x01\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\x12\x16\n" +
+	"\x06server\x18\x05 \x01(\tR\x06server\"\xfb\x01\n" +
 	"\bAttestor\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vunavailable\x18\x02 \x01(\tR\vunavailable\x12\x14\n" +

@@ -1,0 +1,314 @@
+package interop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+)
+
+// briefly makes a SPIRE server issue for so short that renewals come within the test.
+const briefly = "agent_ttl = \"30s\"\n  default_x509_svid_ttl = \"30s\"\n  default_jwt_svid_ttl = \"20s\""
+
+// underSPIRE is our agent under a SPIRE server. Without a host it comes by a join token of spire-server token generate.
+func underSPIRE(t *testing.T, ctx context.Context, spire *server, h *host, alias string) (a *agent, agentID string) {
+	t.Helper()
+	dir := shortDir(t)
+	yaml := fmt.Sprintf("trust_domain: %s\nserver_address: %s\ndata_dir: %s/signet\nsocket_path: %s/agent.sock\nadmin_socket: {path: %s/admin.sock}\ntrust_bundle_path: %s\npoll_interval: 1s\n",
+		trustDomain, spire.addr, dir, dir, shortDir(t), spire.bundleFile(ctx))
+	if h != nil {
+		agentID = h.agentID
+		yaml += fmt.Sprintf("node_attestation: {x509pop: {certificate_path: %s, private_key_path: %s}}\n", h.cert, h.key)
+		if alias != "" {
+			must[string](t)(spire.spire(ctx, "entry", "create", "-node", "-spiffeID", full(alias), "-selector", "x509pop:subject:cn:"+h.name))
+		}
+	} else {
+		var token string
+		token, agentID = spire.joinToken(ctx, alias)
+		yaml += "join_token_file: " + writeFile(t, dir+"/token", token) + "\n"
+	}
+	a = newSignetAgent(t, agentConfig{server: spire, dir: dir, yaml: yaml})
+	a.start()
+	return a, agentID
+}
+
+// says waits until a daemon has said something.
+func says(t *testing.T, ctx context.Context, p *process, what string) {
+	t.Helper()
+	if err := eventually(ctx, func() error {
+		if !strings.Contains(p.out.String(), what) {
+			return fmt.Errorf("%s has not said %q", p.name, what)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestUnderSPIREByJoinToken lets our agent in at an unmodified SPIRE server by a token of its command line. It serves beside a SPIRE
+// agent; entries come, change and go, more than go into a page; everything is renewed, and no call fails while the server is killed
+// and started again.
+func TestUnderSPIREByJoinToken(t *testing.T) {
+	foreign(t, envAgent)
+	ctx := bounded(t, 5*time.Minute)
+	spire := startSPIREServer(t, ctx, briefly, "")
+	a, agentID := underSPIRE(t, ctx, spire, nil, "/node/ours")
+	token, _ := spire.joinToken(ctx, "/node/theirs")
+	b := newSPIREAgent(t, agentConfig{server: spire, token: token, bundle: spire.bundleFile(ctx), extra: `experimental { sync_interval = "1s" }`})
+	b.start()
+	spire.entry(ctx, "/ours", "/node/ours")
+	spire.entry(ctx, "/theirs", "/node/theirs")
+	a.serves(ctx, "/ours")
+	b.serves(ctx, "/theirs")
+	servesAll(t, ctx, a, "/ours")
+	says(t, ctx, a.process, "the CA is a SPIRE server")
+
+	ours, theirs := newWorkload(t, ctx, a, "/ours"), newWorkload(t, ctx, b, "/theirs")
+	tr := startTraffic(ctx, ours, theirs)
+	first, serial := serialOf(t, ours), agentSerial(t, ctx, spire, agentID)
+	tr.more(t, ctx, 20)
+	renewed := func() {
+		t.Helper()
+		if err := eventually(ctx, func() error {
+			if serialOf(t, ours) == first {
+				return errNotRenewed
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	renewed()
+	awaitOtherSerial(t, ctx, spire, agentID, serial)
+
+	// A killed server is no more than a pause. So is a proxy's or the server's own end of the connection.
+	spire.kill()
+	tr.more(t, ctx, 10)
+	spire.up(ctx)
+	first, serial = serialOf(t, ours), agentSerial(t, ctx, spire, agentID)
+	renewed()
+	awaitOtherSerial(t, ctx, spire, agentID, serial)
+	tr.more(t, ctx, 20)
+	tr.stop(t)
+
+	second := spire.entry(ctx, "/second", "/node/ours")
+	a.serves(ctx, "/ours", "/second")
+	must[string](t)(spire.spire(ctx, "entry", "update", "-entryID", entryID(t, ctx, spire, "/ours"), "-spiffeID", full("/ours"), "-parentID", full("/node/ours"), "-selector", self(), "-dns", "ours.internal"))
+	if err := eventually(ctx, func() error {
+		svid, err := ours.x509.GetX509SVID()
+		if err == nil && !slices.Contains(svid.Certificates[0].DNSNames, "ours.internal") {
+			err = fmt.Errorf("the SVID has DNS names %q", svid.Certificates[0].DNSNames)
+		}
+		return err
+	}); err != nil {
+		t.Errorf("a changed entry did not arrive: %v", err)
+	}
+	must[string](t)(spire.spire(ctx, "entry", "delete", "-entryID", second))
+	a.withholds(ctx, "/second")
+
+	const many = 700
+	create := &entryv1.BatchCreateEntryRequest{}
+	for i := range many {
+		create.Entries = append(create.Entries, &types.Entry{Id: fmt.Sprintf("many-%d", i), SpiffeId: &types.SPIFFEID{TrustDomain: trustDomain, Path: fmt.Sprintf("/many/%d", i)}, X509SvidTtl: 3600,
+			ParentId: &types.SPIFFEID{TrustDomain: trustDomain, Path: "/node/ours"}, Selectors: []*types.Selector{{Type: "unix", Value: strings.TrimPrefix(self(), "unix:")}}})
+	}
+	for i, r := range must[*entryv1.BatchCreateEntryResponse](t)(entryv1.NewEntryClient(spire.conn).BatchCreateEntry(ctx, create)).Results {
+		if r.Status.Code != 0 {
+			t.Fatalf("entry %d: %v", i, r.Status)
+		}
+	}
+	all := func(want int) {
+		t.Helper()
+		if err := eventually(ctx, func() error {
+			ids, err := a.ids(ctx)
+			if err == nil && len(ids) != want {
+				err = fmt.Errorf("%d SVIDs, want %d", len(ids), want)
+			}
+			return err
+		}); err != nil {
+			t.Errorf("more than a page of entries: %v", err)
+		}
+	}
+	all(many + 1)
+	must[string](t)(spire.spire(ctx, "entry", "delete", "-entryID", "many-650"))
+	a.withholds(ctx, "/many/650")
+	all(many)
+	if said := a.out.String(); strings.Contains(said, strings.TrimPrefix(token, "x")) {
+		t.Error("the agent said another's join token")
+	}
+	if out := must[string](t)(spire.spire(ctx, "agent", "show", "-spiffeID", agentID)); !strings.Contains(out, "join_token") {
+		t.Errorf("agent show:\n%s", out)
+	}
+}
+
+// TestUnderSPIREByX509POP attests by certificate: at half life again, and by itself after an eviction, after a ban that was lifted,
+// and when its SVID has ended while it was away.
+func TestUnderSPIREByX509POP(t *testing.T) {
+	foreign(t, envServer)
+	ctx := bounded(t, 4*time.Minute)
+	p := newPKI(t)
+	spire := startSPIREServer(t, ctx, briefly, p.spireAccepts())
+	h := p.ec("node7")
+	a, agentID := underSPIRE(t, ctx, spire, &h, "/node")
+	spire.entry(ctx, "/web", "/node")
+	a.serves(ctx, "/web")
+	servesAll(t, ctx, a, "/web")
+	first := agentSerial(t, ctx, spire, agentID)
+	awaitOtherSerial(t, ctx, spire, agentID, first)
+
+	must[string](t)(spire.spire(ctx, "agent", "evict", "-spiffeID", agentID))
+	back := func() {
+		t.Helper()
+		if err := eventually(ctx, func() error {
+			_, err := spire.spire(ctx, "agent", "show", "-spiffeID", agentID)
+			return err
+		}); err != nil {
+			t.Fatalf("the agent did not attest again: %v", err)
+		}
+	}
+	back()
+	spire.entry(ctx, "/after", "/node")
+	a.serves(ctx, "/after")
+
+	must[string](t)(spire.spire(ctx, "agent", "ban", "-spiffeID", agentID))
+	says(t, ctx, a.process, "this agent is banned")
+	if ids, err := a.ids(ctx); err != nil || !slices.Contains(ids, "/web") {
+		t.Errorf("banned, it serves %q, %v; what it holds is good until it ends", ids, err)
+	}
+	must[string](t)(spire.spire(ctx, "agent", "evict", "-spiffeID", agentID)) // SPIRE's way to lift a ban
+	back()
+	spire.entry(ctx, "/again", "/node")
+	a.serves(ctx, "/again")
+
+	// Away until its SVID is over.
+	ended := must[x509SVID](t)(newWorkload(t, ctx, a, "/web").x509.GetX509SVID()).Certificates[0].NotAfter
+	a.end(syscall.SIGTERM)
+	if err := eventually(ctx, func() error {
+		if left := time.Until(ended.Add(5 * time.Second)); left > 0 {
+			return fmt.Errorf("%s are left", left)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	a.start()
+	a.serves(ctx, "/web", "/again")
+}
+
+// TestUnderSPIRERotation rotates the SPIRE server's authorities, prepare, activate, taint and revoke, under an X509Source with
+// continuous handshakes.
+func TestUnderSPIRERotation(t *testing.T) {
+	foreign(t, envServer)
+	ctx := bounded(t, 4*time.Minute)
+	p := newPKI(t)
+	spire := startSPIREServer(t, ctx, `ca_ttl = "24h"`, p.spireAccepts())
+	h := p.ec("node7")
+	a, id1 := underSPIRE(t, ctx, spire, nil, "/node/a")
+	b, id2 := underSPIRE(t, ctx, spire, &h, "/node/b")
+	spire.entry(ctx, "/a", "/node/a")
+	spire.entry(ctx, "/b", "/node/b")
+	a.serves(ctx, "/a")
+	b.serves(ctx, "/b")
+	at, bt := newWorkload(t, ctx, a, "/a"), newWorkload(t, ctx, b, "/b")
+	tr := startTraffic(ctx, at, bt)
+	tr.more(t, ctx, 10)
+
+	before := map[string]string{}
+	for _, kind := range []string{"x509", "jwt"} {
+		before[kind] = authorityID(t, ctx, spire, kind, "active")
+		must[string](t)(spire.spire(ctx, "localauthority", kind, "prepare"))
+	}
+	trusts(t, ctx, 2, 2, at, bt)
+	after := map[string]string{}
+	for _, kind := range []string{"x509", "jwt"} {
+		after[kind] = authorityID(t, ctx, spire, kind, "prepared")
+		must[string](t)(spire.spire(ctx, "localauthority", kind, "activate", "-authorityID", after[kind]))
+	}
+	tr.more(t, ctx, 20)
+	own := map[string]string{id1: agentSerial(t, ctx, spire, id1), id2: agentSerial(t, ctx, spire, id2)}
+	for _, kind := range []string{"x509", "jwt"} {
+		must[string](t)(spire.spire(ctx, "localauthority", kind, "taint", "-authorityID", before[kind]))
+	}
+	issuedBy(t, ctx, at, spire) // nothing but the taint makes them renew: they live an hour
+	issuedBy(t, ctx, bt, spire)
+	for _, w := range []*workload{at, bt} {
+		if err := eventually(ctx, func() error {
+			if got := w.keyID(); got != after["jwt"] {
+				return fmt.Errorf("%s calls with a JWT-SVID of key %s", w.id, got)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+	for id, serial := range own {
+		awaitOtherSerial(t, ctx, spire, id, serial)
+	}
+	tr.more(t, ctx, 10)
+	for _, kind := range []string{"x509", "jwt"} {
+		must[string](t)(spire.spire(ctx, "localauthority", kind, "revoke", "-authorityID", before[kind]))
+	}
+	trusts(t, ctx, 1, 1, at, bt)
+	tr.more(t, ctx, 20)
+	tr.stop(t)
+}
+
+// TestUnderSPIREFederation gives a workload the bundle of another trust domain, changes it, and takes it away.
+func TestUnderSPIREFederation(t *testing.T) {
+	foreign(t, envServer)
+	ctx := bounded(t, 2*time.Minute)
+	spire := startSPIREServer(t, ctx, "", "")
+	a, _ := underSPIRE(t, ctx, spire, nil, "/node")
+	partner := spiffeid.RequireTrustDomainFromString("partner.example")
+	set := func(from *server) {
+		t.Helper()
+		bundle := writeFile(t, spire.dir+"/partner.pem", must[string](t)(from.signet(ctx, "bundle", "show", "--format", "pem")))
+		must[string](t)(spire.spire(ctx, "bundle", "set", "-id", partner.IDString(), "-path", bundle))
+	}
+	first, second := startCA(t, ctx, ""), startCA(t, ctx, "")
+	set(first)
+	spire.entry(ctx, "/friend", "/node", "-selector", self(), "-federatesWith", partner.IDString())
+	a.serves(ctx, "/friend")
+	src := newWorkload(t, ctx, a, "/friend").x509
+	has := func(want string) {
+		t.Helper()
+		if err := eventually(ctx, func() error {
+			b, err := src.GetX509BundleForTrustDomain(partner)
+			switch {
+			case want == "" && err == nil:
+				return errors.New("the workload still has the bundle")
+			case want == "":
+				return nil
+			case err != nil:
+				return err
+			}
+			if got := fmt.Sprintf("%x", b.X509Authorities()[0].SubjectKeyId); got != want || len(b.X509Authorities()) != 1 {
+				return fmt.Errorf("the workload has authority %s, want %s", got, want)
+			}
+			return nil
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+	has(must[string](t)(first.active(ctx)))
+	set(second)
+	has(must[string](t)(second.active(ctx)))
+	dir := t.TempDir()
+	must[string](t)(second.signet(ctx, "svid", "mint", "x509", "--id", "/there", "--write", dir))
+	svid := must[x509SVID](t)(loadSVID(dir))
+	bundle := must[*x509bundle.Bundle](t)(src.GetX509BundleForTrustDomain(partner))
+	if _, err := svid.Certificates[0].Verify(verifyOptions(bundle)); err != nil {
+		t.Errorf("an SVID of the other server's: %v", err)
+	}
+	must[string](t)(spire.spire(ctx, "entry", "update", "-entryID", entryID(t, ctx, spire, "/friend"), "-spiffeID", full("/friend"), "-parentID", full("/node"), "-selector", self()))
+	has("")
+}
