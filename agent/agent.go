@@ -20,6 +20,7 @@ import (
 
 	"github.com/signet-id/signet/agent/adminapi"
 	"github.com/signet-id/signet/agent/caclient"
+	"github.com/signet-id/signet/agent/sealed"
 	"github.com/signet-id/signet/agent/svidcache"
 	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/policy"
@@ -36,6 +37,7 @@ type Agent struct {
 	client   *caclient.Client
 	cache    *svidcache.Cache
 	attestor *workloadattest.Attestor
+	sealed   *sealed.Store // nil: nothing is kept
 	endpoint *workloadapi.Server
 	admin    *adminapi.Server // nil: there is no admin socket
 	metrics  *metrics
@@ -45,6 +47,8 @@ type Agent struct {
 	contact atomic.Pointer[contact] // nil: never was any
 
 	ready     chan struct{}
+	synced    chan struct{}
+	syncOnce  sync.Once
 	serving   atomic.Bool
 	reloading sync.Mutex
 	running   Config // what Reload has taken over; guarded by reloading
@@ -57,7 +61,9 @@ func New(c Config) (*Agent, error) {
 	if err := c.Check(); err != nil {
 		return nil, err
 	}
-	a := &Agent{config: c, running: c, level: new(slog.LevelVar), started: c.Now(), ready: make(chan struct{})}
+	a := &Agent{
+		config: c, running: c, level: new(slog.LevelVar), started: c.Now(), ready: make(chan struct{}), synced: make(chan struct{}),
+	}
 	a.log = a.logger()
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.Close())
@@ -73,6 +79,11 @@ func (a *Agent) open() error {
 	if a.node, err = openNode(c, a.log); err != nil {
 		return err
 	}
+	found := a.openCache()
+	var keeper svidcache.Keeper
+	if a.sealed != nil {
+		keeper = a.sealed
+	}
 	door := &door{}
 	prefetch := c.MaxPrefetch
 	if c.DisablePrefetch {
@@ -84,19 +95,24 @@ func (a *Agent) open() error {
 	}
 	a.cache, err = svidcache.New(svidcache.Config{
 		TrustDomain: td, CA: door, WIT: wits, MaxPrefetch: prefetch, RegistrationWait: c.RegistrationWait, ServiceMatches: policy.ServiceMatches,
-		OnBundle: a.node.takeBundle, Log: a.log, Now: c.Now,
+		Keeper: keeper, OnBundle: a.node.takeBundle, Log: a.log, Now: c.Now,
 	})
 	if err != nil {
 		return err
 	}
 	a.client, err = caclient.New(caclient.Config{
 		Address: c.ServerAddress, TrustDomain: td, Identity: a.node.identity, Bundles: a.node, Follower: a.cache,
-		InSync: a.inSync, Lost: a.lost, PollEvery: c.PollInterval, Version: c.Version, Log: a.log, Now: c.Now,
+		HeldAs: a.heldAs(found), InSync: a.inSync, Lost: a.lost, PollEvery: c.PollInterval, Version: c.Version, Log: a.log, Now: c.Now,
 	})
 	if err != nil {
 		return err
 	}
 	door.client, a.node.client = a.client, a.client
+	if found != nil {
+		if err := a.restore(found); err != nil {
+			a.log.Error("the agent begins afresh", "err", err)
+		}
+	}
 
 	methods, err := c.WorkloadAttestation.open(a.log)
 	if err != nil {
@@ -140,12 +156,19 @@ func (a *Agent) inSync() {
 	if was := a.contact.Load(); was == nil || !was.there {
 		a.contact.Store(&contact{there: true, since: a.config.Now()})
 	}
+	if a.sealed != nil {
+		a.sealed.InContact(true)
+	}
+	a.syncOnce.Do(func() { close(a.synced) })
 }
 
 // lost is told that the contact that inSync told of has ended.
 func (a *Agent) lost() {
 	a.cache.Offline()
 	a.contact.Store(&contact{since: a.config.Now()})
+	if a.sealed != nil {
+		a.sealed.InContact(false)
+	}
 }
 
 // Run serves until ctx ends or a part fails, and returns when everything has ended, within ten seconds: nil if that was
@@ -162,6 +185,9 @@ func (a *Agent) Run(ctx context.Context) error {
 		return a.serve(ctx)
 	})
 	group.Go(func() error { return a.cache.Run(inner) })
+	if a.sealed != nil {
+		group.Go(func() error { return a.sealed.Run(inner) })
+	}
 	group.Go(func() error { return a.node.run(inner) })
 	group.Go(func() error { return a.node.renew(inner) })
 	group.Go(func() error {
@@ -193,8 +219,11 @@ func (a *Agent) serve(ctx context.Context) error {
 	return group.Wait()
 }
 
-// Ready is closed once the agent has the CA's state for the first time and answers on its socket.
+// Ready is closed once the agent has the CA's state for the first time, be it from its sealed cache, and answers on its socket.
 func (a *Agent) Ready() <-chan struct{} { return a.ready }
+
+// Synced is closed once the CA has confirmed, in this run, that the agent holds its newest state.
+func (a *Agent) Synced() <-chan struct{} { return a.synced }
 
 // Addr is the socket's address as SPIFFE_ENDPOINT_SOCKET wants it.
 func (a *Agent) Addr() string { return a.endpoint.Addr() }

@@ -114,9 +114,9 @@ func (r *rig) run() (*Agent, func()) {
 func (r *rig) ready(a *Agent) {
 	r.t.Helper()
 	select {
-	case <-a.Ready():
+	case <-a.Synced():
 	case <-time.After(20 * time.Second):
-		r.t.Fatalf("the agent is not ready: %+v", a.Status())
+		r.t.Fatalf("the agent is not in sync: %+v", a.Status())
 	}
 }
 

@@ -55,6 +55,13 @@ type Config struct {
 	MaxPrefetch int `yaml:"max_prefetch"`
 	// DisablePrefetch keeps none ready.
 	DisablePrefetch bool `yaml:"disable_prefetch"`
+	// MaxOffline is how long the last call policies are enforced, and what the sealed cache holds is used, after the contact to
+	// the CA was lost. From then on enforcement points deny every call, and an agent that is started serves nothing until
+	// the CA is back. Default 24h; 1m to 720h.
+	MaxOffline time.Duration `yaml:"max_offline"`
+	// SealedCache says how X509-SVIDs, their keys and the CA's state are kept on disk, so that an agent that is started while
+	// the CA is away serves its workloads.
+	SealedCache SealedCache `yaml:"sealed_cache"`
 	// MaxStreams bounds the open calls of workloads; MaxStreamsPerUID those of one user. Default 16384 and a quarter of it.
 	MaxStreams       int `yaml:"max_streams"`
 	MaxStreamsPerUID int `yaml:"max_streams_per_uid"`
@@ -137,6 +144,10 @@ const (
 	minPoll            = time.Second
 	maxPoll            = 5 * time.Minute
 	maxLeeway          = time.Minute
+
+	defaultMaxOffline = 24 * time.Hour
+	leastMaxOffline   = time.Minute
+	mostMaxOffline    = 30 * 24 * time.Hour
 )
 
 // ReadConfig reads a configuration file. Errors name file, line and column.
@@ -189,6 +200,7 @@ func (c *Config) Check() error {
 	c.WorkloadAttestation.check(bad)
 	c.SDS.check(bad)
 	c.checkLimits(bad)
+	c.SealedCache.check(bad)
 	if c.Metrics.Listen != "" {
 		host, port, err := net.SplitHostPort(c.Metrics.Listen)
 		if err != nil || port == "" {
@@ -290,6 +302,12 @@ func (c *Config) checkLimits(bad func(field, format string, args ...any)) {
 	}
 	if c.MaxPrefetch == 0 {
 		c.MaxPrefetch = svidcache.DefaultMaxPrefetch
+	}
+	if c.MaxOffline == 0 {
+		c.MaxOffline = defaultMaxOffline
+	}
+	if c.MaxOffline < leastMaxOffline || c.MaxOffline > mostMaxOffline {
+		bad("max_offline", "%s is not between %s and %s", c.MaxOffline, leastMaxOffline, mostMaxOffline)
 	}
 	if c.MaxStreams < 0 {
 		bad("max_streams", "%d is negative", c.MaxStreams)

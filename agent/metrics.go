@@ -84,6 +84,10 @@ var (
 		"connected":  prometheus.NewDesc("signet_agent_connected", "1 if the CA is there and the agent holds its newest state.", nil, nil),
 		"polls":      prometheus.NewDesc("signet_agent_polls", "1 if the CA is a SPIRE server, which is asked for changes.", nil, nil),
 		"revision":   prometheus.NewDesc("signet_agent_revision", "The CA's revision that the agent holds.", nil, nil),
+		"offline":    prometheus.NewDesc("signet_agent_offline_seconds", "How long there has been no contact to the CA, over restarts; 0 while there is.", nil, nil),
+		"restored":   prometheus.NewDesc("signet_agent_restored", "1 while what is served comes from the sealed cache.", nil, nil),
+		"cache_bad":  prometheus.NewDesc("signet_agent_sealed_cache_failing", "1 if what is new cannot be written to the sealed cache.", nil, nil),
+		"unsaved":    prometheus.NewDesc("signet_agent_sealed_cache_unsaved_seconds", "How long something has been waiting to be written to the sealed cache.", nil, nil),
 		"own_expiry": prometheus.NewDesc("signet_agent_svid_not_after_seconds", "End of the agent's own SVID, Unix time.", nil, nil),
 	}
 	descIssued    = prometheus.NewDesc("signet_agent_x509_issued_total", "X509-SVIDs asked of the CA, by outcome.", []string{"outcome"}, nil)
@@ -116,6 +120,23 @@ func (c *cacheCollector) Collect(ch chan<- prometheus.Metric) {
 		polls = 1
 	}
 	gauge("polls", polls)
+	offline, restored := 0.0, 0.0
+	if !status.OfflineSince.IsZero() {
+		offline = max(c.agent.config.Now().Sub(status.OfflineSince).Seconds(), 0)
+	}
+	if !status.RestoredAt.IsZero() {
+		restored = 1
+	}
+	gauge("offline", offline)
+	gauge("restored", restored)
+	if c.agent.sealed != nil {
+		st, failing := c.agent.sealed.Status(), 0.0
+		if st.Err != nil {
+			failing = 1
+		}
+		gauge("cache_bad", failing)
+		gauge("unsaved", st.Unsaved.Seconds())
+	}
 	if !status.NotAfter.IsZero() {
 		gauge("own_expiry", float64(status.NotAfter.Unix()))
 	}

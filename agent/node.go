@@ -47,6 +47,7 @@ type node struct {
 
 	planned atomic.Pointer[plannedRenewal] // nil: none
 	replan  chan struct{}                  // one slot: a renewal was planned
+	own     func(spiffeid.ID)              // is told who the agent is when that is new; may be nil
 
 	mu        sync.Mutex // one change of the record at a time, with its file
 	attesting sync.Mutex // one attestation at a time
@@ -118,6 +119,14 @@ func (n *node) identity() *x509svid.SVID {
 	return nil
 }
 
+// id returns the agent's own ID, or zero.
+func (n *node) id() spiffeid.ID {
+	if svid := n.identity(); svid != nil {
+		return svid.ID
+	}
+	return spiffeid.ID{}
+}
+
 // GetX509BundleForTrustDomain returns the bundle by which the agent verifies its CA. It is x509bundle.Source's.
 func (n *node) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
 	r := n.record.Load()
@@ -140,6 +149,9 @@ func (n *node) replace(change func(old *nodeRecord) *nodeRecord) error {
 	}
 	renewed := n.identity() != r.svid
 	n.record.Store(r)
+	if n.own != nil {
+		n.own(r.svid.ID)
+	}
 	if renewed {
 		n.rouse()
 	}

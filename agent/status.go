@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -45,6 +46,14 @@ type Status struct {
 	// Epoch and Revision name the state of the CA that is held; Revision 0: none yet.
 	Epoch    string
 	Revision int64
+	// RestoredAt is when what is held was restored from the sealed cache; zero: it is what the CA said in this run.
+	// LastContact is when the CA was there last, by what the cache says, in that case.
+	RestoredAt, LastContact time.Time
+	// OfflineSince is since when there has been no contact to the CA that was there before, also in an earlier run; zero: there is.
+	OfflineSince time.Time
+	// SealedCache is the state of the cache on disk in words, such as why it is not up to date. Empty: it is, or waits to be
+	// written as it should.
+	SealedCache string
 	// Entries are the registration entries of this node; X509SVIDs and JWTSVIDs are those held; Streams are the open
 	// subscriptions of workloads.
 	Entries, X509SVIDs, JWTSVIDs, Streams int
@@ -63,11 +72,31 @@ func (a *Agent) Status() Status {
 		s.State = Connecting
 	}
 	s.Epoch, s.Revision = a.cache.Held()
+	s.OfflineSince = stats.OfflineSince
 	if c := a.contact.Load(); c != nil {
 		s.Since = c.since
+	} else {
+		s.Since = stats.OfflineSince // of an earlier run
 	}
 	if err := a.client.Trouble(); err != nil && !s.Connected {
 		s.Trouble = err.Error()
+	}
+	if r := a.cache.Restored(); r != nil {
+		s.RestoredAt, s.LastContact = r.Restored, r.Contact
+		words := fmt.Sprintf("serving from the sealed cache since %s, last contact with the CA at %s",
+			r.Restored.UTC().Format(time.RFC3339), r.Contact.UTC().Format(time.RFC3339))
+		if s.Detail != "" {
+			words += "; " + s.Detail
+		}
+		s.Detail = words
+	}
+	switch {
+	case a.sealed == nil:
+		s.SealedCache = "disabled"
+	default:
+		if err := a.sealed.Status().Err; err != nil {
+			s.SealedCache = err.Error()
+		}
 	}
 	if svid := a.node.identity(); svid != nil {
 		s.ID, s.NotAfter = svid.ID, svid.Certificates[0].NotAfter

@@ -73,6 +73,10 @@ type Config struct {
 	// Follower receives the state of the trust domain.
 	Follower Follower
 
+	// HeldAs is who the agent was when it received what Follower holds from an earlier run. Zero: that is no base for
+	// differences, and a snapshot is asked for.
+	HeldAs spiffeid.ID
+
 	// InSync is called when the CA has confirmed that the agent holds its newest state, once per connection. It must not
 	// block. May be nil.
 	InSync func()
@@ -99,7 +103,7 @@ type Client struct {
 	config Config
 	batch  atomic.Int64 // items in the next IssueX509SVIDs call
 	jwt    *jwtQueue
-	as     spiffeid.ID        // whom it was last followed as; Run's own
+	as     spiffeid.ID        // whom what is held was followed as; Run's own
 	poller spireserver.Poller // Run's own
 	server atomic.Int32       // a Server: what answered last
 
@@ -132,7 +136,7 @@ func New(c Config) (*Client, error) {
 	if c.PollEvery <= 0 {
 		c.PollEvery = DefaultPollEvery
 	}
-	client := &Client{config: c, poller: spireserver.Poller{TrustDomain: c.TrustDomain, Log: c.Log}}
+	client := &Client{config: c, as: c.HeldAs, poller: spireserver.Poller{TrustDomain: c.TrustDomain, Log: c.Log}}
 	client.jwt = newJWTQueue(client.issueJWTs)
 	client.batch.Store(MaxBatch)
 	return client, nil
@@ -156,7 +160,7 @@ func (c *Client) Run(ctx context.Context) error {
 		}
 		if err == nil {
 			// What was held as another node is no base for differences to what this one is sent.
-			fresh = fresh || !c.as.IsZero() && c.as != s.svid.ID
+			fresh = fresh || c.as != s.svid.ID
 			c.as = s.svid.ID
 			err = c.keepUp(ctx, s, fresh)
 			contact = contact || s.inSync.Load()

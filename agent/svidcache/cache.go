@@ -63,6 +63,18 @@ type JWTAnswer struct {
 	IssuedAt, ExpiresAt time.Time
 }
 
+// A Keeper is told what an agent that is started again while the CA is away can use: see Restore. Its methods must not
+// block; they are called in order.
+type Keeper interface {
+	// Applied is told each message that Apply has taken over. The message is not changed afterwards.
+	Applied(*nodev1.FollowResponse)
+
+	// Hold is told the X509-SVID that is held for an entry from now on: concatenated DER, leaf first, and the key as
+	// PKCS#8 DER; used says that somebody has asked for it. Drop is told that none is held any more.
+	Hold(entryID string, entryRevision int64, used bool, chain, key []byte)
+	Drop(entryID string)
+}
+
 const (
 	// DefaultMaxPrefetch is how many X509-SVIDs are held for entries that nobody asks for now.
 	DefaultMaxPrefetch = 1000
@@ -109,6 +121,9 @@ type Config struct {
 	// ServiceMatches says whether a policy's service pattern covers an ID: policy.ServiceMatches.
 	ServiceMatches func(pattern string, id spiffeid.ID) bool
 
+	// Keeper is told what a restart can use. May be nil.
+	Keeper Keeper
+
 	// OnBundle is told the X.509 authorities of the own trust domain when they change. It is called by Apply. May be nil.
 	OnBundle func(Authorities)
 
@@ -137,13 +152,18 @@ type Cache struct {
 	retime  chan struct{}    // one slot: the next tick may be earlier
 	jwts    jwtCache
 	stats   counters
+	wall    func() time.Time       // Config.Now; config.Now never stands before floor
+	floor   atomic.Pointer[floor]  // nil: there is none
+	source  atomic.Pointer[Source] // nil: what is held is the CA's own word
 
 	// mu makes a new state and its consequences for records and watchers one step. It is held for microseconds, never
 	// over a call to the CA.
 	mu       sync.Mutex
 	records  map[string]*record    // by entry id: those that watchers need, and the idle ones
 	wits     map[string]*witRecord // by entry id: those that streams show
-	idle     *list.List            // records without watchers, the most recently used in front
+	idle     *list.List            // records without watchers: those used last, and then the newest entries
+	spare    map[string]*svid      // restored, by entry id, for entries that have no record
+	spareTil time.Time             // on the steady clock, when spare is given up; zero: not yet
 	due      [2]map[*record]struct{}
 	nextTick time.Time // on the steady clock
 	refill   bool      // idle has room that entries without a record may take
@@ -188,6 +208,8 @@ func New(c Config) (*Cache, error) {
 	}
 	cache := &Cache{
 		config:   c,
+		wall:     c.Now,
+		spare:    make(map[string]*svid),
 		synced:   make(chan struct{}),
 		retime:   make(chan struct{}, 1),
 		witLane:  make(chan struct{}, 1),
@@ -200,6 +222,7 @@ func New(c Config) (*Cache, error) {
 		heldUID:  make(map[uint32]int),
 		inUse:    make(map[string]int),
 	}
+	cache.config.Now = cache.now
 	for i := range cache.lanes {
 		cache.lanes[i] = make(chan struct{}, 1)
 		cache.due[i] = make(map[*record]struct{})
@@ -267,9 +290,23 @@ func (c *Cache) Apply(m *nodev1.FollowResponse) error {
 		c.config.Log.Error("the CA sent something unusable, which is left out", "revision", m.GetTo(), "err", err)
 	}
 
+	if c.config.Keeper != nil {
+		c.config.Keeper.Applied(m)
+	}
+	c.takeOver(next, change)
+	// What was restored the agent may not have been told of.
+	if (change.own || c.source.Load() != nil) && c.config.OnBundle != nil {
+		own := next.bundles[c.config.TrustDomain]
+		c.config.OnBundle(Authorities{X509: own.x509, Tainted: own.tainted, Reissue: own.reissue})
+	}
+	return nil
+}
+
+// takeOver makes next the state.
+func (c *Cache) takeOver(next *state, change change) {
 	c.mu.Lock()
-	c.state.Store(next)
-	c.takeChange(next, change, next.epoch != old.epoch)
+	old := c.state.Swap(next)
+	c.takeChange(next, change, old.revision > 0 && next.epoch != old.epoch)
 	c.mu.Unlock()
 
 	select {
@@ -280,11 +317,6 @@ func (c *Cache) Apply(m *nodev1.FollowResponse) error {
 	if len(change.entries) > 0 || change.own {
 		c.jwts.sweep(next, c.config.TrustDomain, c.config.Now())
 	}
-	if change.own && c.config.OnBundle != nil {
-		own := next.bundles[c.config.TrustDomain]
-		c.config.OnBundle(Authorities{X509: own.x509, Tainted: own.tainted, Reissue: own.reissue})
-	}
-	return nil
 }
 
 // takeChange brings records and watchers up to the new state, which may be of another epoch than the one before. It is
@@ -302,22 +334,32 @@ func (c *Cache) takeChange(s *state, change change, epoch bool) {
 			c.watchersMatching(e, affected)
 		}
 	}
+	if epoch {
+		c.dropSpares()
+	}
+	var fresh []*entry
 	for _, id := range change.entries {
 		e, ok := s.entries.get(id)
 		r := c.records[id]
 		switch {
 		case ok && r != nil:
 			r.entry = e
-			r.foreign = r.foreign || epoch && r.svid != nil
+			if epoch && r.svid != nil && !r.foreign {
+				r.foreign = true
+				c.keep(r)
+			}
 			r.failures, r.retryAt = 0, time.Time{} // what the CA refused before it may grant now
 			c.check(r, now)
 		case ok:
-			c.prefetch(e, now)
+			fresh = append(fresh, e)
 		case r != nil:
 			c.drop(r)
 			c.refill = c.config.MaxPrefetch > 0
+		default:
+			c.dropSpare(id)
 		}
 	}
+	c.prefetchAll(fresh, now)
 	for w := range affected {
 		c.rematch(w, s, now)
 		w.kick()
@@ -348,7 +390,7 @@ func (c *Cache) Offline() {
 	if !c.offline.IsZero() {
 		return
 	}
-	c.offline = c.config.Now()
+	c.offline = c.wall()
 	c.tellAt = time.Now().Add(offlineQuiet)
 	c.retimeTo(c.tellAt)
 }
@@ -372,6 +414,7 @@ func (c *Cache) tellOffline() {
 func (c *Cache) InSync() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.confirm()
 	c.offline = time.Time{}
 	c.tellOffline()
 	for _, r := range c.records {
@@ -395,6 +438,8 @@ type counters struct {
 type Stats struct {
 	// Entries, X509SVIDs, JWTSVIDs and Watchers are what is held now.
 	Entries, X509SVIDs, JWTSVIDs, Watchers int
+	// OfflineSince is since when there has been no contact to the CA, zero while there is.
+	OfflineSince time.Time
 	// TimeLeft is the validity left of each X509-SVID held.
 	TimeLeft []time.Duration
 	// Issued and IssueErrors count X509-SVIDs; JWTIssued, JWTHits and JWTErrors count JWT-SVIDs: asked of the CA, taken
@@ -416,7 +461,7 @@ func (c *Cache) Stats() Stats {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s.Watchers = len(c.watchers)
+	s.Watchers, s.OfflineSince = len(c.watchers), c.offline
 	for _, r := range c.records {
 		if r.svid != nil {
 			s.X509SVIDs++

@@ -134,6 +134,7 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 			c.use(r.svid, svids[i])
 			r.svid, r.next, r.waveAt = svids[i], nil, time.Time{}
 			r.foreign = r.foreign && r.entry != j.entry
+			c.keep(r)
 			if why := r.stale(own, now); why == "" || r.entry != j.entry {
 				r.failures, r.retryAt = 0, time.Time{} // if the entry moved on meanwhile, the next is asked for at once
 			} else {
@@ -216,12 +217,10 @@ func (c *Cache) look(now time.Time, jumped bool) time.Duration {
 		c.rematch(w, s, now)
 		w.kick()
 	}
+	c.sweepSpare()
 	if c.refill {
 		c.refill = false
-		s.entries.all(func(_ string, e *entry) bool {
-			c.prefetch(e, now)
-			return c.idle.Len() < c.config.MaxPrefetch
-		})
+		c.refillIdle(s, now)
 	}
 	c.jwts.sweep(s, c.config.TrustDomain, now)
 	return time.Until(c.nextTick)

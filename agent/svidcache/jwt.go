@@ -104,6 +104,18 @@ func (c *Cache) FetchJWTSVIDs(ctx context.Context, caller workloadapi.Caller, id
 	if err != nil {
 		return nil, err
 	}
+	if c.source.Load() != nil {
+		// What was restored is no word of the CA's: nothing is asked for by it.
+		syncCtx, cancel := context.WithTimeout(ctx, syncWait)
+		err := c.config.CA.Sync(syncCtx)
+		cancel()
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", workloadapi.ErrUnavailable, err)
+		}
+		if entries, err = c.entriesOf(ctx, caller, id); err != nil {
+			return nil, err
+		}
+	}
 	turn := &turn{uid: caller.UID, end: time.Now().Add(maxMissWait)}
 	svids := make([]workloadapi.JWTSVID, len(entries))
 	calls := make([]*jwtCall, len(entries))

@@ -42,6 +42,7 @@ type record struct {
 	svid     *svid // nil until issued
 	watchers map[*watcher]struct{}
 	idle     *list.Element // in Cache.idle while nobody watches
+	used     bool          // somebody has watched it
 
 	foreign  bool // its SVID was built from an entry of another epoch, whose revision says nothing about the present one
 	inFlight bool
@@ -61,8 +62,10 @@ type svid struct {
 	key                 []byte // PKCS#8 DER
 	notBefore, notAfter time.Time
 	renewAt             time.Time
-	signer              string // key id of the authority that ends the chain; empty: not stated
-	authority           string // id of the authority that signed the leaf
+	until               time.Time // restored, and not to be used from then on; zero: until notAfter
+	used                bool      // restored, and somebody had asked for it
+	signer              string    // key id of the authority that ends the chain; empty: not stated
+	authority           string    // id of the authority that signed the leaf
 }
 
 // A key is one that was made for a workload and is not certified yet.
@@ -89,12 +92,18 @@ func newKey() (*key, error) {
 
 // readSVID checks what the CA issued for e and k. A caller gets it only if any verifier would take it for e's ID.
 func readSVID(e *entry, k *key, a X509Answer, now time.Time) (*svid, error) {
-	s := &svid{entryRevision: a.EntryRevision, key: k.private}
-	if a.EntryRevision == 0 {
-		s.entryRevision = e.revision
+	revision := a.EntryRevision
+	if revision == 0 {
+		revision = e.revision
 	}
+	return newSVID(e, k, revision, a.Chain, now)
+}
+
+// newSVID makes an svid for e of a chain in DER, leaf first, that is for k.
+func newSVID(e *entry, k *key, revision int64, chain [][]byte, now time.Time) (*svid, error) {
+	s := &svid{entryRevision: revision, key: k.private}
 	var last *x509.Certificate
-	for i, der := range a.Chain {
+	for i, der := range chain {
 		if len(s.chain)+len(der) > maxChainBytes {
 			return nil, fmt.Errorf("the chain has more than the %d bytes allowed", maxChainBytes)
 		}
@@ -138,7 +147,9 @@ func readSVID(e *entry, k *key, a X509Answer, now time.Time) (*svid, error) {
 
 // valid says whether the SVID may be handed out. That it is not valid yet is left to the verifier to say: its clock may
 // be the better one.
-func (s *svid) valid(now time.Time) bool { return now.Before(s.notAfter) }
+func (s *svid) valid(now time.Time) bool {
+	return now.Before(s.notAfter) && (s.until.IsZero() || now.Before(s.until))
+}
 
 // stale says why an SVID must be issued now although there is one, or is empty.
 func (s *svid) stale(e *entry, own *bundle, now time.Time) string {
@@ -193,6 +204,9 @@ func (c *Cache) check(r *record, now time.Time) {
 	if r.inFlight {
 		return // looked at again when it is done
 	}
+	if c.source.Load() != nil {
+		return // nothing is asked for until the CA has said what there is now
+	}
 	own := c.state.Load().bundles[c.config.TrustDomain]
 	if r.svid != nil && r.stale(own, now) == "" {
 		r.failures, r.retryAt = 0, time.Time{}
@@ -232,28 +246,23 @@ func (c *Cache) drop(r *record) {
 	}
 	delete(c.records, r.entry.id)
 	c.use(r.svid, nil)
+	if r.svid != nil {
+		c.keepNot(r.entry.id)
+	}
 	for lane := range c.due {
 		delete(c.due[lane], r)
 	}
-}
-
-// prefetch keeps an SVID of e ready if there is room. It is called with mu held.
-func (c *Cache) prefetch(e *entry, now time.Time) {
-	if e.noPrefetch || e.expired(now) || c.records[e.id] != nil || c.idle.Len() >= c.config.MaxPrefetch {
-		return
-	}
-	r := &record{entry: e, watchers: make(map[*watcher]struct{})}
-	r.idle = c.idle.PushBack(r)
-	c.records[e.id] = r
-	c.check(r, now)
 }
 
 // watch makes w one of those who need the SVID of e. It is called with mu held.
 func (c *Cache) watch(e *entry, w *watcher, now time.Time) {
 	r := c.records[e.id]
 	if r == nil {
-		r = &record{entry: e, watchers: make(map[*watcher]struct{})}
-		c.records[e.id] = r
+		r = c.newRecord(e)
+	}
+	if !r.used {
+		r.used = true
+		c.keep(r)
 	}
 	if r.idle != nil {
 		c.idle.Remove(r.idle)

@@ -334,7 +334,7 @@ func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 		if r == nil {
 			continue
 		}
-		if r.settling(wall) {
+		if r.settling(wall) && c.source.Load() == nil {
 			complete = false
 		}
 		if !r.serves(wall) {

@@ -204,7 +204,7 @@ func (i *Instance) startAgent(ctx context.Context) error {
 	t := time.NewTimer(readyTimeout)
 	defer t.Stop()
 	select {
-	case <-a.Ready():
+	case <-a.Synced():
 	case <-r.done:
 		return fmt.Errorf("agent: %w", r.err)
 	case <-ctx.Done():

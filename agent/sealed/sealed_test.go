@@ -1,0 +1,605 @@
+package sealed
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.uber.org/goleak"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var (
+	td    = spiffeid.RequireTrustDomainFromString("example.org")
+	agent = spiffeid.RequireFromString("spiffe://example.org/spire/agent/join_token/n1")
+)
+
+// A rig is a data directory with what an agent says of itself.
+type rig struct {
+	t      testing.TB
+	config Config
+	log    bytes.Buffer
+}
+
+func newRig(t testing.TB, key Key) *rig {
+	t.Helper()
+	r := &rig{t: t}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r.config = Config{Dir: dir, TrustDomain: td, Agent: agent, Key: key, MaxOffline: time.Hour, Log: slog.New(slog.NewTextHandler(&r.log, nil))}
+	return r
+}
+
+func (r *rig) open() (*Store, *Contents) {
+	s, c := Open(r.t.Context(), r.config)
+	r.t.Cleanup(s.closeLog)
+	return s, c
+}
+
+func (r *rig) write(s *Store) {
+	r.t.Helper()
+	if err := s.attempt(r.t.Context()); err != nil {
+		r.t.Fatalf("writing: %v", err)
+	}
+}
+
+// path is a file of the cache.
+func (r *rig) path(name string) string { return filepath.Join(r.config.Dir, cacheDir, name) }
+
+// logFile is the one log there is.
+func (r *rig) logFile() string {
+	r.t.Helper()
+	found, err := filepath.Glob(r.path(logPrefix + "*"))
+	if err != nil || len(found) != 1 {
+		r.t.Fatalf("logs: %v, %v; want one", found, err)
+	}
+	return found[0]
+}
+
+// refused are the caches that were set aside.
+func (r *rig) refused() []string {
+	found, err := filepath.Glob(filepath.Join(r.config.Dir, cacheDir+".refused.*"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return found
+}
+
+func snapshot(to int64, ids ...string) *nodev1.FollowResponse {
+	deny := policyv1.DefaultsMode_DEFAULTS_MODE_DENY
+	m := &nodev1.FollowResponse{Format: 1, Epoch: "e1", To: to, Snapshot: true, Complete: true, PolicyDefaults: &deny,
+		Bundles:  []*nodev1.Bundle{{TrustDomain: "example.org", Revision: to}, {TrustDomain: "partner.example"}},
+		Policies: []*policyv1.Policy{{Name: "web", Services: []string{"spiffe://example.org/web"}}}}
+	for _, id := range ids {
+		m.Entries = append(m.Entries, &nodev1.Entry{Id: id, Revision: to, SpiffeId: "spiffe://example.org/" + id, Selectors: []string{"unix:uid:1"}})
+	}
+	return m
+}
+
+// sorted brings a snapshot into an order in which it can be compared.
+func sorted(m *nodev1.FollowResponse) *nodev1.FollowResponse {
+	m = proto.Clone(m).(*nodev1.FollowResponse)
+	slices.SortFunc(m.Entries, func(a, b *nodev1.Entry) int { return strings.Compare(a.Id, b.Id) })
+	slices.SortFunc(m.Bundles, func(a, b *nodev1.Bundle) int { return strings.Compare(a.TrustDomain, b.TrustDomain) })
+	slices.SortFunc(m.Policies, func(a, b *policyv1.Policy) int { return strings.Compare(a.Name, b.Name) })
+	return m
+}
+
+// fill brings a store to a state with everything in it.
+func (r *rig) fill(s *Store) *nodev1.FollowResponse {
+	r.t.Helper()
+	m := snapshot(5, "a", "b")
+	s.Applied(m)
+	s.InContact(true)
+	s.Hold("a", 5, true, []byte("chain of a"), []byte("secret of a"))
+	s.Hold("b", 5, false, []byte("chain of b"), []byte("secret of b"))
+	r.write(s)
+	return m
+}
+
+func (r *rig) mustRestore() (*Store, *Contents) {
+	r.t.Helper()
+	s, c := r.open()
+	if c == nil {
+		r.t.Fatalf("nothing was found; the log says:\n%s", r.log.String())
+	}
+	return s, c
+}
+
+func TestKeepsStateAndSVIDs(t *testing.T) {
+	r := newRig(t, File{})
+	before := time.Now()
+	s, c := r.open()
+	if c != nil {
+		t.Fatal("something was found where nothing was")
+	}
+	m := r.fill(s)
+
+	_, c = r.mustRestore()
+	if !proto.Equal(sorted(c.State), sorted(m)) {
+		t.Errorf("the state is %v, want %v", sorted(c.State), sorted(m))
+	}
+	slices.SortFunc(c.SVIDs, func(a, b SVID) int { return strings.Compare(a.EntryID, b.EntryID) })
+	want := []SVID{{"a", 5, true, []byte("chain of a"), []byte("secret of a")}, {"b", 5, false, []byte("chain of b"), []byte("secret of b")}}
+	if fmt.Sprint(c.SVIDs) != fmt.Sprint(want) {
+		t.Errorf("the SVIDs are %v, want %v", c.SVIDs, want)
+	}
+	if c.Contact.Before(before) || c.Contact.After(time.Now()) || c.Seen.Before(c.Contact) || !c.Continues {
+		t.Errorf("contact %s, seen %s, continues %t", c.Contact, c.Seen, c.Continues)
+	}
+}
+
+// Differences and renewals are appended; what was removed stays removed.
+func TestKeepsDifferences(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	r.fill(s)
+	log := r.logFile()
+	s.Applied(&nodev1.FollowResponse{Format: 1, Epoch: "e1", From: 5, To: 9, RemovedEntryIds: []string{"a"}, RemovedPolicies: []string{"web"},
+		RemovedBundles: []string{"partner.example"}, Entries: []*nodev1.Entry{{Id: "c", Revision: 9}}})
+	s.Drop("a")
+	s.Hold("b", 6, true, []byte("next chain"), []byte("next key"))
+	r.write(s)
+	if r.logFile() != log {
+		t.Error("a new log was begun for a few changes")
+	}
+	_, c := r.mustRestore()
+	got := sorted(c.State)
+	if got.To != 9 || len(got.Entries) != 2 || got.Entries[0].Id != "b" || got.Entries[1].Id != "c" || len(got.Policies) != 0 || len(got.Bundles) != 1 ||
+		got.PolicyDefaults == nil || *got.PolicyDefaults != policyv1.DefaultsMode_DEFAULTS_MODE_DENY {
+		t.Errorf("the state is %v", got)
+	}
+	if len(c.SVIDs) != 1 || c.SVIDs[0].EntryID != "b" || string(c.SVIDs[0].Chain) != "next chain" || !c.SVIDs[0].Used {
+		t.Errorf("the SVIDs are %v", c.SVIDs)
+	}
+}
+
+// A snapshot replaces what it does not name, also what the run before had left.
+func TestSnapshotReplaces(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	r.fill(s)
+	s, _ = r.mustRestore()
+	s.Applied(&nodev1.FollowResponse{Format: 1, Epoch: "e1", From: 5, To: 6, Entries: []*nodev1.Entry{{Id: "short", Revision: 6}}})
+	s.Applied(snapshot(20, "b"))
+	r.write(s)
+	_, c := r.mustRestore()
+	if got := c.State; got.To != 20 || len(got.Entries) != 1 || got.Entries[0].Id != "b" {
+		t.Errorf("the state is %v", got)
+	}
+}
+
+// Fields of entries that this program does not know are kept, for one that does.
+func TestKeepsUnknownFields(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	m := snapshot(5, "a")
+	unknown := protowire.AppendString(protowire.AppendTag(nil, 9999, protowire.BytesType), "later")
+	m.Entries[0].ProtoReflect().SetUnknown(unknown)
+	s.Applied(m)
+	s.InContact(true)
+	r.write(s)
+	_, c := r.mustRestore()
+	if !bytes.Equal(c.State.Entries[0].ProtoReflect().GetUnknown(), unknown) {
+		t.Error("an unknown field was lost")
+	}
+}
+
+// What Follow carries must be kept as a whole: a field that is added there has to be added to fold and unfold, too.
+func TestFoldKnowsAllOfFollow(t *testing.T) {
+	known := []string{"format", "epoch", "from", "to", "snapshot", "complete", "sync_ids", "entries", "removed_entry_ids", "policies", "removed_policies",
+		"policy_defaults", "bundles", "removed_bundles"}
+	fields := (&nodev1.FollowResponse{}).ProtoReflect().Descriptor().Fields()
+	for i := range fields.Len() {
+		if name := string(fields.Get(i).Name()); !slices.Contains(known, name) {
+			t.Errorf("FollowResponse has a field %q, which the sealed cache does not keep: extend fold and unfold, and this list", name)
+		}
+	}
+}
+
+// files returns name and contents of the cache's files.
+func (r *rig) files() map[string][]byte {
+	r.t.Helper()
+	out := make(map[string][]byte)
+	for _, path := range []string{r.path(headFile), r.logFile()} {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		out[path] = data
+	}
+	return out
+}
+
+// put writes the cache's files anew and removes what was set aside.
+func (r *rig) put(files map[string][]byte) {
+	r.t.Helper()
+	for _, dir := range r.refused() {
+		if err := os.RemoveAll(dir); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	if err := os.MkdirAll(r.path(""), 0o700); err != nil {
+		r.t.Fatal(err)
+	}
+	for path, data := range files {
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	r.log.Reset()
+}
+
+func (r *rig) wantRefused(what string) {
+	r.t.Helper()
+	if _, c := r.open(); c != nil {
+		r.t.Errorf("%s: it was used", what)
+	} else if len(r.refused()) != 1 {
+		r.t.Errorf("%s: %d caches are set aside, want 1; the log says:\n%s", what, len(r.refused()), r.log.String())
+	}
+	if strings.Contains(r.log.String(), "secret of") {
+		r.t.Errorf("%s: a key is in the log", what)
+	}
+}
+
+// TestTampering flips a bit of every byte, and cuts off at every byte, of both files.
+func TestTampering(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	r.fill(s)
+	s.Hold("b", 6, true, []byte("more"), []byte("secret of b")) // a second frame
+	r.write(s)
+	good := r.files()
+	for path, data := range good {
+		for i := range data {
+			flipped := bytes.Clone(data)
+			flipped[i] ^= 1 << (i % 8)
+			for what, bad := range map[string][]byte{"flipped": flipped, "cut off": data[:i]} {
+				files := maps.Clone(good)
+				files[path] = bad
+				r.put(files)
+				r.wantRefused(fmt.Sprintf("%s: byte %d %s", filepath.Base(path), i, what))
+			}
+		}
+	}
+	r.put(good)
+	r.mustRestore()
+	files := map[string][]byte{r.path(headFile): append(bytes.Clone(good[r.path(headFile)]), 0)}
+	r.put(good)
+	r.put(files)
+	r.wantRefused("a byte behind the head")
+	r.put(good)
+	if err := os.Remove(r.logFile()); err != nil {
+		t.Fatal(err)
+	}
+	r.wantRefused("no log")
+	r.put(good)
+	if err := os.Chmod(r.path(headFile), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	r.wantRefused("a head that everybody may read")
+}
+
+// What a crash left behind the end is of no account, and it is not appended to.
+func TestUnfinishedWrite(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	r.fill(s)
+	log := r.logFile()
+	f, err := os.OpenFile(log, os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write([]byte{0, 0, 1, 0, 7, 7}); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if err := os.WriteFile(r.path(logPrefix+"99"), []byte("a log without a head"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, c := r.mustRestore()
+	if len(c.SVIDs) != 2 {
+		t.Errorf("%d SVIDs", len(c.SVIDs))
+	}
+	s.Hold("a", 7, true, []byte("x"), []byte("y"))
+	r.write(s)
+	if next := r.logFile(); next == log {
+		t.Error("the log of a run before was appended to")
+	}
+	if _, c = r.mustRestore(); len(c.SVIDs) != 2 {
+		t.Errorf("%d SVIDs", len(c.SVIDs))
+	}
+}
+
+// No two frames or heads have the same key and nonce: salts never come back, whatever is written.
+func TestSaltsAreFresh(t *testing.T) {
+	r := newRig(t, File{})
+	seen := make(map[string]string)
+	note := func(what string, salt []byte) {
+		if before, ok := seen[string(salt)]; ok {
+			t.Errorf("%s has the salt of %s", what, before)
+		}
+		seen[string(salt)] = what
+	}
+	for run := range 4 {
+		s, _ := r.open()
+		s.Applied(snapshot(int64(run+1), "a"))
+		s.InContact(true)
+		r.write(s)
+		log, err := os.ReadFile(r.logFile())
+		if err != nil {
+			t.Fatal(err)
+		}
+		note(fmt.Sprintf("log %d", run), log[len(logMagic)+2:logHeaderBytes])
+		for i := range 3 {
+			s.Hold("a", int64(i), true, []byte("c"), []byte{byte(i)})
+			r.write(s)
+			head, err := os.ReadFile(r.path(headFile))
+			if err != nil {
+				t.Fatal(err)
+			}
+			note(fmt.Sprintf("head %d of run %d", i, run), head[len(head)-16-headPlainBytes-saltBytes:len(head)-16-headPlainBytes])
+		}
+		s.closeLog()
+	}
+}
+
+func TestRefuses(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(r *rig, s *Store)
+		want   string // in the log
+	}{
+		{"another agent", func(r *rig, _ *Store) {
+			r.config.Agent = spiffeid.RequireFromString("spiffe://example.org/spire/agent/join_token/n2")
+		}, "it is of the agent"},
+		{"another trust domain", func(r *rig, _ *Store) {
+			r.config.TrustDomain = spiffeid.RequireTrustDomainFromString("example.com")
+			r.config.Agent = spiffeid.RequireFromString("spiffe://example.com/spire/agent/join_token/n1")
+		}, "it is of trust domain"},
+		{"another key", func(r *rig, _ *Store) {
+			if err := os.WriteFile(filepath.Join(r.config.Dir, keyFile), bytes.Repeat([]byte{7}, secretBytes), 0o600); err != nil {
+				r.t.Fatal(err)
+			}
+		}, "another key"},
+		{"another kind of key", func(r *rig, _ *Store) { r.config.Key = otherKind{File{}} }, "sealed with a key of kind"},
+		{"a newer head", func(r *rig, _ *Store) { r.setVersion(r.path(headFile), len(headMagic)) }, "it has a newer format: 2"},
+		{"a newer log", func(r *rig, _ *Store) { r.setVersion(r.logFile(), len(logMagic)) }, "it has a newer format: 2"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRig(t, File{})
+			s, _ := r.open()
+			r.fill(s)
+			tt.change(r, s)
+			before := r.files()
+			r.wantRefused(tt.name)
+			if !strings.Contains(r.log.String(), tt.want) {
+				t.Errorf("the log says %q, want %q", r.log.String(), tt.want)
+			}
+			for path, data := range before { // for an operator, or the program that can read it
+				kept, err := os.ReadFile(filepath.Join(r.refused()[0], filepath.Base(path)))
+				if err != nil || !bytes.Equal(kept, data) {
+					t.Errorf("%s was changed: %v", path, err)
+				}
+			}
+		})
+	}
+}
+
+type otherKind struct{ File }
+
+func (otherKind) kind() string { return "other" }
+
+func (r *rig) setVersion(path string, at int) {
+	r.t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	binary.BigEndian.PutUint16(data[at:], Version+1)
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// Without its key a cache is nothing; one is made anew.
+func TestKeyIsGone(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	r.fill(s)
+	if err := os.Remove(filepath.Join(r.config.Dir, keyFile)); err != nil {
+		t.Fatal(err)
+	}
+	s, c := r.open()
+	if c != nil || len(r.refused()) != 0 {
+		t.Errorf("found %v, %d set aside; want neither", c, len(r.refused()))
+	}
+	r.fill(s)
+	r.mustRestore()
+}
+
+func TestKeyThatOthersMayRead(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	r.fill(s)
+	if err := os.Chmod(filepath.Join(r.config.Dir, keyFile), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	s, c := r.open()
+	if c != nil || s.Status().Err == nil || !strings.Contains(s.Status().Err.Error(), "chmod") {
+		t.Errorf("found %v, status %v; want the fix", c, s.Status().Err)
+	}
+	if err := os.Chmod(filepath.Join(r.config.Dir, keyFile), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.mustRestore()
+}
+
+func TestSetAsideIsBounded(t *testing.T) {
+	r := newRig(t, File{})
+	for range 2 * maxAside {
+		s, _ := r.open()
+		r.fill(s)
+		s.closeLog()
+		r.setVersion(r.path(headFile), len(headMagic))
+	}
+	if _, c := r.open(); c != nil {
+		t.Fatal("it was used")
+	}
+	if n := len(r.refused()); n != maxAside {
+		t.Errorf("%d caches are set aside, want %d", n, maxAside)
+	}
+}
+
+func TestTooOld(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	r.fill(s)
+	for _, tt := range []struct {
+		name  string
+		after time.Duration
+		found bool
+	}{{"just within max_offline", 59 * time.Minute, true}, {"past max_offline", 61 * time.Minute, false}} {
+		now := time.Now().Add(tt.after)
+		r.config.Now = func() time.Time { return now }
+		if _, c := r.open(); (c != nil) != tt.found {
+			t.Errorf("%s: found %t, want %t", tt.name, c != nil, tt.found)
+		}
+		if len(r.refused()) != 0 {
+			t.Errorf("%s: a sound cache was set aside", tt.name)
+		}
+	}
+}
+
+// A clock that is set back between two runs does not make the cache younger.
+func TestClockSetBack(t *testing.T) {
+	r := newRig(t, File{})
+	now := time.Now()
+	r.config.Now = func() time.Time { return now }
+	s, _ := r.open()
+	r.fill(s)
+	contact := now
+	s.InContact(false)
+	now = now.Add(50 * time.Minute)
+	r.write(s) // as the heartbeat does
+	now = now.Add(-24 * time.Hour)
+	s, c := r.mustRestore()
+	if !c.Contact.Equal(contact) || !c.Seen.Equal(contact.Add(50*time.Minute)) {
+		t.Errorf("contact %s, seen %s", c.Contact.Sub(contact), c.Seen.Sub(contact))
+	}
+	r.write(s)
+	if _, c = r.mustRestore(); !c.Seen.Equal(contact.Add(50 * time.Minute)) {
+		t.Errorf("after a run with the clock set back: seen %s", c.Seen.Sub(contact))
+	}
+	now = contact.Add(59 * time.Minute)
+	s, _ = r.mustRestore()
+	now = contact.Add(61 * time.Minute)
+	r.write(s)
+	now = contact.Add(-time.Hour)
+	if _, c = r.open(); c != nil {
+		t.Error("a cache that had passed max_offline was used after the clock was set back")
+	}
+}
+
+// The log does not grow without bound, however often things change.
+func TestLogIsBegunAnew(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	r.fill(s)
+	first, largest := r.logFile(), int64(0)
+	value := make([]byte, 1<<20)
+	for i := range 40 {
+		binary.BigEndian.PutUint32(value, uint32(i))
+		s.Hold("a", int64(i), true, bytes.Clone(value), []byte("secret of a"))
+		r.write(s)
+		info, err := os.Stat(r.logFile())
+		if err != nil {
+			t.Fatal(err)
+		}
+		largest = max(largest, info.Size())
+	}
+	if r.logFile() == first {
+		t.Error("no new log was begun")
+	}
+	if largest > 8<<20 {
+		t.Errorf("the log had %d bytes for one of 1 MiB", largest)
+	}
+	if _, c := r.mustRestore(); len(c.SVIDs) != 2 {
+		t.Errorf("%d SVIDs", len(c.SVIDs))
+	}
+}
+
+// The agent's ID becomes known, or another one, while it runs.
+func TestOwn(t *testing.T) {
+	r := newRig(t, File{})
+	r.config.Agent = spiffeid.ID{}
+	s, _ := r.open()
+	s.Applied(snapshot(1, "a"))
+	s.InContact(true)
+	r.write(s)
+	if _, err := os.Stat(r.path(headFile)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a cache of nobody was written: %v", err)
+	}
+	s.Own(agent)
+	r.write(s)
+	r.config.Agent = agent
+	r.mustRestore()
+	other := spiffeid.RequireFromString("spiffe://example.org/spire/agent/x")
+	s.Own(other)
+	r.write(s)
+	r.config.Agent = other
+	r.mustRestore()
+}
+
+// Run writes soon what is new, and all of it when it ends.
+func TestRun(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	s.Applied(snapshot(5, "a"))
+	s.InContact(true)
+	deadline := time.After(20 * time.Second)
+	for {
+		if _, err := os.Stat(r.path(headFile)); err == nil {
+			break
+		}
+		select {
+		case <-deadline:
+			t.Fatal("nothing was written")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	s.Hold("a", 1, true, []byte("c"), []byte("k")) // a first SVID, and the end right behind
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if st := s.Status(); st.Err != nil || st.Unsaved != 0 || st.Written.IsZero() {
+		t.Errorf("status %+v", st)
+	}
+	if _, c := r.mustRestore(); len(c.SVIDs) != 1 {
+		t.Errorf("%d SVIDs, want the one of the last moment", len(c.SVIDs))
+	}
+}
