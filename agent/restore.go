@@ -12,8 +12,7 @@ import (
 
 // SealedCache configures what the agent keeps on disk for a start without its CA.
 type SealedCache struct {
-	// Key is where the key of the cache is kept: file (default), in data_dir, for root alone; keyring, the kernel's, which survives
-	// a restart of the agent and not a reboot.
+	// Key is where the key of the cache is kept: file (default), in data_dir, which only the agent's user can read.
 	Key string `yaml:"key"`
 	// Disable keeps nothing: an agent that is started while the CA is away serves nothing until it is back.
 	Disable bool `yaml:"disable"`
@@ -25,7 +24,7 @@ func (c *SealedCache) check(bad func(field, format string, args ...any)) {
 		c.Key = "file"
 	}
 	if c.key() == nil {
-		bad("sealed_cache.key", "%q is not file or keyring", c.Key)
+		bad("sealed_cache.key", "%q is not file", c.Key)
 	}
 }
 

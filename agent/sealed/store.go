@@ -88,6 +88,7 @@ type Store struct {
 	weighty  bool    // going back to before pending would be a rollback of the CA's state
 	urgent   bool
 	since    time.Time // of the first in pending; zero: none
+	writing  time.Time // of the first in what is being written
 	svids    map[string]struct{}
 	defaults *policyv1.DefaultsMode
 	owner    spiffeid.ID
@@ -246,8 +247,10 @@ func (s *Store) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := Status{Err: s.trouble, Written: s.written}
-	if !s.since.IsZero() {
-		st.Unsaved = time.Since(s.since)
+	for _, t := range []time.Time{s.since, s.writing} {
+		if !t.IsZero() {
+			st.Unsaved = max(st.Unsaved, time.Since(t))
+		}
 	}
 	return st
 }

@@ -118,6 +118,7 @@ func (s *Store) attempt(ctx context.Context) error {
 	s.mu.Lock()
 	changes := take{records: s.pending, reset: s.reset, weighty: s.weighty, owner: s.owner}
 	since, urgent := s.since, s.urgent
+	s.writing = since
 	s.pending, s.reset, s.weighty, s.urgent, s.since = make(records), false, false, false, time.Time{}
 	changes.contact, changes.seen = s.times()
 	s.mu.Unlock()
@@ -133,6 +134,7 @@ func (s *Store) attempt(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.writing = time.Time{}
 	if err != nil {
 		s.weighty, s.urgent = s.weighty || changes.weighty, s.urgent || urgent
 		if s.since.IsZero() || !since.IsZero() && since.Before(s.since) {
