@@ -149,6 +149,7 @@ func (c *Cache) takeWIT() (batch []witJob, wait time.Duration) {
 		switch {
 		case !r.due(own, now):
 			wait = min(wait, max(r.svid.renewAt.Sub(now), lookMin))
+		case c.source.Load() != nil: // nothing is asked for until the CA has said what there is now
 		case r.retryAt.After(steady):
 			wait = min(wait, r.retryAt.Sub(steady))
 		case len(batch) < maxBatch:
