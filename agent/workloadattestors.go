@@ -3,8 +3,12 @@ package agent
 import (
 	"fmt"
 	"log/slog"
+	"path/filepath"
+	"strings"
+	"time"
 
 	"github.com/signet-id/signet/agent/workloadattest"
+	"github.com/signet-id/signet/agent/workloadattest/docker"
 	"github.com/signet-id/signet/agent/workloadattest/unix"
 )
 
@@ -12,6 +16,8 @@ import (
 type WorkloadAttestation struct {
 	// Unix looks at users, groups and the executable.
 	Unix UnixAttestation `yaml:"unix"`
+	// Docker asks Docker or Podman about the containers that processes run in. With its defaults it is written {}.
+	Docker *DockerAttestation `yaml:"docker"`
 
 	// MaxHashBytes is the older name of unix.max_hash_bytes.
 	MaxHashBytes int64 `yaml:"max_hash_bytes"`
@@ -33,7 +39,11 @@ type namedMethod struct {
 
 // used are the methods that this agent attests by.
 func (w *WorkloadAttestation) used() []namedMethod {
-	return []namedMethod{{unix.Name, &w.Unix}}
+	all := []namedMethod{{unix.Name, &w.Unix}}
+	if w.Docker != nil {
+		all = append(all, namedMethod{docker.Name, w.Docker})
+	}
+	return all
 }
 
 // check checks each method.
@@ -80,4 +90,51 @@ func (u *UnixAttestation) check(func(field, format string, args ...any)) {}
 
 func (u *UnixAttestation) open(*slog.Logger) (workloadattest.Method, error) {
 	return unix.New(unix.Config{MaxHashBytes: u.MaxHashBytes, AllowForeignPaths: u.AllowForeignPaths, AllowFUSE: u.AllowFUSE})
+}
+
+// DockerAttestation configures the workload attestor docker, which is for Podman, too.
+type DockerAttestation struct {
+	// Sockets are the Unix sockets of root's engines. Default /run/docker.sock and /run/podman/podman.sock, of which each may be
+	// absent.
+	Sockets []string `yaml:"sockets"`
+	// Rootless asks users' own engines about their own containers, at podman/podman.sock and docker.sock in /run/user/UID. What they
+	// say is in selectors docker:rootless:UID:…, and is worth as much as that user's word.
+	Rootless bool `yaml:"rootless"`
+	// Env names the environment variables of containers that become selectors. They may hold secrets; default none.
+	Env []string `yaml:"env"`
+	// CgroupParents are further cgroups in which an engine makes its containers (dockerd --cgroup-parent), such as /batch. Nobody
+	// but root may have the right to make cgroups there.
+	CgroupParents []string `yaml:"cgroup_parents"`
+	// Timeout is how long an engine may take to answer. Default 2s; at most 4s.
+	Timeout time.Duration `yaml:"timeout"`
+}
+
+// maxEngineTimeout is less than what a method may take in all.
+const maxEngineTimeout = 4 * time.Second
+
+func (d *DockerAttestation) check(bad func(field, format string, args ...any)) {
+	for _, s := range d.Sockets {
+		if !filepath.IsAbs(s) {
+			bad("sockets", "%q must be an absolute path, without unix://", s)
+		} else if len(s) > maxSocketBytes {
+			bad("sockets", "%q has %d bytes, and a Unix socket's path at most %d", s, len(s), maxSocketBytes)
+		}
+	}
+	for _, e := range d.Env {
+		if e == "" || strings.ContainsAny(e, "=\x00") {
+			bad("env", "%q is not a variable's name, such as STAGE", e)
+		}
+	}
+	for _, p := range d.CgroupParents {
+		if !filepath.IsAbs(p) || filepath.Clean(p) != p || p == "/" {
+			bad("cgroup_parents", "%q is not an absolute path below /, such as /batch", p)
+		}
+	}
+	if d.Timeout < 0 || d.Timeout > maxEngineTimeout {
+		bad("timeout", "%s is not between 0 and %s", d.Timeout, maxEngineTimeout)
+	}
+}
+
+func (d *DockerAttestation) open(*slog.Logger) (workloadattest.Method, error) {
+	return docker.New(docker.Config{Sockets: d.Sockets, Rootless: d.Rootless, Env: d.Env, Timeout: d.Timeout, Parents: d.CgroupParents})
 }

@@ -56,6 +56,12 @@ func TestWorkloadAttestationConfig(t *testing.T) {
 		{name: "the present name", config: "{unix: {max_hash_bytes: -1, allow_fuse: true}}", hash: -1},
 		{name: "both, the same", config: "{max_hash_bytes: 7, unix: {max_hash_bytes: 7}}", hash: 7},
 		{name: "both", config: "{max_hash_bytes: 7, unix: {max_hash_bytes: 8}}", bad: "workload_attestation.max_hash_bytes: is the older name"},
+		{name: "docker with its defaults", config: "{docker: {}}"},
+		{name: "docker", config: "{docker: {sockets: [/run/d.sock], rootless: true, env: [STAGE], cgroup_parents: [/batch], timeout: 1s}}"},
+		{name: "a socket's address", config: "{docker: {sockets: ['unix:///run/docker.sock']}}", bad: "workload_attestation.docker.sockets: "},
+		{name: "a variable with its value", config: "{docker: {env: [STAGE=prod]}}", bad: "workload_attestation.docker.env: "},
+		{name: "a parent that is all", config: "{docker: {cgroup_parents: [/]}}", bad: "workload_attestation.docker.cgroup_parents: "},
+		{name: "a long wait", config: "{docker: {timeout: 5s}}", bad: "workload_attestation.docker.timeout: 5s is not between"},
 		{name: "misspelt", config: "{unix: {max_hash_byte: 7}}", bad: "agent.yaml:5:"},
 	} {
 		c, err := ReadConfig([]byte(rest+tt.config+"\n"), "agent.yaml")

@@ -177,6 +177,21 @@ func (f *Finder) Find(p *peer.Process) (Location, error) {
 	return l, nil
 }
 
+// FindPID returns where the process is that has an id now. Only for a process that is already known by something else than
+// its id may it be taken for the one that is meant.
+func (f *Finder) FindPID(pid int32) (Location, error) {
+	name := "/proc/" + strconv.Itoa(int(pid)) + "/cgroup"
+	data, err := read(name, maxCgroupBytes)
+	if err != nil {
+		return Location{}, err
+	}
+	l, err := f.parse(data)
+	if err != nil {
+		return Location{}, fmt.Errorf("%s: %w", name, err)
+	}
+	return l, nil
+}
+
 // parse reads what is in a cgroup file. Each hierarchy may name a container or none; those that do must agree.
 func (f *Finder) parse(data []byte) (Location, error) {
 	lines, err := readLines(data)
