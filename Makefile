@@ -54,7 +54,7 @@ fmt-check:
 
 vet:
 	go vet ./...
-	go vet -tags scale ./test/scale
+	go vet -tags scale ./test/scale ./test/node
 	go vet -tags kube ./test/kube
 
 staticcheck: bin/tools/.made
@@ -92,7 +92,7 @@ bench: bin/tools/.made
 
 # Thousands of entries, streams and agents; docs/performance.md has the figures.
 scale:
-	go test -tags scale -count=1 -timeout 10m -v ./test/scale
+	go test -tags scale -count=1 -timeout 30m -v -p 1 ./test/scale ./test/node
 
 # Nodes of running clusters of Kubernetes, ours and SPIRE's agent; test/kube/kube_test.go says what it needs in the environment.
 interop-k8s:

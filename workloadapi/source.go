@@ -45,6 +45,10 @@ type Caller struct {
 	// Selectors is what attestation found out, without repetitions, in no particular order. Nobody changes it.
 	Selectors []spiffe.Selector
 
+	// Known says that Selectors had been found out about State before, and that State was read just now. Otherwise it was read
+	// before the selectors were found out, and the process may have changed meanwhile.
+	Known bool
+
 	// State is the state of the process that Selectors describes. The endpoint answers only while the process is still
 	// in that very state. A Source does not need it.
 	State peer.Snapshot

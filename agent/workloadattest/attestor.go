@@ -132,7 +132,9 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Cal
 	}
 	before := a.recall(p.ID())
 	if before != nil && before.missing == "" && !before.caller.Fleeting && before.caller.State.Equal(state) && a.cfg.Now().Sub(before.at) < a.cfg.MaxAge {
-		return before.caller, nil
+		caller := before.caller
+		caller.Known = true
+		return caller, nil
 	}
 	at := a.cfg.Now()
 	selectors, missing := a.ask(ctx, p, state)

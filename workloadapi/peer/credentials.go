@@ -175,7 +175,7 @@ var hasPeerPIDFD = sync.OnceValue(func() bool {
 // moment of accept. That the process which connected ended in the microseconds before, and its id was given away, cannot
 // be seen there.
 func pidfdByStartTime(pid int32) (int, error) {
-	before, err := readSnapshot(pid)
+	before, err := readSnapshot(pid, 0)
 	if err != nil {
 		return -1, fmt.Errorf("process %d: %w", pid, ErrGone)
 	}
@@ -183,7 +183,7 @@ func pidfdByStartTime(pid int32) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	after, err := readSnapshot(pid)
+	after, err := readSnapshot(pid, 0)
 	if err == nil && after.StartTime == before.StartTime {
 		if err = pollAlive(fd); err == nil {
 			return fd, nil

@@ -3,11 +3,10 @@ package peer
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"slices"
 	"strconv"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -95,7 +94,8 @@ func (p *Process) Snapshot() (Snapshot, error) {
 	if err := p.Alive(); err != nil {
 		return Snapshot{}, err
 	}
-	s, err := readSnapshot(p.PID)
+	start := p.pin.start.Load()
+	s, err := readSnapshot(p.PID, start)
 	// Only now is it known that what was read is about this process: while it lives, nobody else has its process id.
 	if gone := p.Alive(); gone != nil {
 		return Snapshot{}, gone
@@ -103,27 +103,46 @@ func (p *Process) Snapshot() (Snapshot, error) {
 	if err != nil {
 		return Snapshot{}, err
 	}
+	if start == 0 {
+		p.pin.start.Store(s.StartTime)
+	}
 	if p.UID != s.RealUID && p.UID != s.EffectiveUID && p.UID != s.SavedUID {
 		return Snapshot{}, fmt.Errorf("process %d connected as uid %d and is uid %d now: %w", p.PID, p.UID, s.EffectiveUID, ErrUserChanged)
 	}
 	return s, nil
 }
 
-func readSnapshot(pid int32) (Snapshot, error) {
+// maxKeptBuffer is the largest buffer that is kept: some process has tens of thousands of groups, the next has not.
+const maxKeptBuffer = 64 << 10
+
+// buffers are for what is read from /proc.
+var buffers = sync.Pool{New: func() any { b := make([]byte, 4<<10); return &b }}
+
+// readSnapshot reads the state of the process that has the id. Its start time is read unless it is known, since a process
+// keeps it for life.
+func readSnapshot(pid int32, start uint64) (Snapshot, error) {
 	dir := "/proc/" + strconv.Itoa(int(pid))
-	stat, err := readLimited(dir+"/stat", maxStatBytes)
+	buf := buffers.Get().(*[]byte)
+	defer func() {
+		if len(*buf) <= maxKeptBuffer {
+			buffers.Put(buf)
+		}
+	}()
+	s := Snapshot{StartTime: start}
+	if start == 0 {
+		stat, err := readLimited(dir+"/stat", buf, maxStatBytes)
+		if err == nil {
+			s.StartTime, err = parseStartTime(stat)
+		}
+		if err != nil {
+			return Snapshot{}, procError(pid, err)
+		}
+	}
+	status, err := readLimited(dir+"/status", buf, maxStatusBytes)
+	if err == nil {
+		err = parseStatus(status, &s)
+	}
 	if err != nil {
-		return Snapshot{}, procError(pid, err)
-	}
-	var s Snapshot
-	if s.StartTime, err = parseStartTime(stat); err != nil {
-		return Snapshot{}, procError(pid, err)
-	}
-	status, err := readLimited(dir+"/status", maxStatusBytes)
-	if err != nil {
-		return Snapshot{}, procError(pid, err)
-	}
-	if err := parseStatus(status, &s); err != nil {
 		return Snapshot{}, procError(pid, err)
 	}
 	var st unix.Stat_t
@@ -147,30 +166,38 @@ func procError(pid int32, err error) error {
 	return fmt.Errorf("reading /proc/%d: %w", pid, err)
 }
 
-// readLimited reads a file of /proc, whose size is not known before.
-func readLimited(path string, limit int) ([]byte, error) {
-	f, err := os.Open(path)
+// readLimited reads a file of /proc, whose size is not known before, into buf, which it makes larger if need be. It opens the
+// file without the runtime's poller, which costs more than the reading.
+func readLimited(path string, buf *[]byte, limit int) ([]byte, error) {
+	var fd int
+	err := ignoringEINTR(func() (err error) {
+		fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		return err
+	})
 	if err != nil {
-		return nil, err
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
-	defer f.Close()
-	buf := make([]byte, 2048)
+	defer unix.Close(fd)
 	n := 0
 	for {
-		if n == len(buf) {
+		if n == len(*buf) {
 			if n >= limit {
 				return nil, fmt.Errorf("%s is longer than %d bytes", path, limit)
 			}
-			buf = append(buf, make([]byte, len(buf))...)
+			*buf = append(*buf, make([]byte, len(*buf))...)
 		}
-		m, err := f.Read(buf[n:])
-		n += m
-		if err == io.EOF {
-			return buf[:n], nil
-		}
+		var m int
+		err := ignoringEINTR(func() (err error) {
+			m, err = unix.Read(fd, (*buf)[n:])
+			return err
+		})
 		if err != nil {
-			return nil, err
+			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
 		}
+		if m == 0 {
+			return (*buf)[:n], nil
+		}
+		n += m
 	}
 }
 

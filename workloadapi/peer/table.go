@@ -8,8 +8,10 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -84,6 +86,8 @@ type pin struct {
 	id   uint64
 	pid  int32
 	gone chan struct{} // closed once, when the process has ended or the pin is given up
+
+	start atomic.Uint64 // the process's start time, 0 until it was read while the process was known to live
 
 	// users and conns are guarded by Table.mu.
 	users int
@@ -177,7 +181,7 @@ func (t *Table) Open(pid int32) (*Process, error) {
 		return nil, err
 	}
 	process := &Process{PID: pid, pin: p, table: t}
-	s, err := readSnapshot(pid)
+	s, err := readSnapshot(pid, 0)
 	if gone := p.alive(); gone != nil {
 		err = gone
 	}
@@ -433,19 +437,21 @@ func (p *pin) alive() error {
 // pollAlive asks the pidfd, which turns readable when the process ends. Unlike sending signal 0 this needs no rights and
 // takes a zombie for what it is.
 func pollAlive(fd int) error {
-	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	var n int
-	err := ignoringEINTR(func() (err error) {
-		n, err = unix.Poll(fds, 0)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("polling a pidfd: %w", err)
+	fds := unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	var now unix.Timespec
+	for {
+		// It never blocks, so the scheduler need not know.
+		n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds)), 1, uintptr(unsafe.Pointer(&now)), 0, 0, 0)
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno != 0:
+			return fmt.Errorf("polling a pidfd: %w", errno)
+		case n > 0:
+			return ErrGone
+		}
+		return nil
 	}
-	if n > 0 {
-		return ErrGone
-	}
-	return nil
 }
 
 func pidfdOpen(pid int32) (int, error) {

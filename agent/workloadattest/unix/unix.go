@@ -50,8 +50,9 @@ type Config struct {
 
 // A Method is this attestation. It is for concurrent use.
 type Method struct {
-	cfg    Config
-	hashes *hashes
+	cfg           Config
+	hashes        *hashes
+	users, groups *names
 }
 
 // New returns the method.
@@ -68,7 +69,23 @@ func New(cfg Config) (*Method, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Method{cfg: cfg, hashes: newHashes(cfg.MaxHashes)}, nil
+	return &Method{
+		cfg: cfg, hashes: newHashes(cfg.MaxHashes),
+		users: newNames(func(id string) (string, error) {
+			u, err := user.LookupId(id)
+			if err != nil {
+				return "", err
+			}
+			return u.Username, nil
+		}),
+		groups: newNames(func(id string) (string, error) {
+			g, err := user.LookupGroupId(id)
+			if err != nil {
+				return "", err
+			}
+			return g.Name, nil
+		}),
+	}, nil
 }
 
 // Name returns "unix".
@@ -85,15 +102,15 @@ func (m *Method) Selectors(ctx context.Context, p *peer.Process, state peer.Snap
 
 	uid, gid := id(state.EffectiveUID), id(state.EffectiveGID)
 	add("uid", uid)
-	if u, err := user.LookupId(uid); err == nil && u.Username != "" {
-		add("user", u.Username)
+	if name, err := m.users.of(uid); err == nil && name != "" {
+		add("user", name)
 	} else if err != nil && !errors.As(err, new(user.UnknownUserIdError)) {
 		missing = append(missing, fmt.Errorf("name of uid %s: %w", uid, err))
 	}
 	add("gid", gid)
 	addGroup := func(kind, gid string) {
-		if g, err := user.LookupGroupId(gid); err == nil && g.Name != "" {
-			add(kind, g.Name)
+		if name, err := m.groups.of(gid); err == nil && name != "" {
+			add(kind, name)
 		} else if err != nil && !errors.As(err, new(user.UnknownGroupIdError)) {
 			missing = append(missing, fmt.Errorf("name of gid %s: %w", gid, err))
 		}
