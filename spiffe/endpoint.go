@@ -12,6 +12,9 @@ import (
 // EndpointEnv is the environment variable with the address of the Workload Endpoint. [Workload Endpoint §4]
 const EndpointEnv = "SPIFFE_ENDPOINT_SOCKET"
 
+// BrokerEndpointEnv is the environment variable with the address of the Broker Endpoint. [Broker Endpoint §4]
+const BrokerEndpointEnv = "SPIFFE_BROKER_SOCKET"
+
 // maxEndpointBytes bounds an endpoint address. No socket path of any system comes near it.
 const maxEndpointBytes = 4096
 
@@ -19,16 +22,25 @@ const maxEndpointBytes = 4096
 // the one that getenv has under [EndpointEnv]. It is for callers to hand in os.Getenv. The error is a [RowError], and
 // says which of the two was wrong.
 func ResolveEndpoint(explicit string, getenv func(string) string) (network, address string, err error) {
+	return resolve(explicit, getenv, EndpointEnv, "WEP-10", ParseEndpoint)
+}
+
+// ResolveBrokerEndpoint is [ResolveEndpoint] for the Broker Endpoint and [BrokerEndpointEnv]. [Broker Endpoint §4]
+func ResolveBrokerEndpoint(explicit string, getenv func(string) string) (network, address string, err error) {
+	return resolve(explicit, getenv, BrokerEndpointEnv, "BEP-06", ParseBrokerEndpoint)
+}
+
+func resolve(explicit string, getenv func(string) string, env, row string, parse func(string) (string, string, error)) (network, address string, err error) {
 	if explicit != "" {
-		return ParseEndpoint(explicit)
+		return parse(explicit)
 	}
-	value := getenv(EndpointEnv)
+	value := getenv(env)
 	if value == "" {
-		return "", "", broken("WEP-10", "no endpoint address given and %s is not set, set it to one such as unix:///run/signet/agent.sock", EndpointEnv)
+		return "", "", broken(row, "no endpoint address given and %s is not set, set it to one such as unix:///run/signet/agent.sock", env)
 	}
-	network, address, err = ParseEndpoint(value)
+	network, address, err = parse(value)
 	if err != nil {
-		return "", "", broken(RowOf(err), "%s: %w", EndpointEnv, errors.Unwrap(err))
+		return "", "", broken(RowOf(err), "%s: %w", env, errors.Unwrap(err))
 	}
 	return network, address, nil
 }
@@ -37,6 +49,16 @@ func ResolveEndpoint(explicit string, getenv func(string) string) (network, addr
 // or tcp://IP:port. It returns what net.Dial takes. The path of a Unix socket is percent-decoded. The error is a
 // [RowError]. [Workload Endpoint §4]
 func ParseEndpoint(s string) (network, address string, err error) {
+	return parseEndpoint(s, parseTCPEndpoint)
+}
+
+// ParseBrokerEndpoint parses the address of a Broker Endpoint, as SPIFFE_BROKER_SOCKET has it: as [ParseEndpoint] does,
+// but the host of a tcp address may be a DNS name too. [Broker Endpoint §4]
+func ParseBrokerEndpoint(s string) (network, address string, err error) {
+	return parseEndpoint(s, parseTCPBrokerEndpoint)
+}
+
+func parseEndpoint(s string, parseTCP func(s, rest string) (string, error)) (network, address string, err error) {
 	if len(s) > maxEndpointBytes {
 		return "", "", broken("WEP-11", "endpoint address %q has %d bytes, at most %d are allowed", excerpt(s), len(s), maxEndpointBytes)
 	}
@@ -49,7 +71,7 @@ func ParseEndpoint(s string) (network, address string, err error) {
 		address, err = parseUnixEndpoint(s, rest)
 		network = "unix"
 	case "tcp":
-		address, err = parseTCPEndpoint(s, rest)
+		address, err = parseTCP(s, rest)
 		network = "tcp"
 	default:
 		return "", "", broken("WEP-11", "endpoint address %q has the scheme %q, it must be unix or tcp", excerpt(s), excerpt(scheme))
@@ -137,4 +159,49 @@ func parseTCPEndpoint(s, rest string) (string, error) {
 		return "", broken("WEP-16", "endpoint address %q has the port %q, it must be a number from 1 to 65535", excerpt(s), excerpt(port))
 	}
 	return net.JoinHostPort(addr.String(), strconv.FormatUint(number, 10)), nil
+}
+
+// parseTCPBrokerEndpoint is parseTCPEndpoint for hosts that may be DNS names as well.
+func parseTCPBrokerEndpoint(s, rest string) (string, error) {
+	address, err := parseTCPEndpoint(s, rest)
+	if err == nil {
+		return address, nil
+	}
+	if RowOf(err) != "WEP-15" {
+		return "", broken("BEP-08", "%w", errors.Unwrap(err))
+	}
+	hostport, found := strings.CutPrefix(rest, "//")
+	host, port, hasPort := strings.Cut(hostport, ":")
+	if !found || !isDNSName(host) {
+		return "", broken("BEP-08", "endpoint address %q has no host that is an IP address or a DNS name, write it as tcp://broker.example.com:8443", excerpt(s))
+	}
+	if !hasPort {
+		return "", broken("BEP-08", "endpoint address %q has no port, add one, as in tcp://broker.example.com:8443", excerpt(s))
+	}
+	// The rest is as with an IP address.
+	checked, err := parseTCPEndpoint(s, "//127.0.0.1:"+port)
+	if err != nil {
+		return "", broken("BEP-08", "%w", errors.Unwrap(err))
+	}
+	_, port, _ = net.SplitHostPort(checked)
+	return net.JoinHostPort(host, port), nil
+}
+
+// isDNSName reports whether s is a host name. What looks like an IPv4 address and is none is no name either. [RFC 1123 §2.1]
+func isDNSName(s string) bool {
+	if len(s) > 253 {
+		return false
+	}
+	labels := strings.Split(s, ".")
+	for _, l := range labels {
+		if l == "" || len(l) > 63 || l[0] == '-' || l[len(l)-1] == '-' {
+			return false
+		}
+		for i := range len(l) {
+			if c := l[i]; (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' {
+				return false
+			}
+		}
+	}
+	return strings.Trim(labels[len(labels)-1], "0123456789") != ""
 }

@@ -92,6 +92,100 @@ func TestWEP_10_ExplicitAddressWinsOverEnvironment(t *testing.T) {
 	}
 }
 
+// TestBEP_07_08_BrokerEndpoint has the vectors of the Workload Endpoint for unix addresses, and names in tcp ones.
+func TestBEP_07_08_BrokerEndpoint(t *testing.T) {
+	for _, v := range []struct {
+		name, in         string
+		network, address string
+		row              string // empty: valid
+	}{
+		{"V129 three slashes", "unix:///run/signet/broker.sock", "unix", "/run/signet/broker.sock", ""},
+		{"V130", "unix://run/broker.sock", "", "", "WEP-12"},
+		{"V131", "unix:run/broker.sock", "", "", "WEP-13"},
+		{"V132", "unix:///run/b.sock#", "", "", "WEP-14"},
+		{"bare path", "/run/b.sock", "", "", "WEP-11"},
+		{"IPv4", "tcp://127.0.0.1:8443", "tcp", "127.0.0.1:8443", ""},
+		{"IPv6", "tcp://[::1]:8443", "tcp", "[::1]:8443", ""},
+		{"DNS name", "tcp://broker.example.com:8443", "tcp", "broker.example.com:8443", ""},
+		{"V135", "tcp://localhost:8000", "tcp", "localhost:8000", ""},
+		{"digits first", "tcp://1a.example:80", "tcp", "1a.example:80", ""},
+		{"no IPv4 address", "tcp://1.2.3.999:80", "", "", "BEP-08"},
+		{"octal", "tcp://0177.0.0.1:80", "", "", "BEP-08"},
+		{"no host", "tcp://:80", "", "", "BEP-08"},
+		{"underscore", "tcp://a_b.example:80", "", "", "BEP-08"},
+		{"hyphen at the end", "tcp://a-.example:80", "", "", "BEP-08"},
+		{"final dot", "tcp://example.com.:80", "", "", "BEP-08"},
+		{"long label", "tcp://" + strings.Repeat("a", 64) + ".example:80", "", "", "BEP-08"},
+		{"encoded", "tcp://ex%61mple.com:80", "", "", "BEP-08"},
+		{"no port", "tcp://broker.example.com", "", "", "BEP-08"},
+		{"port 0", "tcp://broker.example.com:0", "", "", "BEP-08"},
+		{"port with zeros", "tcp://broker.example.com:0080", "", "", "BEP-08"},
+		{"path", "tcp://broker.example.com:80/", "", "", "BEP-08"},
+		{"user", "tcp://u@broker.example.com:80", "", "", "BEP-08"},
+		{"query", "tcp://broker.example.com:80?", "", "", "BEP-08"},
+		{"two ports", "tcp://broker.example.com:80:81", "", "", "BEP-08"},
+		{"opaque", "tcp:broker.example.com:80", "", "", "BEP-08"},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			network, address, err := ParseBrokerEndpoint(v.in)
+			wantRow(t, "ParseBrokerEndpoint("+excerpt(v.in)+")", err, v.row)
+			if network != v.network || address != v.address {
+				t.Errorf("ParseBrokerEndpoint(%q) = %q, %q; want %q, %q", v.in, network, address, v.network, v.address)
+			}
+		})
+	}
+}
+
+func TestBEP_06_EnvironmentOfTheBrokerEndpoint(t *testing.T) {
+	env := func(value string) func(string) string {
+		return func(name string) string {
+			if name != "SPIFFE_BROKER_SOCKET" {
+				t.Errorf("asked for %q", name)
+			}
+			return value
+		}
+	}
+	if _, address, err := ResolveBrokerEndpoint("unix:///a", env("unix:///b")); address != "/a" || err != nil {
+		t.Errorf("explicit and environment: %q, %v; want /a", address, err)
+	}
+	if _, address, err := ResolveBrokerEndpoint("", env("tcp://broker.example.com:8443")); address != "broker.example.com:8443" || err != nil {
+		t.Errorf("environment only: %q, %v", address, err)
+	}
+	_, _, err := ResolveBrokerEndpoint("", env(""))
+	wantRow(t, "neither", err, "BEP-06")
+	_, _, err = ResolveBrokerEndpoint("", env("tcp://broker.example.com"))
+	wantRow(t, "bad environment", err, "BEP-08")
+	if err != nil && !strings.Contains(err.Error(), BrokerEndpointEnv) {
+		t.Errorf("error %q does not name %s", err, BrokerEndpointEnv)
+	}
+}
+
+// FuzzParseBrokerEndpoint: what is taken is what net.Dial takes, and what is taken for the Workload Endpoint is taken here.
+func FuzzParseBrokerEndpoint(f *testing.F) {
+	for _, seed := range []string{"unix:///run/a.sock", "tcp://127.0.0.1:80", "tcp://[::1]:80", "tcp://a.example:80", "tcp://a:b:80", "tcp://A.b-c:1"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		network, address, err := ParseBrokerEndpoint(s)
+		wepNetwork, wepAddress, wepErr := ParseEndpoint(s)
+		if wepErr == nil && (err != nil || network != wepNetwork || address != wepAddress) {
+			t.Errorf("ParseBrokerEndpoint(%q) = %q, %q, %v; ParseEndpoint takes it", s, network, address, err)
+		}
+		if err != nil {
+			if RowOf(err) == "" {
+				t.Errorf("ParseBrokerEndpoint(%q): error %v has no row", s, err)
+			}
+			return
+		}
+		if network == "tcp" {
+			host, port, err := net.SplitHostPort(address)
+			if err != nil || host == "" || port == "" || strings.ContainsAny(host, "/?#@%") {
+				t.Errorf("ParseBrokerEndpoint(%q) gives the address %q, which net reads as %q, %q, %v", s, address, host, port, err)
+			}
+		}
+	})
+}
+
 func FuzzParseEndpoint(f *testing.F) {
 	for _, seed := range []string{"unix:///run/a.sock", "unix:/a", "tcp://127.0.0.1:80", "tcp://[::1]:80", "unix://a/b", "tcp://1.2.3.4:080", "unix:////a", "unix:///%41"} {
 		f.Add(seed)
