@@ -121,3 +121,9 @@ func ServiceMatches(pattern string, id spiffeid.ID) bool {
 	p, err := parseIDPattern(pattern)
 	return err == nil && p.matches(id, false)
 }
+
+// CheckIDPattern says what is wrong with a full pattern of SPIFFE IDs, such as spiffe://example.org/ns/*/sa/web.
+func CheckIDPattern(pattern string) error {
+	_, err := parseIDPattern(pattern)
+	return err
+}

@@ -84,6 +84,38 @@ func DistinctJWTSVIDs(svids []JWTSVID) []JWTSVID {
 	return distinctHints(svids, func(s JWTSVID) string { return s.Hint })
 }
 
+// ForSpeaker leaves of an update what somebody may be handed who speaks for the workload, if may allows the SPIFFE ID. What
+// opens doors at the CA is for the workload itself alone, under whatever entry it comes.
+func ForSpeaker(u Update, may func(spiffeid.ID) bool) Update {
+	all := u.Identities
+	u.Identities = forSpeaker(all, may, func(i Identity) (spiffeid.ID, bool) { return i.ID, i.Privileged })
+	if len(all) > 0 && len(u.Identities) == 0 {
+		u.Entitled = false
+	}
+	return u
+}
+
+// JWTForSpeaker is ForSpeaker for JWT-SVIDs.
+func JWTForSpeaker(all []JWTSVID, may func(spiffeid.ID) bool) []JWTSVID {
+	return forSpeaker(all, may, func(s JWTSVID) (spiffeid.ID, bool) { return s.ID, s.Privileged })
+}
+
+func forSpeaker[T any](all []T, may func(spiffeid.ID) bool, of func(T) (id spiffeid.ID, privileged bool)) []T {
+	doors := map[spiffeid.ID]bool{}
+	for _, one := range all {
+		if id, privileged := of(one); privileged {
+			doors[id] = true
+		}
+	}
+	var left []T
+	for _, one := range all {
+		if id, _ := of(one); may(id) && !doors[id] {
+			left = append(left, one)
+		}
+	}
+	return left
+}
+
 // CheckAudience says what is wrong with the audiences that a JWT-SVID is asked for. The error is an ArgumentError.
 func CheckAudience(audience []string) error {
 	if len(audience) == 0 {

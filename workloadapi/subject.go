@@ -2,6 +2,7 @@ package workloadapi
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -113,4 +114,66 @@ func sameSelectors(a, b []spiffe.Selector) bool {
 		in[s] = true
 	}
 	return len(a) == len(b) && !slices.ContainsFunc(b, func(s spiffe.Selector) bool { return !in[s] })
+}
+
+// A FoundProcess is a process that somebody else speaks for, pinned when it was looked up. Close gives it up.
+//
+// Unlike one that calls, it may give up the user that it had when it was looked up first: a service that is started as
+// root and drops that is what it is then.
+type FoundProcess struct {
+	table    *peer.Table
+	attestor Attestor
+	gate     *peer.Gate
+
+	process *peer.Process
+	subject Subject // of process
+}
+
+// FindProcess pins the process with an id, as the agent counts them. The error is peer.ErrGone if there is none.
+func FindProcess(pid int32, table *peer.Table, attestor Attestor, gate *peer.Gate) (*FoundProcess, error) {
+	s := &FoundProcess{table: table, attestor: attestor, gate: gate}
+	process, err := table.Open(pid)
+	if err != nil {
+		return nil, err
+	}
+	s.take(process)
+	return s, nil
+}
+
+func (s *FoundProcess) take(p *peer.Process) {
+	s.process, s.subject = p, ProcessSubject(p, s.attestor, s.gate)
+}
+
+// Close gives up the process.
+func (s *FoundProcess) Close() { s.process.Close() }
+
+// Done is closed when the process has ended.
+func (s *FoundProcess) Done() <-chan struct{} { return s.subject.Done() }
+
+// Attest says what the process is, as it is now. See Subject.
+func (s *FoundProcess) Attest(ctx context.Context) (Caller, error) {
+	caller, err := s.subject.Attest(ctx)
+	if !errors.Is(err, peer.ErrUserChanged) {
+		return caller, err
+	}
+	again, err := s.table.Open(s.process.PID)
+	if err != nil {
+		return Caller{}, err
+	}
+	if again.ID() != s.process.ID() { // another process has its id by now
+		again.Close()
+		return Caller{}, fmt.Errorf("process %d: %w", s.process.PID, peer.ErrGone)
+	}
+	s.process.Close()
+	s.take(again)
+	return s.subject.Attest(ctx)
+}
+
+// Check says whether the process is still what c describes. See Subject.
+func (s *FoundProcess) Check(ctx context.Context, c Caller) error {
+	err := s.subject.Check(ctx, c)
+	if errors.Is(err, peer.ErrUserChanged) {
+		return ErrSubjectChanged
+	}
+	return err
 }
