@@ -24,7 +24,11 @@ func (a *Agent) openAdmin() error {
 	if c.Path == "" {
 		return nil
 	}
-	admin, err := adminapi.New(adminapi.Config{Socket: c.socket(), Status: a.describe, Log: a.log})
+	services, err := a.openDelegated()
+	if err != nil {
+		return err
+	}
+	admin, err := adminapi.New(adminapi.Config{Socket: c.socket(), Status: a.describe, Services: services, Log: a.log})
 	switch {
 	case err == nil:
 		a.admin = admin

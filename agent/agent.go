@@ -25,6 +25,8 @@ import (
 	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/workloadapi"
+	"github.com/signet-id/signet/workloadapi/broker"
+	"github.com/signet-id/signet/workloadapi/delegated"
 )
 
 // An Agent is one node's agent. Run makes it work.
@@ -33,15 +35,18 @@ type Agent struct {
 	log    *slog.Logger
 	level  *slog.LevelVar
 
-	node     *node
-	client   *caclient.Client
-	cache    *svidcache.Cache
-	attestor *workloadattest.Attestor
-	sealed   *sealed.Store // nil: nothing is kept
-	endpoint *workloadapi.Server
-	admin    *adminapi.Server // nil: there is no admin socket
-	metrics  *metrics
-	web      net.Listener // nil: no metrics are served
+	node       *node
+	client     *caclient.Client
+	cache      *svidcache.Cache
+	attestor   *workloadattest.Attestor
+	sealed     *sealed.Store // nil: nothing is kept
+	endpoint   *workloadapi.Server
+	admin      *adminapi.Server   // nil: there is no admin socket
+	broker     *broker.Endpoint   // nil: there is none
+	delegated  *delegated.Service // nil: there are no delegates
+	brokerAddr net.Addr           // nil: not over TCP
+	metrics    *metrics
+	web        net.Listener // nil: no metrics are served
 
 	started time.Time
 	contact atomic.Pointer[contact] // nil: never was any
@@ -146,7 +151,10 @@ func (a *Agent) open() error {
 	if err != nil {
 		return fmt.Errorf("socket_path: %w", err)
 	}
-	return a.openAdmin()
+	if err := a.openAdmin(); err != nil {
+		return err
+	}
+	return a.openBroker()
 }
 
 // inSync is told that the CA has confirmed that the agent holds its newest state.
@@ -206,7 +214,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	return errors.Join(err, a.Close())
 }
 
-// serve answers on both sockets until ctx ends or one of them fails.
+// serve answers on all sockets until ctx ends or one of them fails.
 func (a *Agent) serve(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -215,6 +223,9 @@ func (a *Agent) serve(ctx context.Context) error {
 	})
 	if a.admin != nil {
 		group.Go(func() error { return a.admin.Run(ctx) })
+	}
+	if a.broker != nil {
+		group.Go(func() error { return a.broker.Run(ctx) })
 	}
 	return group.Wait()
 }
@@ -245,6 +256,12 @@ func (a *Agent) Close() error {
 		}
 		if a.admin != nil {
 			errs = append(errs, a.admin.Close())
+		}
+		if a.broker != nil {
+			errs = append(errs, a.broker.Close())
+		}
+		if a.delegated != nil {
+			errs = append(errs, a.delegated.Close())
 		}
 		if a.web != nil {
 			if err := a.web.Close(); err != nil && !errors.Is(err, net.ErrClosed) {

@@ -31,6 +31,8 @@ type Config struct {
 	SocketPath string `yaml:"socket_path"`
 	// AdminSocket is where operators of this node ask the agent how it is and why a process gets no identity.
 	AdminSocket AdminSocket `yaml:"admin_socket"`
+	// Broker serves the SPIFFE Broker API to programs that speak for workloads.
+	Broker Broker `yaml:"broker"`
 
 	// JoinToken proves once what this node is. Excludes JoinTokenFile. After the first attestation neither is needed any
 	// more.
@@ -107,6 +109,9 @@ type AdminSocket struct {
 	// Open lets processes of all users connect, for services that judge each caller by its SPIFFE ID. It makes nobody an
 	// admin.
 	Open bool `yaml:"open"`
+	// AuthorizedDelegates are SPIFFE IDs, such as /node-proxy: a process that has one of them may use the Delegated Identity
+	// API there, which hands it the SVIDs of any workload of this node. It must reach the socket, by its user, Group or Open.
+	AuthorizedDelegates []string `yaml:"authorized_delegates"`
 
 	// AllowBesideSocket takes a Path in the directory of SocketPath: one that is private to a developer.
 	AllowBesideSocket bool `yaml:"-"`
@@ -195,6 +200,7 @@ func (c *Config) Check() error {
 		bad("socket_path", "%q has %d bytes, and a Unix socket's path at most %d; choose a shorter one", c.SocketPath, len(c.SocketPath), maxSocketBytes)
 	}
 	c.checkAdminSocket(bad)
+	c.Broker.check(c, bad)
 	c.checkBootstrap(bad)
 	c.NodeAttestation.check(c, bad)
 	c.WorkloadAttestation.check(bad)
@@ -231,7 +237,7 @@ func (c *Config) checkAdminSocket(bad func(field, format string, args ...any)) {
 		a.Path, a.isDefault = DefaultAdminSocket, true
 	}
 	if a.Path == "" {
-		if len(a.UIDs) > 0 || a.Group != "" || a.Open {
+		if len(a.UIDs) > 0 || a.Group != "" || a.Open || len(a.AuthorizedDelegates) > 0 {
 			bad("admin_socket.path", "missing; name a socket, such as %s, or leave out admin_socket", DefaultAdminSocket)
 		}
 		return
@@ -248,6 +254,12 @@ func (c *Config) checkAdminSocket(bad func(field, format string, args ...any)) {
 			a.Path, dir, filepath.Dir(DefaultAdminSocket))
 	}
 	a.socket().Check(func(field, format string, args ...any) { bad("admin_socket."+field, format, args...) })
+	for i, id := range a.AuthorizedDelegates {
+		if _, err := ownID(c.trustDomain(), id); err != nil && !c.trustDomain().IsZero() {
+			bad(fmt.Sprintf("admin_socket.authorized_delegates[%d]", i), "%v", err)
+		}
+	}
+	a.isDefault = a.isDefault && len(a.AuthorizedDelegates) == 0 // they were asked for
 }
 
 // within says whether path is dir or below it.

@@ -21,6 +21,11 @@ func goodConfig() Config {
 	return Config{TrustDomain: "example.org", ServerAddress: "ca.example.org:8081", DataDir: "/var/lib/signet/agent", JoinToken: pinned}
 }
 
+// aBroker is a Broker Endpoint's configuration that can work.
+func aBroker() Broker {
+	return Broker{SocketPath: "/run/signet-broker/broker.sock", Brokers: []BrokerClient{{ID: "/proxy", References: []string{"pid"}}}}
+}
+
 func TestConfigCheck(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -45,6 +50,28 @@ func TestConfigCheck(t *testing.T) {
 			c.AdminSocket = AdminSocket{Path: "/run/signet/./agent.sock", AllowBesideSocket: true}
 		}, want: "is socket_path"},
 		{name: "long admin socket", change: func(c *Config) { c.AdminSocket.Path = "/" + strings.Repeat("s", 107) }, want: "admin_socket.path: "},
+		{name: "a delegate of another trust domain", change: func(c *Config) {
+			c.AdminSocket.AuthorizedDelegates = []string{"/proxy", "spiffe://other.example/proxy"}
+		}, want: "admin_socket.authorized_delegates[1]: \"spiffe://other.example/proxy\" is not in trust domain"},
+		{name: "delegates without a socket", change: func(c *Config) { c.SocketPath = "/s"; c.AdminSocket.AuthorizedDelegates = []string{"/proxy"} }, want: "admin_socket.path: missing"},
+		{name: "a broker endpoint", change: func(c *Config) { c.Broker = aBroker() }},
+		{name: "BEP-01 the Workload API's directory", change: func(c *Config) { c.Broker = aBroker(); c.Broker.SocketPath = "/run/signet/broker.sock" }, want: "broker.socket_path: \"/run/signet/broker.sock\" is in /run/signet, the directory of the Workload API"},
+		{name: "BEP-01 below the Workload API's directory", change: func(c *Config) { c.Broker = aBroker(); c.Broker.SocketPath = "/run/signet/b/broker.sock" }, want: "the directory of the Workload API"},
+		{name: "BEP-01 the admin socket's directory", change: func(c *Config) { c.Broker = aBroker(); c.Broker.SocketPath = "/run/signet-agent/broker.sock" }, want: "the directory of the admin socket"},
+		{name: "BEP-09 nobody may call", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers = nil }, want: "broker.brokers: missing"},
+		{name: "brokers without an endpoint", change: func(c *Config) { c.Broker = aBroker(); c.Broker.SocketPath = "" }, want: "broker.socket_path: missing"},
+		{name: "a broker without an ID", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].ID = "" }, want: "broker.brokers[0].id: missing"},
+		{name: "a trust domain for a broker", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].ID = "spiffe://example.org" }, want: "broker.brokers[0].id: "},
+		{name: "a broker of another trust domain", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].ID = "spiffe://other.example/b" }, want: "is not in trust domain"},
+		{name: "a broker twice", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers = append(c.Broker.Brokers, c.Broker.Brokers[0]) }, want: "broker.brokers[1].id: \"spiffe://example.org/proxy\" is there twice"},
+		{name: "BAPI-22 no references", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].References = nil }, want: "broker.brokers[0].references: missing"},
+		{name: "BAPI-22 unknown reference", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].References = []string{"name"} }, want: "\"name\" is not pid or kubernetes"},
+		{name: "BAPI-22 a broken pattern", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].SPIFFEIDs = []string{"/a/**/b"} }, want: "broker.brokers[0].spiffe_ids: "},
+		{name: "BAPI-22 namespaces for processes", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].Namespaces = []string{"shop"} }, want: "broker.brokers[0].namespaces: set, but"},
+		{name: "a broker port for other hosts", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Listen = "0.0.0.0:8083" }, want: "broker.listen: \"0.0.0.0:8083\" is not on the loopback interface"},
+		{name: "a broker port for other hosts, as wanted", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Listen, c.Broker.AllowOtherHosts = "0.0.0.0:8083", true }},
+		{name: "a broker port without a host", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Listen = ":8083" }},
+		{name: "both profiles off", change: func(c *Config) { c.Broker = aBroker(); c.Broker.DisableX509, c.Broker.DisableJWT = true, true }, want: "broker.disable_jwt: "},
 		{name: "the overflow uid as an admin", change: func(c *Config) { c.AdminSocket.UIDs = []uint32{0, 65534} }, want: "admin_socket.uids: 65534 is the overflow uid"},
 		{name: "a group that does not exist", change: func(c *Config) { c.AdminSocket.Group = "no-such-group" }, want: "admin_socket.group: "},
 		{name: "admins of no socket", change: func(c *Config) { c.SocketPath, c.AdminSocket.Group = "/run/other/a.sock", "0" }, want: "admin_socket.path: missing"},

@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -22,12 +23,13 @@ const policyFormat = 1
 
 // A watcher is one caller's subscription, or a caller that waits for its registration.
 type watcher struct {
-	uid       uint32
-	selectors map[spiffe.Selector]struct{}
-	holdsSVID bool          // entries are issued and kept for it
-	wit       bool          // WIT-SVIDs too
-	wake      chan struct{} // one slot: look again
-	out       chan workloadapi.Update
+	uid        uint32
+	selectors  map[spiffe.Selector]struct{}
+	holdsSVID  bool          // entries are issued and kept for it
+	wit        bool          // WIT-SVIDs too
+	allBundles bool          // it sees the bundles of all trust domains
+	wake       chan struct{} // one slot: look again
+	out        chan workloadapi.Update
 
 	// Guarded by Cache.mu.
 	entries []*entry // what it matches now, the default first
@@ -326,6 +328,9 @@ func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 	n := &shown{bundles: make(map[spiffeid.TrustDomain]*bundle, 1), ownTD: c.config.TrustDomain, offline: c.told, entitled: len(w.entries) > 0}
 	if own := s.bundles[n.ownTD]; own != nil {
 		n.bundles[n.ownTD] = own
+	}
+	if w.allBundles {
+		maps.Copy(n.bundles, s.bundles)
 	}
 	var policies []*policyv1.Policy
 	for _, e := range w.entries {
