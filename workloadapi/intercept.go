@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -88,18 +89,45 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	ctx, leave, err := s.enter(ss.Context(), info.FullMethod)
 	defer leave()
 	if err == nil {
-		err = handler(srv, &stream{ServerStream: ss, ctx: ctx})
+		var cancel context.CancelCauseFunc
+		ctx, cancel = context.WithCancelCause(ctx)
+		defer cancel(nil)
+		call := &stream{ServerStream: ss, ctx: ctx, server: s}
+		call.end = func() { cancel(ErrStopping) }
+		unhook := context.AfterFunc(s.leaving, call.leave)
+		defer unhook()
+		err = handler(srv, call)
 	}
 	return s.ended(ctx, info.FullMethod, start, err)
 }
 
-// A stream has the context that enter made.
+// A stream has the context that enter made. When the server leaves, it ends once its caller has had an answer.
 type stream struct {
 	grpc.ServerStream
-	ctx context.Context
+	ctx      context.Context
+	server   *Server
+	end      func()
+	answered atomic.Bool
 }
 
 func (s *stream) Context() context.Context { return s.ctx }
+
+// SendMsg sends an answer.
+func (s *stream) SendMsg(m any) error {
+	err := s.ServerStream.SendMsg(m)
+	s.answered.Store(true)
+	// The order matters, here and in leave: whichever of the two comes second sees what the first has done.
+	if s.server.leaving.Err() != nil {
+		s.end()
+	}
+	return err
+}
+
+func (s *stream) leave() {
+	if s.answered.Load() {
+		s.end()
+	}
+}
 
 // ended turns the error of a call into its status and reports it.
 func (s *Server) ended(ctx context.Context, method string, start time.Time, err error) error {

@@ -63,6 +63,14 @@ type Config struct {
 	// SocketPath is where the Unix socket is made, at most 107 bytes. A missing directory is made with mode 0755.
 	SocketPath string
 
+	// Socket, if not nil, listens at SocketPath already, and is taken instead of making one: the service manager's, or that
+	// of the agent before this one. If nothing is at SocketPath any more, one is made all the same. SocketLock is the lock
+	// that came with it. The caller closes both.
+	Socket, SocketLock *os.File
+
+	// Executables looks at what callers run. Nil means this process itself.
+	Executables peer.Executables
+
 	// Mode is the socket's mode. Zero means 0777: any local process may ask, and attestation decides.
 	Mode os.FileMode
 
@@ -142,7 +150,10 @@ type Server struct {
 	calls    *CallLimit[uidKey]
 	refusals *RefusalLog
 
-	// stopping ends when Run's context does; its cause is ErrStopping.
+	// leaving ends when Run's context does: calls that have had an answer end. stopping ends when the others have had
+	// theirs, or stopTimeout later; its cause is ErrStopping.
+	leaving  context.Context
+	leave    context.CancelFunc
 	stopping context.Context
 	stop     context.CancelCauseFunc
 
@@ -156,11 +167,11 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	peers, err := peer.NewTable(peer.Config{MaxConnections: cfg.MaxStreams, MaxConnectionsPerUID: cfg.MaxStreamsPerUID, Log: cfg.Log})
+	peers, err := peer.NewTable(peer.Config{MaxConnections: cfg.MaxStreams, MaxConnectionsPerUID: cfg.MaxStreamsPerUID, Executables: cfg.Executables, Log: cfg.Log})
 	if err != nil {
 		return nil, err
 	}
-	sock, err := listen(cfg.SocketPath, cfg.Mode, cfg.Log)
+	sock, err := cfg.listen()
 	if err != nil {
 		return nil, errors.Join(err, peers.Close())
 	}
@@ -175,6 +186,7 @@ func New(cfg Config) (*Server, error) {
 		Source: cfg.Source, IssueWait: cfg.IssueWait, SpreadUpdates: cfg.SpreadUpdates, BundlesWithoutIdentity: cfg.AllowBundlesWithoutIdentity,
 		Log: cfg.Log, OnPush: cfg.OnPush,
 	}
+	s.leaving, s.leave = context.WithCancel(context.Background())
 	s.stopping, s.stop = context.WithCancelCause(context.Background())
 	s.grpc = grpc.NewServer(
 		grpc.Creds(peers.Credentials()),
@@ -269,8 +281,37 @@ func (c *Config) fitDescriptors(level slog.Level) error {
 // Addr is the socket's address as SPIFFE_ENDPOINT_SOCKET wants it.
 func (s *Server) Addr() string { return "unix://" + s.socket.path }
 
-// Run serves until ctx ends. Streams then end with Unavailable, so that clients come back, and the socket is removed.
-// Run returns when everything it started has ended: nil if that was because of ctx. It is called once.
+// Files are the listening socket and its lock, for who serves it next. The caller closes them. From then on the socket is
+// not removed at the end. lock is nil if there is none.
+func (s *Server) Files() (listening, lock *os.File, err error) {
+	if listening, err = s.socket.listener.File(); err != nil {
+		return nil, nil, fmt.Errorf("socket %s: %w", s.socket.path, err)
+	}
+	s.socket.kept.Store(true)
+	if s.socket.lock == nil {
+		return listening, nil, nil
+	}
+	fd, err := unix.FcntlInt(s.socket.lock.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("lock of socket %s: %w", s.socket.path, err), listening.Close())
+	}
+	return listening, os.NewFile(uintptr(fd), s.socket.lock.Name()), nil
+}
+
+// listen takes the socket that was passed in, or makes one.
+func (c *Config) listen() (*socket, error) {
+	if c.Socket != nil {
+		s, err := adopt(c.SocketPath, c.Socket, c.SocketLock, c.Log)
+		if s != nil || err != nil {
+			return s, err
+		}
+		c.Log.Warn("nothing is where the socket that was passed in should be: another one is made", "socket", c.SocketPath)
+	}
+	return listen(c.SocketPath, c.Mode, c.Log)
+}
+
+// Run serves until ctx ends. Calls that wait for their first answer still get it; streams that had theirs end with
+// Unavailable, so that clients come back, and the socket is removed unless somebody else holds it too. Run returns when everything it started has ended: nil if that was because of ctx. It is called once.
 func (s *Server) Run(ctx context.Context) error {
 	s.health.Resume()
 	served := make(chan error, 1)
@@ -291,17 +332,22 @@ func (s *Server) Run(ctx context.Context) error {
 
 // stopGRPC lets calls end with their own status. A client that does not let go, such as one that holds a reflection
 // stream open, is cut off, which it sees as Unavailable too.
+//
+// Clients are told that no new calls are taken on their connections while their streams end. Whoever is quicker than that and
+// calls once more on the old connection gets one answer.
 func (s *Server) stopGRPC() {
 	done := make(chan struct{})
 	go func() {
 		s.grpc.GracefulStop()
 		close(done)
 	}()
+	s.leave()
 	timer := time.NewTimer(stopTimeout)
 	defer timer.Stop()
 	select {
 	case <-done:
 	case <-timer.C:
+		s.stop(ErrStopping)
 		s.grpc.Stop()
 		<-done
 	}

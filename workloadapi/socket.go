@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,8 +23,12 @@ const maxSocketPath = 107
 type socket struct {
 	path     string
 	listener *net.UnixListener
-	lock     *os.File
+	lock     *os.File // nil for a socket of a service manager, in a directory where only it may write
 	dev, ino uint64
+
+	// kept is set when somebody else holds the socket too, such as the service manager or the agent that comes after this
+	// one: it is not removed then.
+	kept atomic.Bool
 }
 
 // listen makes the socket: any local process may connect to it, as far as mode says, and none but us and root may put
@@ -65,6 +70,87 @@ func listen(path string, mode os.FileMode, log *slog.Logger) (_ *socket, err err
 		return nil, err
 	}
 	return s, nil
+}
+
+// adopt takes a socket that listens at path already, and which somebody else made: the service manager, or the agent
+// before this one, whose lock comes along. It returns nil if nothing is at path any more.
+func adopt(path string, listening, lock *os.File, log *slog.Logger) (_ *socket, err error) {
+	if path, err = filepath.Abs(path); err != nil {
+		return nil, fmt.Errorf("socket path %q: %w", path, err)
+	}
+	if err := checkDirectory(filepath.Dir(path), log); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	l, err := net.FileListener(listening)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: what was passed in for it does not listen: %w", path, err)
+	}
+	s := &socket{path: path}
+	var ok bool
+	if s.listener, ok = l.(*net.UnixListener); !ok || l.Addr().Network() != "unix" {
+		return nil, errors.Join(fmt.Errorf("socket %s: what was passed in for it listens on %s %s, not on a Unix stream socket", path, l.Addr().Network(), l.Addr()), l.Close())
+	}
+	s.listener.SetUnlinkOnClose(false)
+	s.kept.Store(true)
+	switch here, err := s.leadsHere(); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, l.Close()
+	case err != nil:
+		return nil, errors.Join(err, l.Close())
+	case !here:
+		return nil, errors.Join(fmt.Errorf("socket %s: the socket that was passed in is another one (bound to %q); the unit's ListenStream must be socket_path", path, l.Addr()), l.Close())
+	}
+	if lock != nil {
+		fd, err := unix.FcntlInt(lock.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("lock of socket %s: %w", path, err), l.Close())
+		}
+		s.lock = os.NewFile(uintptr(fd), lock.Name())
+		return s, nil
+	}
+	if s.lock, err = lockFor(path); errors.Is(err, fs.ErrPermission) {
+		return s, nil // nobody but the manager can put another socket there
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return s, nil
+}
+
+// leadsHere says whether who connects to the path comes out at this listener: the kernel queues a connection before
+// connect returns.
+func (s *socket) leadsHere() (bool, error) {
+	st, err := os.Lstat(s.path)
+	if err != nil {
+		return false, err
+	}
+	if st.Mode().Type() != fs.ModeSocket {
+		return false, fmt.Errorf("%s is no socket (%v): move it away, or choose another socket path", s.path, st.Mode().Type())
+	}
+	raw, err := s.listener.SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	conn, err := net.Dial("unix", s.path)
+	if errors.Is(err, unix.EAGAIN) {
+		return true, nil // its queue is full, so there are callers
+	}
+	if errors.Is(err, unix.ECONNREFUSED) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	var n int
+	var pollErr error
+	err = raw.Control(func(fd uintptr) {
+		n, pollErr = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	})
+	return n > 0, errors.Join(err, pollErr)
 }
 
 // checkDirectory refuses a place where others could put their own socket under our name: clients would take it for the
@@ -186,8 +272,11 @@ func (s *socket) close() error {
 		err = nil // gRPC closed it
 	}
 	var st unix.Stat_t
-	if unix.Lstat(s.path, &st) == nil && st.Dev == s.dev && st.Ino == s.ino {
+	if !s.kept.Load() && unix.Lstat(s.path, &st) == nil && st.Dev == s.dev && st.Ino == s.ino {
 		err = errors.Join(err, os.Remove(s.path))
+	}
+	if s.lock == nil {
+		return err
 	}
 	return errors.Join(err, s.lock.Close())
 }

@@ -137,7 +137,7 @@ func (t *Table) peerOf(c *net.UnixConn) (cred unix.Ucred, pidfd int, err error) 
 
 func (t *Table) peerPIDFD(socket int, pid int32) (int, error) {
 	if t.noPeerPIDFD {
-		return pidfdByStartTime(pid)
+		return t.pidfdByStartTime(pid)
 	}
 	return askPIDFD(socket, pid)
 }
@@ -174,8 +174,8 @@ var hasPeerPIDFD = sync.OnceValue(func() bool {
 // pidfdByStartTime is for kernels before 6.5. It makes sure that the pidfd means the process that has pid now, at the
 // moment of accept. That the process which connected ended in the microseconds before, and its id was given away, cannot
 // be seen there.
-func pidfdByStartTime(pid int32) (int, error) {
-	before, err := readSnapshot(pid, 0)
+func (t *Table) pidfdByStartTime(pid int32) (int, error) {
+	before, err := readSnapshot(pid, 0, t.executables)
 	if err != nil {
 		return -1, fmt.Errorf("process %d: %w", pid, ErrGone)
 	}
@@ -183,7 +183,7 @@ func pidfdByStartTime(pid int32) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	after, err := readSnapshot(pid, 0)
+	after, err := readSnapshot(pid, 0, t.executables)
 	if err == nil && after.StartTime == before.StartTime {
 		if err = pollAlive(fd); err == nil {
 			return fd, nil

@@ -95,7 +95,7 @@ func (p *Process) Snapshot() (Snapshot, error) {
 		return Snapshot{}, err
 	}
 	start := p.pin.start.Load()
-	s, err := readSnapshot(p.PID, start)
+	s, err := readSnapshot(p.PID, start, p.table.executables)
 	// Only now is it known that what was read is about this process: while it lives, nobody else has its process id.
 	if gone := p.Alive(); gone != nil {
 		return Snapshot{}, gone
@@ -120,7 +120,7 @@ var buffers = sync.Pool{New: func() any { b := make([]byte, 4<<10); return &b }}
 
 // readSnapshot reads the state of the process that has the id. Its start time is read unless it is known, since a process
 // keeps it for life.
-func readSnapshot(pid int32, start uint64) (Snapshot, error) {
+func readSnapshot(pid int32, start uint64, executables Executables) (Snapshot, error) {
 	dir := "/proc/" + strconv.Itoa(int(pid))
 	buf := buffers.Get().(*[]byte)
 	defer func() {
@@ -145,11 +145,10 @@ func readSnapshot(pid int32, start uint64) (Snapshot, error) {
 	if err != nil {
 		return Snapshot{}, procError(pid, err)
 	}
-	var st unix.Stat_t
-	if err := ignoringEINTR(func() error { return unix.Stat(dir+"/exe", &st) }); err != nil {
+	if exe, err := executables.Stat(pid, s.RealUID); err != nil {
 		s.ExecutableErr = fmt.Errorf("reading %s/exe: %w", dir, err)
 	} else {
-		s.Executable = FileOf(&st)
+		s.Executable = exe.File
 	}
 	return s, nil
 }

@@ -25,6 +25,9 @@ type Config struct {
 	// MaxConnections.
 	MaxConnectionsPerUID int
 
+	// Executables looks at what processes run. Nil means Proc, which is this process itself.
+	Executables Executables
+
 	// Log gets refused connections. Nil means nowhere.
 	Log *slog.Logger
 }
@@ -59,6 +62,7 @@ func Descriptors(connections int) int {
 type Table struct {
 	maxConns, maxConnsPerUID int
 	log                      *slog.Logger
+	executables              Executables
 
 	// noPeerPIDFD makes the table act as on a kernel before 6.5, without SO_PEERPIDFD.
 	noPeerPIDFD bool
@@ -114,6 +118,9 @@ func NewTable(c Config) (*Table, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	if c.Executables == nil {
+		c.Executables = Proc{}
+	}
 	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("creating an epoll descriptor to watch callers: %w", err)
@@ -123,7 +130,7 @@ func NewTable(c Config) (*Table, error) {
 		return nil, fmt.Errorf("making the epoll descriptor non-blocking: %w", err)
 	}
 	t := &Table{
-		maxConns: c.MaxConnections, maxConnsPerUID: c.MaxConnectionsPerUID, log: c.Log,
+		maxConns: c.MaxConnections, maxConnsPerUID: c.MaxConnectionsPerUID, log: c.Log, executables: c.Executables,
 		// The runtime's own poller watches the epoll descriptor, so that waiting costs no thread and Close wakes it.
 		epoll: os.NewFile(uintptr(fd), "pidfds"), epollFD: fd,
 		pins: map[uint64]*pin{}, byPID: map[int32]*pin{}, uidConns: map[uint32]int{},
@@ -181,7 +188,7 @@ func (t *Table) Open(pid int32) (*Process, error) {
 		return nil, err
 	}
 	process := &Process{PID: pid, pin: p, table: t}
-	s, err := readSnapshot(pid, 0)
+	s, err := readSnapshot(pid, 0, t.executables)
 	if gone := p.alive(); gone != nil {
 		err = gone
 	}

@@ -41,7 +41,7 @@ func (m *Method) hash(ctx context.Context, p *peer.Process, exe peer.File) (stri
 	if sum, ok := m.hashes.recall(exe); ok {
 		return sum, nil // somebody else's wait was for the same file
 	}
-	f, err := os.Open(exeLink(p.PID))
+	f, err := p.Executables().Open(p.PID, p.UID)
 	if err != nil {
 		return "", fmt.Errorf("sha256 of the executable: %w", err)
 	}

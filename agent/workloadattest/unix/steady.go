@@ -18,12 +18,12 @@ func (m *Method) Doubts(p *peer.Process, state peer.Snapshot) bool {
 	if m.cfg.MaxHashBytes < 0 || state.ExecutableErr != nil {
 		return false // there is no hash
 	}
-	fd, err := sys.Open(exeLink(p.PID), sys.O_PATH|sys.O_CLOEXEC, 0)
+	f, err := p.Executables().Pin(p.PID, p.UID)
 	if err != nil {
 		return true
 	}
-	defer sys.Close(fd)
-	return !m.steady(fd, state.Executable)
+	defer f.Close()
+	return !m.steady(int(f.Fd()), state.Executable)
 }
 
 // steady says whether each change of an open file's content, which nobody can change while it runs, shows in exe.

@@ -11,13 +11,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/user"
 	"strconv"
 	"strings"
 	"time"
-
-	sys "golang.org/x/sys/unix"
 
 	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/workloadapi/peer"
@@ -128,7 +125,7 @@ func (m *Method) Selectors(ctx context.Context, p *peer.Process, state peer.Snap
 	if state.ExecutableErr != nil {
 		return all, errors.Join(append(missing, state.ExecutableErr)...)
 	}
-	path, err := m.path(p.PID, state.Executable)
+	path, err := m.path(p, state.Executable)
 	if err != nil {
 		missing = append(missing, err)
 	} else {
@@ -153,26 +150,21 @@ func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
 // path returns where the executable is. The kernel tells it in the process's own mount namespace, where it may be a lie
 // in the agent's: so it counts if the agent finds the same file there.
-func (m *Method) path(pid int32, exe peer.File) (string, error) {
-	path, err := os.Readlink(exeLink(pid))
+func (m *Method) path(p *peer.Process, exe peer.File) (string, error) {
+	path, there, err := p.Executables().Path(p.PID, p.UID)
 	if err != nil {
 		return "", fmt.Errorf("path of the executable: %w", err)
 	}
 	if !strings.HasPrefix(path, "/") {
 		return "", fmt.Errorf("path of the executable: %q is not a path", path)
 	}
-	var st sys.Stat_t
-	err = sys.Stat(path, &st)
-	if err == nil && st.Dev == exe.Device && st.Ino == exe.Inode {
+	if there.Device == exe.Device && there.Inode == exe.Inode {
 		return path, nil
 	}
 	if m.cfg.AllowForeignPaths {
-		var now sys.Stat_t
-		if sys.Stat(exeLink(pid), &now) == nil && peer.FileOf(&now) == exe && now.Nlink > 0 {
+		if now, err := p.Executables().Stat(p.PID, p.UID); err == nil && now.File == exe && now.Links > 0 {
 			return path, nil
 		}
 	}
 	return "", fmt.Errorf("path of the executable: the file that runs is not what the agent finds at %q (it was replaced or deleted, or the process has its own mounts)", path)
 }
-
-func exeLink(pid int32) string { return "/proc/" + strconv.Itoa(int(pid)) + "/exe" }
