@@ -1,0 +1,319 @@
+package examiner
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/signet-id/signet/internal/sandbox"
+	"github.com/signet-id/signet/workloadapi/peer"
+)
+
+// asExaminer makes the test binary be the examiner.
+const asExaminer = "examiner-of-test"
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == asExaminer {
+		if err := Main(os.Args[2]); err != nil {
+			os.Stderr.WriteString(err.Error() + "\n")
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func start(t *testing.T) *Client {
+	t.Helper()
+	c, err := Start(Config{Command: []string{os.Args[0], asExaminer}, Seccomp: sandbox.Require, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// sleeper starts a copy of sleep from a place of its own, as another user if the test may.
+func sleeper(t *testing.T) (pid int32, path string) {
+	t.Helper()
+	data, err := os.ReadFile("/bin/sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "sleeper")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path = filepath.Join(dir, "sleep")
+	if err := errors.Join(os.Chmod(dir, 0o711), os.WriteFile(path, data, 0o711)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(path, "3600")
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 64125, Gid: 64125}}
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	return int32(cmd.Process.Pid), path
+}
+
+// TestSeesWhatProcSees asks the examiner and /proc the same.
+func TestSeesWhatProcSees(t *testing.T) {
+	c := start(t)
+	pid, path := sleeper(t)
+	want, err := peer.Proc{}.Stat(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.Stat(pid, 1)
+	if err != nil || got != want {
+		t.Errorf("Stat = %+v, %v; want %+v", got, err, want)
+	}
+	gotPath, there, err := c.Path(pid, 1)
+	if err != nil || gotPath != path || there != want {
+		t.Errorf("Path = %q, %+v, %v; want %q, %+v", gotPath, there, err, path, want)
+	}
+	f, err := c.Open(pid, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	content, err := io.ReadAll(f)
+	wantContent, _ := os.ReadFile(path)
+	if err != nil || !bytes.Equal(content, wantContent) {
+		t.Errorf("%d bytes, %v; want %d", len(content), err, len(wantContent))
+	}
+	pin, err := c.Pin(pid, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pin.Close()
+	if _, err := pin.Read(make([]byte, 1)); err == nil {
+		t.Error("what Pin opened can be read")
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if gone, there, err := c.Path(pid, 1); err != nil || gone != path+" (deleted)" || there != (peer.Executable{}) {
+		t.Errorf("Path of a deleted file = %q, %+v, %v", gone, there, err)
+	}
+	for _, pid := range []int32{1 << 30, -1, 0} {
+		if _, err := c.Stat(pid, 1); err == nil {
+			t.Errorf("process %d has an executable", pid)
+		}
+		if pid <= 0 {
+			return // the examiner ends: who asks so is not the agent
+		}
+	}
+}
+
+// TestKilled: whoever waits is told, and so is whoever asks later.
+func TestKilled(t *testing.T) {
+	c := start(t)
+	if err := c.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-c.Done()
+	if err := c.Watch(t.Context()); !errors.Is(err, ErrEnded) {
+		t.Errorf("Watch = %v", err)
+	}
+	if _, err := c.Stat(int32(os.Getpid()), 0); !errors.Is(err, ErrEnded) {
+		t.Errorf("Stat = %v, want ErrEnded", err)
+	}
+}
+
+// TestEndsWithTheAgent: the process does not outlive the agent's end of the socket.
+func TestEndsWithTheAgent(t *testing.T) {
+	c := start(t)
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if state := c.cmd.ProcessState; state == nil || !state.Success() {
+		t.Errorf("it ended with %v", state)
+	}
+}
+
+// TestByHand: who starts it from a shell is told what it is.
+func TestByHand(t *testing.T) {
+	out, err := exec.Command(os.Args[0], asExaminer, "auto").CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "the agent starts it by itself") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// stuck are Executables of which Stat hangs for process 1.
+type stuck struct {
+	peer.Proc
+	came, let chan struct{}
+}
+
+func (s stuck) Stat(pid int32, uid uint32) (peer.Executable, error) {
+	if pid == 1 {
+		s.came <- struct{}{}
+		<-s.let
+	}
+	return peer.Executable{Links: uint64(pid)}, nil
+}
+
+// within returns a client and a server in this process.
+func within(t *testing.T, e peer.Executables) *Client {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "pair")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns[i] = c.(*net.UnixConn)
+	}
+	c := newClient(conns[0], slog.New(slog.DiscardHandler))
+	c.reader.Go(c.read)
+	served := make(chan error, 1)
+	go func() {
+		defer conns[1].Close()
+		served <- serve(conns[1], e)
+	}()
+	t.Cleanup(func() {
+		c.Close()
+		if err := <-served; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+	return c
+}
+
+// TestHangingFileSystem: the looks at one user's programs hang, and those at others' do not.
+func TestHangingFileSystem(t *testing.T) {
+	came, let := make(chan struct{}), make(chan struct{})
+	c := within(t, stuck{came: came, let: let})
+	var hanging sync.WaitGroup
+	for range maxWaitingPerUID {
+		hanging.Go(func() {
+			if exe, err := c.Stat(1, 1000); err != nil || exe.Links != 1 {
+				t.Errorf("Stat = %+v, %v", exe, err)
+			}
+		})
+	}
+	for range maxWaitingPerUID {
+		<-came
+	}
+	if _, err := c.Stat(2, 1000); !errors.Is(err, errBusy) {
+		t.Errorf("one more of the same user: %v, want errBusy", err)
+	}
+	if exe, err := c.Stat(7, 1001); err != nil || exe.Links != 7 {
+		t.Errorf("another user's: %+v, %v", exe, err)
+	}
+	close(let)
+	hanging.Wait()
+	if _, err := c.Stat(2, 1000); err != nil {
+		t.Errorf("after all: %v", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.waiting)+len(c.perUID) != 0 {
+		t.Errorf("%d requests and %d users are left behind", len(c.waiting), len(c.perUID))
+	}
+}
+
+// TestLateAnswer: a descriptor that nobody waits for any more is closed.
+func TestLateAnswer(t *testing.T) {
+	c := newClient(nil, slog.New(slog.DiscardHandler))
+	c.waiting[5], c.perUID[9] = &call{uid: 9, done: make(chan struct{}), left: true}, 1
+	f, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.answered(answer{id: 5}, f)
+	if _, err := f.Stat(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("the descriptor is still open: %v", err)
+	}
+	if len(c.waiting)+len(c.perUID) != 0 {
+		t.Error("the request is still counted")
+	}
+}
+
+// TestConcurrent asks from many goroutines; each gets its own answer.
+func TestConcurrent(t *testing.T) {
+	c := within(t, stuck{let: make(chan struct{})})
+	var all sync.WaitGroup
+	for i := range 32 {
+		all.Go(func() {
+			for j := range 200 {
+				pid := int32(2 + i*1000 + j)
+				if exe, err := c.Stat(pid, uint32(i)); err != nil || exe.Links != uint64(pid) {
+					t.Errorf("process %d: %+v, %v", pid, exe, err)
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+// TestEnvironment: what is for the service is not for the examiner.
+func TestEnvironment(t *testing.T) {
+	got := clean([]string{"PATH=/bin", "NOTIFY_SOCKET=/run/n", "LISTEN_FDS=1", "LISTEN_PID=1", "WATCHDOG_USEC=1", "CREDENTIALS_DIRECTORY=/c", "LISTENER=x"})
+	if strings.Join(got, " ") != "PATH=/bin LISTENER=x" {
+		t.Errorf("%q", got)
+	}
+}
+
+func FuzzParseRequest(f *testing.F) {
+	f.Add(request{id: 7, ask: askOpen, pid: 1}.marshal())
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := parseRequest(b)
+		if err == nil && (!bytes.Equal(r.marshal(), b) || r.pid <= 0) {
+			t.Errorf("%x became %+v", b, r)
+		}
+	})
+}
+
+func FuzzParseAnswer(f *testing.F) {
+	f.Add(answer{id: 7, exe: peer.Executable{Links: 1, File: peer.File{Inode: 3, Size: -1}}, path: "/bin/true"}.marshal())
+	f.Add(answer{errno: unix.EACCES}.marshal())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		a, err := parseAnswer(b)
+		if err == nil && !bytes.Equal(a.marshal(), b) {
+			t.Errorf("%x became %+v", b, a)
+		}
+	})
+}
+
+// BenchmarkStat is what a look costs, beside the one without a second process.
+func BenchmarkStat(b *testing.B) {
+	c, err := Start(Config{Command: []string{os.Args[0], asExaminer}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	for name, e := range map[string]peer.Executables{"examiner": c, "proc": peer.Proc{}} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if _, err := e.Stat(int32(os.Getpid()), 0); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
