@@ -39,6 +39,11 @@ func (p *Poller) pollEntries(ctx context.Context, conn grpc.ClientConnInterface,
 	if err != nil {
 		return nil, err
 	}
+	return p.take(a, m), nil
+}
+
+// take puts into m what an answer has that is new, and returns what is known then.
+func (p *Poller) take(a *answer, m *nodev1.FollowResponse) map[string]heldEntry {
 	next := make(map[string]heldEntry, len(a.all))
 	for _, e := range a.full {
 		id := e.GetId()
@@ -61,6 +66,9 @@ func (p *Poller) pollEntries(ctx context.Context, conn grpc.ClientConnInterface,
 				m.RemovedEntryIds = append(m.RemovedEntryIds, id)
 			}
 		} else {
+			// A server that was restored from a backup counts from an earlier number; the entry is another all the same.
+			h.given = max(t.Revision, p.entries[id].given+1)
+			t.Revision = h.given
 			m.Entries = append(m.Entries, t)
 		}
 		next[id] = h
@@ -79,7 +87,7 @@ func (p *Poller) pollEntries(ctx context.Context, conn grpc.ClientConnInterface,
 			m.RemovedEntryIds = append(m.RemovedEntryIds, id)
 		}
 	}
-	return next, nil
+	return next
 }
 
 // askEntries asks in the way of SPIRE's agents, or for everything at once where the server knows only that.

@@ -54,6 +54,7 @@ type Poller struct {
 // A heldEntry is what is remembered of an entry.
 type heldEntry struct {
 	stamp
+	given         int64 // the revision that it was told with
 	federatesWith []string
 	unusable      bool // known, and not for workloads
 }
@@ -225,7 +226,7 @@ func (p *Poller) foreignBundle(ctx context.Context, conn grpc.ClientConnInterfac
 		// Taken for what it says it is, it could take the place of our own.
 		return foreignBundle{trouble: fmt.Errorf("the server answered with the bundle of %q", got)}, nil
 	}
-	if n := max(len(b.GetX509Authorities()), len(b.GetJwtAuthorities())); n > maxAuthorities {
+	if n := max(len(b.GetX509Authorities()), len(b.GetJwtAuthorities()), len(b.GetWitAuthorities())); n > maxAuthorities {
 		return foreignBundle{trouble: fmt.Errorf("it has %d authorities of a kind, more than the %d allowed", n, maxAuthorities)}, nil
 	}
 	return foreignBundle{bundle: translateBundle(b)}, nil

@@ -74,6 +74,11 @@ func translateBundle(b *types.Bundle) *nodev1.Bundle {
 			KeyId: a.GetKeyId(), PublicKey: a.GetPublicKey(), ExpiresAt: a.GetExpiresAt(), State: stateOf(a.GetTainted()),
 		})
 	}
+	for _, a := range b.GetWitAuthorities() {
+		t.WitAuthorities = append(t.WitAuthorities, &nodev1.JWTAuthority{
+			KeyId: a.GetKeyId(), PublicKey: a.GetPublicKey(), ExpiresAt: a.GetExpiresAt(), State: stateOf(a.GetTainted()),
+		})
+	}
 	return t
 }
 
