@@ -100,7 +100,7 @@ func run(t *testing.T, ca *faultca.CA) *fixture {
 	t.Helper()
 	x := &fixture{t: t, ca: ca, f: newFollower(), svid: agentSVID(t, ca), synced: make(chan struct{}, 100), lost: make(chan struct{}, 100), ended: make(chan error, 1)}
 	client, err := New(Config{
-		Address: ca.Addr, TrustDomain: ca.TrustDomain, Follower: x.f, Log: slog.New(slog.DiscardHandler),
+		Address: ca.Addr, TrustDomain: ca.TrustDomain, Follower: x.f, Log: slog.New(slog.DiscardHandler), PollEvery: 100 * time.Millisecond,
 		Bundles: x509bundle.FromX509Authorities(ca.TrustDomain, []*x509.Certificate{ca.Root}),
 		InSync:  func() { x.synced <- struct{}{} },
 		Lost:    func() { x.lost <- struct{}{} },

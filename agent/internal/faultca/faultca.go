@@ -23,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
@@ -58,6 +59,13 @@ type CA struct {
 	Issue func(*nodev1.IssueX509SVIDsRequest) (*nodev1.IssueX509SVIDsResponse, error)
 	// IssueJWT replaces the answers of IssueJWTSVIDs.
 	IssueJWT func(context.Context, *nodev1.IssueJWTSVIDsRequest) (*nodev1.IssueJWTSVIDsResponse, error)
+	// Entries, Deny, BatchX509 and SingleJWT are of one that StartSPIRE has made: the entries, why an agent with that serial is
+	// refused, and what replaces the answers of BatchNewX509SVID and NewJWTSVID. Polls counts SyncAuthorizedEntries.
+	Entries   []*types.Entry
+	Deny      func(serial string) error
+	BatchX509 func(*svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error)
+	SingleJWT func(*svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error)
+	Polls     int
 	// AgentTTL is the life of agents' SVIDs; 0: an hour.
 	AgentTTL time.Duration
 	// Renewals counts RenewAgent calls.
@@ -76,6 +84,12 @@ type CA struct {
 
 // Start makes a CA that listens. The server's SVID has the given path.
 func Start(t testing.TB, serverPath string) *CA {
+	t.Helper()
+	return start(t, serverPath, true)
+}
+
+// start makes a CA with or without signet.node.v1.
+func start(t testing.TB, serverPath string, node bool, options ...grpc.ServerOption) *CA {
 	t.Helper()
 	ca := &CA{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org")}
 	var err error
@@ -108,14 +122,18 @@ func Start(t testing.TB, serverPath string) *CA {
 		t.Fatal(err)
 	}
 	ca.Addr = listener.Addr().String()
-	ca.server = grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{
+	ca.server = grpc.NewServer(append(options, grpc.Creds(credentials.NewTLS(&tls.Config{
 		MinVersion: tls.VersionTLS13, ClientAuth: tls.RequestClientCert, SessionTicketsDisabled: true,
 		Certificates: []tls.Certificate{{Certificate: [][]byte{leaf, ca.Root.Raw}, PrivateKey: key}},
-	})))
+	})))...)
 	agentv1.RegisterAgentServer(ca.server, ca)
 	bundlev1.RegisterBundleServer(ca.server, ca)
 	svidv1.RegisterSVIDServer(ca.server, ca)
-	nodev1.RegisterNodeServer(ca.server, &nodeServer{ca: ca})
+	if node {
+		nodev1.RegisterNodeServer(ca.server, &nodeServer{ca: ca})
+	} else {
+		entryv1.RegisterEntryServer(ca.server, &entryServer{ca: ca})
+	}
 	served := make(chan error, 1)
 	go func() { served <- ca.server.Serve(listener) }()
 	t.Cleanup(func() {
@@ -243,13 +261,18 @@ type nodeServer struct {
 	ca *CA
 }
 
-func (n *nodeServer) Follow(stream nodev1.Node_FollowServer) error {
-	serial := ""
-	if p, ok := peer.FromContext(stream.Context()); ok {
+// serialOf is that of the caller's SVID.
+func serialOf(ctx context.Context) string {
+	if p, ok := peer.FromContext(ctx); ok {
 		if info, ok := p.AuthInfo.(credentials.TLSInfo); ok && len(info.State.PeerCertificates) > 0 {
-			serial = info.State.PeerCertificates[0].SerialNumber.String()
+			return info.State.PeerCertificates[0].SerialNumber.String()
 		}
 	}
+	return ""
+}
+
+func (n *nodeServer) Follow(stream nodev1.Node_FollowServer) error {
+	serial := serialOf(stream.Context())
 	n.ca.Lock()
 	follow := n.ca.Follow
 	n.ca.Unlock()
