@@ -153,8 +153,10 @@ func (ca *testCA) NewJWTSVID(ctx context.Context, entryID string, audience []str
 	}
 	ca.jwts++
 	header := base64.RawURLEncoding.EncodeToString([]byte(fmt.Sprintf(`{"alg":"ES256","kid":%q}`, ca.kid)))
+	aud := fmt.Sprintf(`"%s"`, strings.Join(audience, `","`))
+	payload := base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, `{"sub":%q,"aud":[%s]}`, ca.entries[entryID].GetSpiffeId(), aud))
 	return JWTAnswer{
-		Token:    fmt.Sprintf("%s.%s-%s.%d", header, entryID, strings.Join(audience, "+"), ca.jwts),
+		Token:    fmt.Sprintf("%s.%s.%d", header, payload, ca.jwts),
 		IssuedAt: time.Now().Add(ca.skew), ExpiresAt: time.Now().Add(ca.skew + 5*time.Minute),
 	}, nil
 }

@@ -318,6 +318,12 @@ func (c *Cache) begin(ctx context.Context, turn *turn, name, key string, e *entr
 		ctx, cancel := context.WithTimeout(c.ctx, callTimeout)
 		defer cancel()
 		answer, err := c.config.CA.NewJWTSVID(ctx, e.id, audience)
+		if err == nil {
+			err = checkJWT(e, audience, answer, c.config.Now())
+		}
+		if err != nil {
+			answer = JWTAnswer{}
+		}
 		c.countJWT(err)
 		var t *token
 		if err == nil && name != "" {
