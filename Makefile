@@ -115,7 +115,7 @@ bin/tools/.made: tools/go.mod tools/go.sum
 
 .PHONY: tools/installed
 tools/installed:
-	@tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools
+	@tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools dbus-daemon
 
 clean:
 	rm -rf bin dist

@@ -9,6 +9,7 @@ import (
 
 	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/agent/workloadattest/docker"
+	"github.com/signet-id/signet/agent/workloadattest/systemd"
 	"github.com/signet-id/signet/agent/workloadattest/unix"
 )
 
@@ -16,6 +17,8 @@ import (
 type WorkloadAttestation struct {
 	// Unix looks at users, groups and the executable.
 	Unix UnixAttestation `yaml:"unix"`
+	// Systemd asks systemd about the units that processes run in. With its defaults it is written {}.
+	Systemd *SystemdAttestation `yaml:"systemd"`
 	// Docker asks Docker or Podman about the containers that processes run in. With its defaults it is written {}.
 	Docker *DockerAttestation `yaml:"docker"`
 
@@ -40,6 +43,9 @@ type namedMethod struct {
 // used are the methods that this agent attests by.
 func (w *WorkloadAttestation) used() []namedMethod {
 	all := []namedMethod{{unix.Name, &w.Unix}}
+	if w.Systemd != nil {
+		all = append(all, namedMethod{systemd.Name, w.Systemd})
+	}
 	if w.Docker != nil {
 		all = append(all, namedMethod{docker.Name, w.Docker})
 	}
@@ -92,6 +98,42 @@ func (u *UnixAttestation) open(*slog.Logger) (workloadattest.Method, error) {
 	return unix.New(unix.Config{MaxHashBytes: u.MaxHashBytes, AllowForeignPaths: u.AllowForeignPaths, AllowFUSE: u.AllowFUSE})
 }
 
+// SystemdAttestation configures the workload attestor systemd.
+type SystemdAttestation struct {
+	// BusSocket is the Unix socket of the system bus. Default /run/dbus/system_bus_socket. If nobody is there, there are no selectors.
+	BusSocket string `yaml:"bus_socket"`
+	// Timeout is how long systemd may take to answer. Default 2s; at most 4s.
+	Timeout time.Duration `yaml:"timeout"`
+}
+
+func (s *SystemdAttestation) check(bad func(field, format string, args ...any)) {
+	if s.BusSocket != "" {
+		checkSocket("bus_socket", s.BusSocket, bad)
+	}
+	checkAskTimeout(s.Timeout, bad)
+}
+
+func (s *SystemdAttestation) open(log *slog.Logger) (workloadattest.Method, error) {
+	return systemd.New(systemd.Config{Socket: s.BusSocket, Timeout: s.Timeout, Log: log})
+}
+
+// maxAskTimeout is less than what a method may take in all.
+const maxAskTimeout = 4 * time.Second
+
+func checkAskTimeout(d time.Duration, bad func(field, format string, args ...any)) {
+	if d < 0 || d > maxAskTimeout {
+		bad("timeout", "%s is not between 0 and %s", d, maxAskTimeout)
+	}
+}
+
+func checkSocket(field, path string, bad func(field, format string, args ...any)) {
+	if !filepath.IsAbs(path) {
+		bad(field, "%q must be an absolute path, without unix://", path)
+	} else if len(path) > maxSocketBytes {
+		bad(field, "%q has %d bytes, and a Unix socket's path at most %d", path, len(path), maxSocketBytes)
+	}
+}
+
 // DockerAttestation configures the workload attestor docker, which is for Podman, too.
 type DockerAttestation struct {
 	// Sockets are the Unix sockets of root's engines. Default /run/docker.sock and /run/podman/podman.sock, of which each may be
@@ -109,16 +151,9 @@ type DockerAttestation struct {
 	Timeout time.Duration `yaml:"timeout"`
 }
 
-// maxEngineTimeout is less than what a method may take in all.
-const maxEngineTimeout = 4 * time.Second
-
 func (d *DockerAttestation) check(bad func(field, format string, args ...any)) {
 	for _, s := range d.Sockets {
-		if !filepath.IsAbs(s) {
-			bad("sockets", "%q must be an absolute path, without unix://", s)
-		} else if len(s) > maxSocketBytes {
-			bad("sockets", "%q has %d bytes, and a Unix socket's path at most %d", s, len(s), maxSocketBytes)
-		}
+		checkSocket("sockets", s, bad)
 	}
 	for _, e := range d.Env {
 		if e == "" || strings.ContainsAny(e, "=\x00") {
@@ -130,9 +165,7 @@ func (d *DockerAttestation) check(bad func(field, format string, args ...any)) {
 			bad("cgroup_parents", "%q is not an absolute path below /, such as /batch", p)
 		}
 	}
-	if d.Timeout < 0 || d.Timeout > maxEngineTimeout {
-		bad("timeout", "%s is not between 0 and %s", d.Timeout, maxEngineTimeout)
-	}
+	checkAskTimeout(d.Timeout, bad)
 }
 
 func (d *DockerAttestation) open(*slog.Logger) (workloadattest.Method, error) {

@@ -62,6 +62,9 @@ func TestWorkloadAttestationConfig(t *testing.T) {
 		{name: "a variable with its value", config: "{docker: {env: [STAGE=prod]}}", bad: "workload_attestation.docker.env: "},
 		{name: "a parent that is all", config: "{docker: {cgroup_parents: [/]}}", bad: "workload_attestation.docker.cgroup_parents: "},
 		{name: "a long wait", config: "{docker: {timeout: 5s}}", bad: "workload_attestation.docker.timeout: 5s is not between"},
+		{name: "systemd with its defaults", config: "{systemd: {}}"},
+		{name: "systemd", config: "{systemd: {bus_socket: /run/bus, timeout: 4s}}"},
+		{name: "a relative bus", config: "{systemd: {bus_socket: bus}}", bad: "workload_attestation.systemd.bus_socket: "},
 		{name: "misspelt", config: "{unix: {max_hash_byte: 7}}", bad: "agent.yaml:5:"},
 	} {
 		c, err := ReadConfig([]byte(rest+tt.config+"\n"), "agent.yaml")

@@ -77,7 +77,7 @@ func TestAnswersThatAreRefused(t *testing.T) {
 		"too many labels":        {`{"Config":{"Labels":{` + keys.String() + `"z":""}}}`, "more than"},
 		"too many variables":     {`{"Config":{"Env":[` + strings.Repeat(`"A=b",`, maxKeys) + `"A=b"]}}`, "more than"},
 		"too long":               {`{"HostConfig":"` + strings.Repeat("x", maxAnswerBytes) + `"}`, "longer than"},
-		"too long in all":        {`{"HostConfig":[` + strings.Repeat(`"x",`, maxAnswerBytes/4) + `"x"]}`, "longer than"},
+		"too long in all":        {`{"HostConfig":[` + strings.Repeat(`"`+strings.Repeat("x", 1000)+`",`, maxAnswerBytes/1000) + `"x"]}`, "longer than"},
 	} {
 		d, err := readContainer(strings.NewReader(tt.answer))
 		if err == nil || !strings.Contains(err.Error(), tt.want) {

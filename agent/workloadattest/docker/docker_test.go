@@ -297,7 +297,7 @@ func TestEnginesThatAreWrong(t *testing.T) {
 		"ended process":     {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, tell(anID, 1<<22)) }, "the first process of container"},
 		"unknown":           {http.NotFound, "no engine knows it"},
 		"broken":            {func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(500) }, "status 500"},
-		"redirected":        {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/containers/"+otherID+"/json", 302) }, "status 302"},
+		"redirected":        {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/containers/"+otherID+"/json", http.StatusFound) }, "status 302"},
 		"garbage":           {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "<html>") }, "no JSON"},
 		"huge": {func(w http.ResponseWriter, r *http.Request) {
 			io.WriteString(w, `{"x":[`)
