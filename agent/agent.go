@@ -263,6 +263,9 @@ func (a *Agent) Close() error {
 		if a.delegated != nil {
 			errs = append(errs, a.delegated.Close())
 		}
+		if a.attestor != nil {
+			errs = append(errs, a.attestor.Close())
+		}
 		if a.web != nil {
 			if err := a.web.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 				errs = append(errs, err)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/agent/workloadattest/docker"
+	"github.com/signet-id/signet/agent/workloadattest/k8s"
 	"github.com/signet-id/signet/agent/workloadattest/systemd"
 	"github.com/signet-id/signet/agent/workloadattest/unix"
 )
@@ -21,6 +22,9 @@ type WorkloadAttestation struct {
 	Systemd *SystemdAttestation `yaml:"systemd"`
 	// Docker asks Docker or Podman about the containers that processes run in. With its defaults it is written {}.
 	Docker *DockerAttestation `yaml:"docker"`
+
+	// K8s looks at the Kubernetes pod and container. Absent: it does not.
+	K8s *K8sAttestation `yaml:"k8s"`
 
 	// MaxHashBytes is the older name of unix.max_hash_bytes.
 	MaxHashBytes int64 `yaml:"max_hash_bytes"`
@@ -48,6 +52,9 @@ func (w *WorkloadAttestation) used() []namedMethod {
 	}
 	if w.Docker != nil {
 		all = append(all, namedMethod{docker.Name, w.Docker})
+	}
+	if w.K8s != nil {
+		all = append(all, namedMethod{k8s.Name, w.K8s})
 	}
 	return all
 }

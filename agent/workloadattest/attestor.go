@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"sync"
@@ -18,7 +19,8 @@ import (
 	"github.com/signet-id/signet/workloadapi/peer"
 )
 
-// A Method finds selectors of one type, such as unix. It is called concurrently.
+// A Method finds selectors of one type, such as unix. It is called concurrently. One that holds something, such as
+// connections, is an io.Closer.
 type Method interface {
 	// Name is the type of the method's selectors.
 	Name() string
@@ -119,6 +121,17 @@ func New(cfg Config) (*Attestor, error) {
 		cfg.Now = time.Now
 	}
 	return &Attestor{cfg: cfg, known: map[uint64]*list.Element{}, used: list.New(), tallies: make([]tally, len(cfg.Methods))}, nil
+}
+
+// Close closes the methods that are io.Closers. Calls of Attest that are under way end soon.
+func (a *Attestor) Close() error {
+	var errs []error
+	for _, m := range a.cfg.Methods {
+		if c, ok := m.(io.Closer); ok {
+			errs = append(errs, c.Close())
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Attest returns the process with all its selectors. See workloadapi.Attestor.
