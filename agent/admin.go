@@ -28,7 +28,7 @@ func (a *Agent) openAdmin() error {
 	if err != nil {
 		return err
 	}
-	admin, err := adminapi.New(adminapi.Config{Socket: c.socket(), Status: a.describe, Services: services, Log: a.log})
+	admin, err := adminapi.New(adminapi.Config{Socket: c.socket(), Status: a.describe, Explain: a.explain, Services: services, Log: a.log})
 	switch {
 	case err == nil:
 		a.admin = admin
@@ -62,6 +62,12 @@ func (a *Agent) describe(ctx context.Context) *agentv1.GetStatusResponse {
 	}
 	if !s.ID.IsZero() {
 		out.Id = s.ID.String()
+	}
+	if c := a.config.SealedCache; !c.Disable {
+		out.SealedCache = &agentv1.SealedCache{Key: c.Key, Error: s.SealedCache, RestoredAt: stamp(s.RestoredAt), LastContact: stamp(s.LastContact)}
+	}
+	if !s.Connected && !s.OfflineSince.IsZero() {
+		out.Ca.Since = stamp(s.OfflineSince) // the loss may have been in an earlier run
 	}
 	for _, m := range a.attestor.Health(ctx) {
 		one := &agentv1.Attestor{Name: m.Method, Asked: m.Asked, Incomplete: m.Incomplete, LastErrorPid: m.LastPID, LastErrorAt: stamp(m.LastAt)}

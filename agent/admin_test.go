@@ -45,7 +45,7 @@ func TestStatusOnTheAdminSocket(t *testing.T) {
 	s := status()
 	if s.GetState() != "in sync" || !s.GetCa().GetConnected() || s.GetCa().GetError() != "" || s.GetCa().GetSince().AsTime().Before(began) || s.GetNotReady() != "" ||
 		s.GetId() != "spiffe://example.org"+faultca.AgentPath || s.GetRevision() != 1 || !s.GetServing() || s.GetAttestor() != "join_token" ||
-		len(s.GetAttestors()) != 1 || s.GetAttestors()[0].GetName() != "unix" || s.GetSealedCache() != nil {
+		len(s.GetAttestors()) != 1 || s.GetAttestors()[0].GetName() != "unix" || s.GetSealedCache().GetKey() != "file" {
 		t.Errorf("in contact: %v", s)
 	}
 	if strings.Contains(s.String(), "verysecret") {

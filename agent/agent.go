@@ -48,8 +48,9 @@ type Agent struct {
 	metrics    *metrics
 	web        net.Listener // nil: no metrics are served
 
-	started time.Time
-	contact atomic.Pointer[contact] // nil: never was any
+	refusals *refusals
+	started  time.Time
+	contact  atomic.Pointer[contact] // nil: never was any
 
 	ready     chan struct{}
 	synced    chan struct{}
@@ -67,7 +68,7 @@ func New(c Config) (*Agent, error) {
 		return nil, err
 	}
 	a := &Agent{
-		config: c, running: c, level: new(slog.LevelVar), started: c.Now(), ready: make(chan struct{}), synced: make(chan struct{}),
+		config: c, running: c, level: new(slog.LevelVar), started: c.Now(), refusals: newRefusals(), ready: make(chan struct{}), synced: make(chan struct{}),
 	}
 	a.log = a.logger()
 	if err := a.open(); err != nil {
@@ -146,7 +147,7 @@ func (a *Agent) open() error {
 		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
 		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID,
-		OnCall: a.metrics.call, OnPush: a.metrics.push, Services: []func(grpc.ServiceRegistrar, *workloadapi.Server){envoys},
+		OnCall: a.ended, OnPush: a.metrics.push, Services: []func(grpc.ServiceRegistrar, *workloadapi.Server){envoys},
 	})
 	if err != nil {
 		return fmt.Errorf("socket_path: %w", err)
@@ -155,6 +156,12 @@ func (a *Agent) open() error {
 		return err
 	}
 	return a.openBroker()
+}
+
+// ended is told of the end of each call of a workload.
+func (a *Agent) ended(c workloadapi.CallEnd) {
+	a.metrics.call(c)
+	a.refusals.note(c, time.Now())
 }
 
 // inSync is told that the CA has confirmed that the agent holds its newest state.

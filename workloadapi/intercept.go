@@ -142,7 +142,17 @@ func (s *Server) ended(ctx context.Context, method string, start time.Time, err 
 		if code == codes.Unimplemented {
 			method = "unknown" // the client chose the name: as a label it would be unbounded
 		}
-		s.cfg.OnCall(CallEnd{Method: method, Code: code, Duration: time.Since(start)})
+		end := CallEnd{Method: method, Code: code, Duration: time.Since(start)}
+		if st != nil {
+			end.Reason, end.Text = ReasonOf(st), status.Convert(st).Message()
+		}
+		if info, ierr := peer.InfoFromContext(ctx); ierr == nil {
+			end.UID = info.UID
+			if info.Process != nil {
+				end.PID = info.Process.PID
+			}
+		}
+		s.cfg.OnCall(end)
 	}
 	var who []slog.Attr
 	if p, perr := peer.FromContext(ctx); perr == nil {

@@ -135,6 +135,12 @@ type CallEnd struct {
 	Method   string
 	Code     codes.Code
 	Duration time.Duration
+	// Reason and Text are what a refused caller was told. The text may repeat what the caller sent: it is no label, either.
+	Reason Reason
+	Text   string
+	// PID and UID are the caller's; PID is 0 for one in another PID namespace.
+	PID int32
+	UID uint32
 }
 
 // A Server is a Workload Endpoint. It listens from New on and answers while Run runs.

@@ -29,9 +29,11 @@ const (
 	maxConnectionsPerUID = 256
 	// maxStreamsPerConnection is above what an operator's command opens, and allows a delegate one for each workload.
 	maxStreamsPerConnection = 1000
-	maxRequestBytes         = 64 << 10
-	maxHeaderBytes          = 16 << 10
-	handshakeTimeout        = 10 * time.Second
+	// maxExplaining bounds the explanations under way, which look at processes and files.
+	maxExplaining    = 4
+	maxRequestBytes  = 64 << 10
+	maxHeaderBytes   = 16 << 10
+	handshakeTimeout = 10 * time.Second
 	// stopTimeout is how long calls may take to end at shutdown before their connections are closed.
 	stopTimeout = 2 * time.Second
 )
@@ -46,6 +48,9 @@ type Config struct {
 
 	// Status says how the agent is.
 	Status func(context.Context) *agentv1.GetStatusResponse
+
+	// Explain says why a process gets what it gets. caller is who asks; peers pins processes. Its errors are statuses.
+	Explain func(ctx context.Context, caller *peer.Process, peers *peer.Table, req *agentv1.ExplainRequest) (*agentv1.ExplainResponse, error)
 
 	// Services are further services on the same socket. They judge each caller themselves: peer.FromContext gives the
 	// pinned process, who need not be an admin. Only who may open the socket gets as far; Socket.Open lets everybody. A
@@ -75,8 +80,8 @@ type Server struct {
 
 // New makes the socket. Whoever does not call Run calls Close.
 func New(c Config) (*Server, error) {
-	if c.Status == nil {
-		return nil, errors.New("config of the admin socket: Status is nil")
+	if c.Status == nil || c.Explain == nil {
+		return nil, errors.New("config of the admin socket: Status or Explain is nil")
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -106,7 +111,7 @@ func New(c Config) (*Server, error) {
 	for name := range s.grpc.GetServiceInfo() {
 		s.judge[name] = true
 	}
-	agentv1.RegisterAgentServer(s.grpc, &service{config: &s.config})
+	agentv1.RegisterAgentServer(s.grpc, &service{config: &s.config, peers: peers, explaining: make(chan struct{}, maxExplaining)})
 	reflection.Register(s.grpc)
 	return s, nil
 }

@@ -103,8 +103,11 @@ func serve(t *testing.T, c adminsocket.Config) (path string, watching chan struc
 	t.Helper()
 	watching = make(chan struct{})
 	s, err := New(Config{
-		Socket:   c,
-		Status:   func(context.Context) *agentv1.GetStatusResponse { return &agentv1.GetStatusResponse{State: "in sync"} },
+		Socket: c,
+		Status: func(context.Context) *agentv1.GetStatusResponse { return &agentv1.GetStatusResponse{State: "in sync"} },
+		Explain: func(context.Context, *peer.Process, *peer.Table, *agentv1.ExplainRequest) (*agentv1.ExplainResponse, error) {
+			return &agentv1.ExplainResponse{}, nil
+		},
 		Services: []func(grpc.ServiceRegistrar){func(r grpc.ServiceRegistrar) { healthpb.RegisterHealthServer(r, judging{watching: watching}) }},
 	})
 	if err != nil {
@@ -186,7 +189,9 @@ func TestWhoIsAdmin(t *testing.T) {
 			}
 		})
 	}
-	if _, err := New(Config{Status: func(context.Context) *agentv1.GetStatusResponse { return nil }, Socket: adminsocket.Config{Path: filepath.Join(openDir(t), "a.sock"), Group: "no-such-group"}}); err == nil {
+	if _, err := New(Config{Status: func(context.Context) *agentv1.GetStatusResponse { return nil }, Explain: func(context.Context, *peer.Process, *peer.Table, *agentv1.ExplainRequest) (*agentv1.ExplainResponse, error) {
+		return nil, nil
+	}, Socket: adminsocket.Config{Path: filepath.Join(openDir(t), "a.sock"), Group: "no-such-group"}}); err == nil {
 		t.Error("a group that does not exist is taken")
 	}
 }

@@ -180,6 +180,8 @@ type Cache struct {
 	// it, from tellAt on.
 	offline, told time.Time
 	tellAt        time.Time // on the steady clock
+
+	past past
 }
 
 // New returns an empty Cache. Run makes it work.
@@ -307,6 +309,7 @@ func (c *Cache) takeOver(next *state, change change) {
 	c.mu.Lock()
 	old := c.state.Swap(next)
 	c.takeChange(next, change, old.revision > 0 && next.epoch != old.epoch)
+	c.past.removed(old, next, change.entries, c.config.Now())
 	c.mu.Unlock()
 
 	select {

@@ -195,7 +195,7 @@ func (c *Cache) entriesOf(ctx context.Context, caller workloadapi.Caller, id spi
 	if found := find(); len(found) > 0 {
 		return found, nil
 	}
-	c.stats.noIdentity.Add(1)
+	c.refuse(w)
 	return nil, workloadapi.ErrNoIdentity
 }
 

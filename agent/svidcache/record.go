@@ -49,6 +49,8 @@ type record struct {
 	next     *key // made for an issuance that has not succeeded yet
 	failures int
 	triedAt  time.Time // the last failure, on the steady clock
+	failed   error     // what it was, and when by the wall clock; nil after a success
+	failedAt time.Time
 	retryAt  time.Time // on the steady clock; zero: at once
 	usable   bool      // what the last look at the clock found
 	waveAt   time.Time // on the steady clock: its moment, if a tainted authority signed its SVID; zero: not planned
@@ -230,8 +232,8 @@ func (c *Cache) check(r *record, now time.Time) {
 	kick(c.lanes[lane])
 }
 
-// failed notes that an issuance did not help, and when to try again. It is called with mu held.
-func (r *record) failed(longest time.Duration) {
+// postpone notes that an issuance did not help, and when to try again. It is called with mu held.
+func (r *record) postpone(longest time.Duration) {
 	wait := min(retryMin<<min(r.failures, 20), longest)
 	r.failures++
 	r.triedAt = time.Now()

@@ -23,7 +23,8 @@ const policyFormat = 1
 
 // A watcher is one caller's subscription, or a caller that waits for its registration.
 type watcher struct {
-	uid        uint32
+	pid        int32
+	uid, gid   uint32
 	selectors  map[spiffe.Selector]struct{}
 	holdsSVID  bool          // entries are issued and kept for it
 	wit        bool          // WIT-SVIDs too
@@ -71,7 +72,7 @@ func (c *Cache) follow(ctx context.Context, w *watcher) (<-chan workloadapi.Upda
 
 func newWatcher(caller workloadapi.Caller, holdsSVID bool) *watcher {
 	w := &watcher{
-		uid: caller.UID, selectors: make(map[spiffe.Selector]struct{}, len(caller.Selectors)), holdsSVID: holdsSVID,
+		pid: caller.PID, uid: caller.UID, gid: caller.GID, selectors: make(map[spiffe.Selector]struct{}, len(caller.Selectors)), holdsSVID: holdsSVID,
 		wake: make(chan struct{}, 1), out: make(chan workloadapi.Update),
 	}
 	for _, s := range caller.Selectors {
@@ -214,7 +215,7 @@ func (c *Cache) awaitEntry(ctx context.Context, w *watcher) error {
 	if matched() {
 		return nil
 	}
-	c.stats.noIdentity.Add(1)
+	c.refuse(w)
 	return workloadapi.ErrNoIdentity
 }
 

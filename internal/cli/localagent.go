@@ -147,9 +147,10 @@ type agentAttestor struct {
 }
 
 type agentSealedCache struct {
-	Key       string `json:"key"`
-	WrittenAt string `json:"written_at,omitempty"`
-	Error     string `json:"error,omitempty"`
+	Key         string `json:"key"`
+	Error       string `json:"error,omitempty"`
+	RestoredAt  string `json:"restored_at,omitempty"`
+	LastContact string `json:"last_contact,omitempty"`
 }
 
 func agentStateOf(m *agentv1.GetStatusResponse) agentState {
@@ -163,7 +164,7 @@ func agentStateOf(m *agentv1.GetStatusResponse) agentState {
 			LastError: at.GetLastError(), LastPID: at.GetLastErrorPid(), LastAt: stampOf(at.GetLastErrorAt())})
 	}
 	if c := m.GetSealedCache(); c != nil {
-		s.Sealed = &agentSealedCache{Key: c.GetKey(), WrittenAt: stampOf(c.GetWrittenAt()), Error: c.GetError()}
+		s.Sealed = &agentSealedCache{Key: c.GetKey(), Error: c.GetError(), RestoredAt: stampOf(c.GetRestoredAt()), LastContact: stampOf(c.GetLastContact())}
 	}
 	return s
 }
@@ -241,8 +242,8 @@ func (a *app) printAgentState(f format, m *agentv1.GetStatusResponse) error {
 	}
 	if c := s.Sealed; c != nil {
 		text := "sealed by " + c.Key
-		if c.WrittenAt != "" {
-			text += fmt.Sprintf(", written %s ago", approximate(max(0, now.Sub(m.GetSealedCache().GetWrittenAt().AsTime()))))
+		if c.RestoredAt != "" {
+			text += fmt.Sprintf("; what is held was restored from it at %s, and the CA was there last at %s", c.RestoredAt, cmp.Or(c.LastContact, "a time unknown"))
 		}
 		fields = append(fields, field{name: "Sealed cache", value: text}, field{name: "Cache error", value: c.Error, color: red})
 	}

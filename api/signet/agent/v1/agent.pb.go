@@ -456,10 +456,12 @@ type SealedCache struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What holds the key that seals it: file, keyring or tpm.
 	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	// When it was written last.
-	WrittenAt *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=written_at,json=writtenAt,proto3" json:"written_at,omitempty"`
-	// Why the last attempt to write or to read it came to nothing, or empty.
-	Error         string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	// Why it is not up to date, or could not be used; empty: it is.
+	Error string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	// When what is held was restored from it; absent: what is held is what the CA said since the agent started.
+	RestoredAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=restored_at,json=restoredAt,proto3" json:"restored_at,omitempty"`
+	// When the CA was there last, by what was restored.
+	LastContact   *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=last_contact,json=lastContact,proto3" json:"last_contact,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -501,18 +503,969 @@ func (x *SealedCache) GetKey() string {
 	return ""
 }
 
-func (x *SealedCache) GetWrittenAt() *timestamppb.Timestamp {
-	if x != nil {
-		return x.WrittenAt
-	}
-	return nil
-}
-
 func (x *SealedCache) GetError() string {
 	if x != nil {
 		return x.Error
 	}
 	return ""
+}
+
+func (x *SealedCache) GetRestoredAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RestoredAt
+	}
+	return nil
+}
+
+func (x *SealedCache) GetLastContact() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastContact
+	}
+	return nil
+}
+
+type ExplainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Target:
+	//
+	//	*ExplainRequest_Pid
+	//	*ExplainRequest_Pod
+	//	*ExplainRequest_Id
+	Target        isExplainRequest_Target `protobuf_oneof:"target"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ExplainRequest) GetTarget() isExplainRequest_Target {
+	if x != nil {
+		return x.Target
+	}
+	return nil
+}
+
+func (x *ExplainRequest) GetPid() int32 {
+	if x != nil {
+		if x, ok := x.Target.(*ExplainRequest_Pid); ok {
+			return x.Pid
+		}
+	}
+	return 0
+}
+
+func (x *ExplainRequest) GetPod() string {
+	if x != nil {
+		if x, ok := x.Target.(*ExplainRequest_Pod); ok {
+			return x.Pod
+		}
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetId() string {
+	if x != nil {
+		if x, ok := x.Target.(*ExplainRequest_Id); ok {
+			return x.Id
+		}
+	}
+	return ""
+}
+
+type isExplainRequest_Target interface {
+	isExplainRequest_Target()
+}
+
+type ExplainRequest_Pid struct {
+	// A process id as the agent counts them.
+	Pid int32 `protobuf:"varint,1,opt,name=pid,proto3,oneof"`
+}
+
+type ExplainRequest_Pod struct {
+	// A pod, as namespace/name.
+	Pod string `protobuf:"bytes,2,opt,name=pod,proto3,oneof"`
+}
+
+type ExplainRequest_Id struct {
+	// A registration entry's id, or a SPIFFE ID.
+	Id string `protobuf:"bytes,3,opt,name=id,proto3,oneof"`
+}
+
+func (*ExplainRequest_Pid) isExplainRequest_Target() {}
+
+func (*ExplainRequest_Pod) isExplainRequest_Target() {}
+
+func (*ExplainRequest_Id) isExplainRequest_Target() {}
+
+type ExplainResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Status *GetStatusResponse     `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
+	// The process that asks, as the agent counts processes: another number than it has itself means that the two are in
+	// different PID namespaces.
+	CallerPid int32 `protobuf:"varint,2,opt,name=caller_pid,json=callerPid,proto3" json:"caller_pid,omitempty"`
+	// The processes that the target names. For an entry: those that asked lately and got nothing.
+	Processes []*Process `protobuf:"bytes,3,rep,name=processes,proto3" json:"processes,omitempty"`
+	// For an entry's id or a SPIFFE ID: what is held of it, and what was and is no more.
+	Entries       []*Candidate `protobuf:"bytes,4,rep,name=entries,proto3" json:"entries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainResponse) Reset() {
+	*x = ExplainResponse{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainResponse) ProtoMessage() {}
+
+func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
+func (*ExplainResponse) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ExplainResponse) GetStatus() *GetStatusResponse {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetCallerPid() int32 {
+	if x != nil {
+		return x.CallerPid
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetProcesses() []*Process {
+	if x != nil {
+		return x.Processes
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetEntries() []*Candidate {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+// A Process is one process and what the agent makes of it.
+type Process struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Pid   int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	Uid   uint32                 `protobuf:"varint,2,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid   uint32                 `protobuf:"varint,3,opt,name=gid,proto3" json:"gid,omitempty"`
+	// When it began; absent if that cannot be found out.
+	StartedAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// It has ended: what is known is from its last call.
+	Ended bool `protobuf:"varint,5,opt,name=ended,proto3" json:"ended,omitempty"`
+	// Why the process cannot be looked at at all, or empty.
+	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	// What it runs, by the name that the kernel gives; " (deleted)" ends the name of a file that is gone.
+	Executable string `protobuf:"bytes,7,opt,name=executable,proto3" json:"executable,omitempty"`
+	// What each way of attestation found, asked anew.
+	Methods []*Method `protobuf:"bytes,8,rep,name=methods,proto3" json:"methods,omitempty"`
+	// The entries that match, and then those that come nearest.
+	Candidates []*Candidate `protobuf:"bytes,9,rep,name=candidates,proto3" json:"candidates,omitempty"`
+	// What its calls were refused for lately, the latest first.
+	Refusals []*Refusal `protobuf:"bytes,10,rep,name=refusals,proto3" json:"refusals,omitempty"`
+	Endpoint *Endpoint  `protobuf:"bytes,11,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	// The process is in another PID namespace than the agent.
+	OtherPidNamespace bool `protobuf:"varint,12,opt,name=other_pid_namespace,json=otherPidNamespace,proto3" json:"other_pid_namespace,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *Process) Reset() {
+	*x = Process{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Process) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Process) ProtoMessage() {}
+
+func (x *Process) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Process.ProtoReflect.Descriptor instead.
+func (*Process) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Process) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Process) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Process) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+func (x *Process) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *Process) GetEnded() bool {
+	if x != nil {
+		return x.Ended
+	}
+	return false
+}
+
+func (x *Process) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *Process) GetExecutable() string {
+	if x != nil {
+		return x.Executable
+	}
+	return ""
+}
+
+func (x *Process) GetMethods() []*Method {
+	if x != nil {
+		return x.Methods
+	}
+	return nil
+}
+
+func (x *Process) GetCandidates() []*Candidate {
+	if x != nil {
+		return x.Candidates
+	}
+	return nil
+}
+
+func (x *Process) GetRefusals() []*Refusal {
+	if x != nil {
+		return x.Refusals
+	}
+	return nil
+}
+
+func (x *Process) GetEndpoint() *Endpoint {
+	if x != nil {
+		return x.Endpoint
+	}
+	return nil
+}
+
+func (x *Process) GetOtherPidNamespace() bool {
+	if x != nil {
+		return x.OtherPidNamespace
+	}
+	return false
+}
+
+// A Method is one way of attestation and what it found out about a process.
+type Method struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Selectors []string               `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	// What it could not find out.
+	Error string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	// How long it took, in microseconds.
+	Micros        int64 `protobuf:"varint,4,opt,name=micros,proto3" json:"micros,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Method) Reset() {
+	*x = Method{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Method) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Method) ProtoMessage() {}
+
+func (x *Method) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Method.ProtoReflect.Descriptor instead.
+func (*Method) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Method) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Method) GetSelectors() []string {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Method) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *Method) GetMicros() int64 {
+	if x != nil {
+		return x.Micros
+	}
+	return 0
+}
+
+// An Endpoint is the Workload API as a process sees it.
+type Endpoint struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The process's SPIFFE_ENDPOINT_SOCKET; absent: it has none, or its environment cannot be read.
+	Environment *string `protobuf:"bytes,1,opt,name=environment,proto3,oneof" json:"environment,omitempty"`
+	// What keeps the process from the agent's socket: "missing" or "denied", at which path.
+	Obstacle      string `protobuf:"bytes,2,opt,name=obstacle,proto3" json:"obstacle,omitempty"`
+	At            string `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Endpoint) Reset() {
+	*x = Endpoint{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Endpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Endpoint) ProtoMessage() {}
+
+func (x *Endpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
+func (*Endpoint) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Endpoint) GetEnvironment() string {
+	if x != nil && x.Environment != nil {
+		return *x.Environment
+	}
+	return ""
+}
+
+func (x *Endpoint) GetObstacle() string {
+	if x != nil {
+		return x.Obstacle
+	}
+	return ""
+}
+
+func (x *Endpoint) GetAt() string {
+	if x != nil {
+		return x.At
+	}
+	return ""
+}
+
+// A Refusal is a kind of answer that a process got.
+type Refusal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The reason code, such as NO_IDENTITY.
+	Reason        string                 `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	Method        string                 `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
+	Message       string                 `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	Count         int64                  `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	LastAt        *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=last_at,json=lastAt,proto3" json:"last_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Refusal) Reset() {
+	*x = Refusal{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Refusal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Refusal) ProtoMessage() {}
+
+func (x *Refusal) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
+func (*Refusal) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Refusal) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Refusal) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *Refusal) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Refusal) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *Refusal) GetLastAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastAt
+	}
+	return nil
+}
+
+// A Candidate is a registration entry that gives, gave or nearly gives something to a process.
+type Candidate struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	EntryId   string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	SpiffeId  string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Selectors []string               `protobuf:"bytes,3,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	Hint      string                 `protobuf:"bytes,4,opt,name=hint,proto3" json:"hint,omitempty"`
+	Revision  int64                  `protobuf:"varint,5,opt,name=revision,proto3" json:"revision,omitempty"`
+	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// Every selector holds for the process.
+	Matches bool `protobuf:"varint,7,opt,name=matches,proto3" json:"matches,omitempty"`
+	// What keeps it from matching.
+	Differences []*Difference `protobuf:"bytes,8,rep,name=differences,proto3" json:"differences,omitempty"`
+	// It is past expires_at.
+	Expired bool `protobuf:"varint,9,opt,name=expired,proto3" json:"expired,omitempty"`
+	// When the CA took it from this node: because it was deleted, or is for other nodes now. Absent: it is held.
+	RemovedAt *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=removed_at,json=removedAt,proto3" json:"removed_at,omitempty"`
+	// The older entry with the same hint, which the process gets instead.
+	ShadowedBy string `protobuf:"bytes,11,opt,name=shadowed_by,json=shadowedBy,proto3" json:"shadowed_by,omitempty"`
+	// Foreign trust domains that it federates with, and those of them whose bundle the agent does not have.
+	FederatesWith  []string  `protobuf:"bytes,12,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"`
+	MissingBundles []string  `protobuf:"bytes,13,rep,name=missing_bundles,json=missingBundles,proto3" json:"missing_bundles,omitempty"`
+	Svid           *X509SVID `protobuf:"bytes,14,opt,name=svid,proto3" json:"svid,omitempty"`
+	// Processes that are subscribed to it now.
+	Watchers int64 `protobuf:"varint,15,opt,name=watchers,proto3" json:"watchers,omitempty"`
+	// What became of asking the CA for its SVID.
+	Issuance      *Issuance `protobuf:"bytes,16,opt,name=issuance,proto3" json:"issuance,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Candidate) Reset() {
+	*x = Candidate{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Candidate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Candidate) ProtoMessage() {}
+
+func (x *Candidate) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Candidate.ProtoReflect.Descriptor instead.
+func (*Candidate) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Candidate) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *Candidate) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *Candidate) GetSelectors() []string {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Candidate) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *Candidate) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Candidate) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+func (x *Candidate) GetMatches() bool {
+	if x != nil {
+		return x.Matches
+	}
+	return false
+}
+
+func (x *Candidate) GetDifferences() []*Difference {
+	if x != nil {
+		return x.Differences
+	}
+	return nil
+}
+
+func (x *Candidate) GetExpired() bool {
+	if x != nil {
+		return x.Expired
+	}
+	return false
+}
+
+func (x *Candidate) GetRemovedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RemovedAt
+	}
+	return nil
+}
+
+func (x *Candidate) GetShadowedBy() string {
+	if x != nil {
+		return x.ShadowedBy
+	}
+	return ""
+}
+
+func (x *Candidate) GetFederatesWith() []string {
+	if x != nil {
+		return x.FederatesWith
+	}
+	return nil
+}
+
+func (x *Candidate) GetMissingBundles() []string {
+	if x != nil {
+		return x.MissingBundles
+	}
+	return nil
+}
+
+func (x *Candidate) GetSvid() *X509SVID {
+	if x != nil {
+		return x.Svid
+	}
+	return nil
+}
+
+func (x *Candidate) GetWatchers() int64 {
+	if x != nil {
+		return x.Watchers
+	}
+	return 0
+}
+
+func (x *Candidate) GetIssuance() *Issuance {
+	if x != nil {
+		return x.Issuance
+	}
+	return nil
+}
+
+// A Difference is one selector of an entry that the process does not have.
+type Difference struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Selector string                 `protobuf:"bytes,1,opt,name=selector,proto3" json:"selector,omitempty"`
+	// typo, case, space, path_alias, image_form, name_for_number, supplementary, hash, value, absent, type_absent or contradiction.
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// What the process has in its place.
+	Have          []string `protobuf:"bytes,3,rep,name=have,proto3" json:"have,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Difference) Reset() {
+	*x = Difference{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Difference) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Difference) ProtoMessage() {}
+
+func (x *Difference) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Difference.ProtoReflect.Descriptor instead.
+func (*Difference) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Difference) GetSelector() string {
+	if x != nil {
+		return x.Selector
+	}
+	return ""
+}
+
+func (x *Difference) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Difference) GetHave() []string {
+	if x != nil {
+		return x.Have
+	}
+	return nil
+}
+
+// An X509SVID is what is held for an entry, without its key.
+type X509SVID struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	NotBefore *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter  *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	RenewAt   *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=renew_at,json=renewAt,proto3" json:"renew_at,omitempty"`
+	// The id of the authority that signed it, and whether it is tainted, or gone from the bundle.
+	Authority     string `protobuf:"bytes,4,opt,name=authority,proto3" json:"authority,omitempty"`
+	Tainted       bool   `protobuf:"varint,5,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	AuthorityGone bool   `protobuf:"varint,6,opt,name=authority_gone,json=authorityGone,proto3" json:"authority_gone,omitempty"`
+	// It may be handed out.
+	Valid bool `protobuf:"varint,7,opt,name=valid,proto3" json:"valid,omitempty"`
+	// It is of an older revision of the entry.
+	Outdated      bool `protobuf:"varint,8,opt,name=outdated,proto3" json:"outdated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *X509SVID) Reset() {
+	*x = X509SVID{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *X509SVID) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*X509SVID) ProtoMessage() {}
+
+func (x *X509SVID) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use X509SVID.ProtoReflect.Descriptor instead.
+func (*X509SVID) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *X509SVID) GetNotBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotBefore
+	}
+	return nil
+}
+
+func (x *X509SVID) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+func (x *X509SVID) GetRenewAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RenewAt
+	}
+	return nil
+}
+
+func (x *X509SVID) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *X509SVID) GetTainted() bool {
+	if x != nil {
+		return x.Tainted
+	}
+	return false
+}
+
+func (x *X509SVID) GetAuthorityGone() bool {
+	if x != nil {
+		return x.AuthorityGone
+	}
+	return false
+}
+
+func (x *X509SVID) GetValid() bool {
+	if x != nil {
+		return x.Valid
+	}
+	return false
+}
+
+func (x *X509SVID) GetOutdated() bool {
+	if x != nil {
+		return x.Outdated
+	}
+	return false
+}
+
+// An Issuance is how asking the CA for an SVID goes.
+type Issuance struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	InFlight bool                   `protobuf:"varint,1,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
+	// How many attempts in a row came to nothing; the last one: why and when, and when the next one is due.
+	Failures      int64                  `protobuf:"varint,2,opt,name=failures,proto3" json:"failures,omitempty"`
+	Error         string                 `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	FailedAt      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=failed_at,json=failedAt,proto3" json:"failed_at,omitempty"`
+	RetryAt       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=retry_at,json=retryAt,proto3" json:"retry_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Issuance) Reset() {
+	*x = Issuance{}
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Issuance) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Issuance) ProtoMessage() {}
+
+func (x *Issuance) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_agent_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Issuance.ProtoReflect.Descriptor instead.
+func (*Issuance) Descriptor() ([]byte, []int) {
+	return file_signet_agent_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Issuance) GetInFlight() bool {
+	if x != nil {
+		return x.InFlight
+	}
+	return false
+}
+
+func (x *Issuance) GetFailures() int64 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *Issuance) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *Issuance) GetFailedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FailedAt
+	}
+	return nil
+}
+
+func (x *Issuance) GetRetryAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RetryAt
+	}
+	return nil
 }
 
 var File_signet_agent_v1_agent_proto protoreflect.FileDescriptor
@@ -563,14 +1516,104 @@ const file_signet_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"last_error\x18\x05 \x01(\tR\tlastError\x12$\n" +
 	"\x0elast_error_pid\x18\x06 \x01(\x05R\flastErrorPid\x12>\n" +
-	"\rlast_error_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vlastErrorAt\"p\n" +
+	"\rlast_error_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\vlastErrorAt\"\xb1\x01\n" +
 	"\vSealedCache\x12\x10\n" +
-	"\x03key\x18\x01 \x01(\tR\x03key\x129\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12;\n" +
+	"\vrestored_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"restoredAt\x12=\n" +
+	"\flast_contact\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\vlastContact\"T\n" +
+	"\x0eExplainRequest\x12\x12\n" +
+	"\x03pid\x18\x01 \x01(\x05H\x00R\x03pid\x12\x12\n" +
+	"\x03pod\x18\x02 \x01(\tH\x00R\x03pod\x12\x10\n" +
+	"\x02id\x18\x03 \x01(\tH\x00R\x02idB\b\n" +
+	"\x06target\"\xda\x01\n" +
+	"\x0fExplainResponse\x12:\n" +
+	"\x06status\x18\x01 \x01(\v2\".signet.agent.v1.GetStatusResponseR\x06status\x12\x1d\n" +
 	"\n" +
-	"written_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\twrittenAt\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error2[\n" +
+	"caller_pid\x18\x02 \x01(\x05R\tcallerPid\x126\n" +
+	"\tprocesses\x18\x03 \x03(\v2\x18.signet.agent.v1.ProcessR\tprocesses\x124\n" +
+	"\aentries\x18\x04 \x03(\v2\x1a.signet.agent.v1.CandidateR\aentries\"\xd2\x03\n" +
+	"\aProcess\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x10\n" +
+	"\x03uid\x18\x02 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\x03 \x01(\rR\x03gid\x129\n" +
+	"\n" +
+	"started_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x12\x14\n" +
+	"\x05ended\x18\x05 \x01(\bR\x05ended\x12\x14\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\x12\x1e\n" +
+	"\n" +
+	"executable\x18\a \x01(\tR\n" +
+	"executable\x121\n" +
+	"\amethods\x18\b \x03(\v2\x17.signet.agent.v1.MethodR\amethods\x12:\n" +
+	"\n" +
+	"candidates\x18\t \x03(\v2\x1a.signet.agent.v1.CandidateR\n" +
+	"candidates\x124\n" +
+	"\brefusals\x18\n" +
+	" \x03(\v2\x18.signet.agent.v1.RefusalR\brefusals\x125\n" +
+	"\bendpoint\x18\v \x01(\v2\x19.signet.agent.v1.EndpointR\bendpoint\x12.\n" +
+	"\x13other_pid_namespace\x18\f \x01(\bR\x11otherPidNamespace\"h\n" +
+	"\x06Method\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
+	"\tselectors\x18\x02 \x03(\tR\tselectors\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\x12\x16\n" +
+	"\x06micros\x18\x04 \x01(\x03R\x06micros\"m\n" +
+	"\bEndpoint\x12%\n" +
+	"\venvironment\x18\x01 \x01(\tH\x00R\venvironment\x88\x01\x01\x12\x1a\n" +
+	"\bobstacle\x18\x02 \x01(\tR\bobstacle\x12\x0e\n" +
+	"\x02at\x18\x03 \x01(\tR\x02atB\x0e\n" +
+	"\f_environment\"\x9e\x01\n" +
+	"\aRefusal\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06method\x18\x02 \x01(\tR\x06method\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12\x14\n" +
+	"\x05count\x18\x04 \x01(\x03R\x05count\x123\n" +
+	"\alast_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06lastAt\"\xed\x04\n" +
+	"\tCandidate\x12\x19\n" +
+	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
+	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1c\n" +
+	"\tselectors\x18\x03 \x03(\tR\tselectors\x12\x12\n" +
+	"\x04hint\x18\x04 \x01(\tR\x04hint\x12\x1a\n" +
+	"\brevision\x18\x05 \x01(\x03R\brevision\x129\n" +
+	"\n" +
+	"expires_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12\x18\n" +
+	"\amatches\x18\a \x01(\bR\amatches\x12=\n" +
+	"\vdifferences\x18\b \x03(\v2\x1b.signet.agent.v1.DifferenceR\vdifferences\x12\x18\n" +
+	"\aexpired\x18\t \x01(\bR\aexpired\x129\n" +
+	"\n" +
+	"removed_at\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\tremovedAt\x12\x1f\n" +
+	"\vshadowed_by\x18\v \x01(\tR\n" +
+	"shadowedBy\x12%\n" +
+	"\x0efederates_with\x18\f \x03(\tR\rfederatesWith\x12'\n" +
+	"\x0fmissing_bundles\x18\r \x03(\tR\x0emissingBundles\x12-\n" +
+	"\x04svid\x18\x0e \x01(\v2\x19.signet.agent.v1.X509SVIDR\x04svid\x12\x1a\n" +
+	"\bwatchers\x18\x0f \x01(\x03R\bwatchers\x125\n" +
+	"\bissuance\x18\x10 \x01(\v2\x19.signet.agent.v1.IssuanceR\bissuance\"P\n" +
+	"\n" +
+	"Difference\x12\x1a\n" +
+	"\bselector\x18\x01 \x01(\tR\bselector\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04have\x18\x03 \x03(\tR\x04have\"\xc6\x02\n" +
+	"\bX509SVID\x129\n" +
+	"\n" +
+	"not_before\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
+	"\tnot_after\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x125\n" +
+	"\brenew_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\arenewAt\x12\x1c\n" +
+	"\tauthority\x18\x04 \x01(\tR\tauthority\x12\x18\n" +
+	"\atainted\x18\x05 \x01(\bR\atainted\x12%\n" +
+	"\x0eauthority_gone\x18\x06 \x01(\bR\rauthorityGone\x12\x14\n" +
+	"\x05valid\x18\a \x01(\bR\x05valid\x12\x1a\n" +
+	"\boutdated\x18\b \x01(\bR\boutdated\"\xc9\x01\n" +
+	"\bIssuance\x12\x1b\n" +
+	"\tin_flight\x18\x01 \x01(\bR\binFlight\x12\x1a\n" +
+	"\bfailures\x18\x02 \x01(\x03R\bfailures\x12\x14\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\x127\n" +
+	"\tfailed_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bfailedAt\x125\n" +
+	"\bretry_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aretryAt2\xa9\x01\n" +
 	"\x05Agent\x12R\n" +
-	"\tGetStatus\x12!.signet.agent.v1.GetStatusRequest\x1a\".signet.agent.v1.GetStatusResponseB9Z7github.com/signet-id/signet/api/signet/agent/v1;agentv1b\x06proto3"
+	"\tGetStatus\x12!.signet.agent.v1.GetStatusRequest\x1a\".signet.agent.v1.GetStatusResponse\x12L\n" +
+	"\aExplain\x12\x1f.signet.agent.v1.ExplainRequest\x1a .signet.agent.v1.ExplainResponseB9Z7github.com/signet-id/signet/api/signet/agent/v1;agentv1b\x06proto3"
 
 var (
 	file_signet_agent_v1_agent_proto_rawDescOnce sync.Once
@@ -584,32 +1627,64 @@ func file_signet_agent_v1_agent_proto_rawDescGZIP() []byte {
 	return file_signet_agent_v1_agent_proto_rawDescData
 }
 
-var file_signet_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_signet_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_signet_agent_v1_agent_proto_goTypes = []any{
 	(*GetStatusRequest)(nil),      // 0: signet.agent.v1.GetStatusRequest
 	(*GetStatusResponse)(nil),     // 1: signet.agent.v1.GetStatusResponse
 	(*CA)(nil),                    // 2: signet.agent.v1.CA
 	(*Attestor)(nil),              // 3: signet.agent.v1.Attestor
 	(*SealedCache)(nil),           // 4: signet.agent.v1.SealedCache
-	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
+	(*ExplainRequest)(nil),        // 5: signet.agent.v1.ExplainRequest
+	(*ExplainResponse)(nil),       // 6: signet.agent.v1.ExplainResponse
+	(*Process)(nil),               // 7: signet.agent.v1.Process
+	(*Method)(nil),                // 8: signet.agent.v1.Method
+	(*Endpoint)(nil),              // 9: signet.agent.v1.Endpoint
+	(*Refusal)(nil),               // 10: signet.agent.v1.Refusal
+	(*Candidate)(nil),             // 11: signet.agent.v1.Candidate
+	(*Difference)(nil),            // 12: signet.agent.v1.Difference
+	(*X509SVID)(nil),              // 13: signet.agent.v1.X509SVID
+	(*Issuance)(nil),              // 14: signet.agent.v1.Issuance
+	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
 }
 var file_signet_agent_v1_agent_proto_depIdxs = []int32{
-	5,  // 0: signet.agent.v1.GetStatusResponse.not_after:type_name -> google.protobuf.Timestamp
+	15, // 0: signet.agent.v1.GetStatusResponse.not_after:type_name -> google.protobuf.Timestamp
 	2,  // 1: signet.agent.v1.GetStatusResponse.ca:type_name -> signet.agent.v1.CA
 	3,  // 2: signet.agent.v1.GetStatusResponse.attestors:type_name -> signet.agent.v1.Attestor
 	4,  // 3: signet.agent.v1.GetStatusResponse.sealed_cache:type_name -> signet.agent.v1.SealedCache
-	5,  // 4: signet.agent.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	5,  // 5: signet.agent.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
-	5,  // 6: signet.agent.v1.CA.since:type_name -> google.protobuf.Timestamp
-	5,  // 7: signet.agent.v1.Attestor.last_error_at:type_name -> google.protobuf.Timestamp
-	5,  // 8: signet.agent.v1.SealedCache.written_at:type_name -> google.protobuf.Timestamp
-	0,  // 9: signet.agent.v1.Agent.GetStatus:input_type -> signet.agent.v1.GetStatusRequest
-	1,  // 10: signet.agent.v1.Agent.GetStatus:output_type -> signet.agent.v1.GetStatusResponse
-	10, // [10:11] is the sub-list for method output_type
-	9,  // [9:10] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	15, // 4: signet.agent.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	15, // 5: signet.agent.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
+	15, // 6: signet.agent.v1.CA.since:type_name -> google.protobuf.Timestamp
+	15, // 7: signet.agent.v1.Attestor.last_error_at:type_name -> google.protobuf.Timestamp
+	15, // 8: signet.agent.v1.SealedCache.restored_at:type_name -> google.protobuf.Timestamp
+	15, // 9: signet.agent.v1.SealedCache.last_contact:type_name -> google.protobuf.Timestamp
+	1,  // 10: signet.agent.v1.ExplainResponse.status:type_name -> signet.agent.v1.GetStatusResponse
+	7,  // 11: signet.agent.v1.ExplainResponse.processes:type_name -> signet.agent.v1.Process
+	11, // 12: signet.agent.v1.ExplainResponse.entries:type_name -> signet.agent.v1.Candidate
+	15, // 13: signet.agent.v1.Process.started_at:type_name -> google.protobuf.Timestamp
+	8,  // 14: signet.agent.v1.Process.methods:type_name -> signet.agent.v1.Method
+	11, // 15: signet.agent.v1.Process.candidates:type_name -> signet.agent.v1.Candidate
+	10, // 16: signet.agent.v1.Process.refusals:type_name -> signet.agent.v1.Refusal
+	9,  // 17: signet.agent.v1.Process.endpoint:type_name -> signet.agent.v1.Endpoint
+	15, // 18: signet.agent.v1.Refusal.last_at:type_name -> google.protobuf.Timestamp
+	15, // 19: signet.agent.v1.Candidate.expires_at:type_name -> google.protobuf.Timestamp
+	12, // 20: signet.agent.v1.Candidate.differences:type_name -> signet.agent.v1.Difference
+	15, // 21: signet.agent.v1.Candidate.removed_at:type_name -> google.protobuf.Timestamp
+	13, // 22: signet.agent.v1.Candidate.svid:type_name -> signet.agent.v1.X509SVID
+	14, // 23: signet.agent.v1.Candidate.issuance:type_name -> signet.agent.v1.Issuance
+	15, // 24: signet.agent.v1.X509SVID.not_before:type_name -> google.protobuf.Timestamp
+	15, // 25: signet.agent.v1.X509SVID.not_after:type_name -> google.protobuf.Timestamp
+	15, // 26: signet.agent.v1.X509SVID.renew_at:type_name -> google.protobuf.Timestamp
+	15, // 27: signet.agent.v1.Issuance.failed_at:type_name -> google.protobuf.Timestamp
+	15, // 28: signet.agent.v1.Issuance.retry_at:type_name -> google.protobuf.Timestamp
+	0,  // 29: signet.agent.v1.Agent.GetStatus:input_type -> signet.agent.v1.GetStatusRequest
+	5,  // 30: signet.agent.v1.Agent.Explain:input_type -> signet.agent.v1.ExplainRequest
+	1,  // 31: signet.agent.v1.Agent.GetStatus:output_type -> signet.agent.v1.GetStatusResponse
+	6,  // 32: signet.agent.v1.Agent.Explain:output_type -> signet.agent.v1.ExplainResponse
+	31, // [31:33] is the sub-list for method output_type
+	29, // [29:31] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_signet_agent_v1_agent_proto_init() }
@@ -617,13 +1692,19 @@ func file_signet_agent_v1_agent_proto_init() {
 	if File_signet_agent_v1_agent_proto != nil {
 		return
 	}
+	file_signet_agent_v1_agent_proto_msgTypes[5].OneofWrappers = []any{
+		(*ExplainRequest_Pid)(nil),
+		(*ExplainRequest_Pod)(nil),
+		(*ExplainRequest_Id)(nil),
+	}
+	file_signet_agent_v1_agent_proto_msgTypes[9].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_agent_v1_agent_proto_rawDesc), len(file_signet_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -20,6 +20,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Agent_GetStatus_FullMethodName = "/signet.agent.v1.Agent/GetStatus"
+	Agent_Explain_FullMethodName   = "/signet.agent.v1.Agent/Explain"
 )
 
 // AgentClient is the client API for Agent service.
@@ -32,6 +33,9 @@ const (
 type AgentClient interface {
 	// GetStatus says how the agent is.
 	GetStatus(ctx context.Context, in *GetStatusRequest, opts ...grpc.CallOption) (*GetStatusResponse, error)
+	// Explain says what the agent knows of why a process, the processes of a pod, or an entry's callers get what they get.
+	// A process id, or a pod, that is not there is NotFound, unless something is remembered about it.
+	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
 }
 
 type agentClient struct {
@@ -52,6 +56,16 @@ func (c *agentClient) GetStatus(ctx context.Context, in *GetStatusRequest, opts 
 	return out, nil
 }
 
+func (c *agentClient) Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainResponse)
+	err := c.cc.Invoke(ctx, Agent_Explain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AgentServer is the server API for Agent service.
 // All implementations must embed UnimplementedAgentServer
 // for forward compatibility.
@@ -62,6 +76,9 @@ func (c *agentClient) GetStatus(ctx context.Context, in *GetStatusRequest, opts 
 type AgentServer interface {
 	// GetStatus says how the agent is.
 	GetStatus(context.Context, *GetStatusRequest) (*GetStatusResponse, error)
+	// Explain says what the agent knows of why a process, the processes of a pod, or an entry's callers get what they get.
+	// A process id, or a pod, that is not there is NotFound, unless something is remembered about it.
+	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
 	mustEmbedUnimplementedAgentServer()
 }
 
@@ -74,6 +91,9 @@ type UnimplementedAgentServer struct{}
 
 func (UnimplementedAgentServer) GetStatus(context.Context, *GetStatusRequest) (*GetStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetStatus not implemented")
+}
+func (UnimplementedAgentServer) Explain(context.Context, *ExplainRequest) (*ExplainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Explain not implemented")
 }
 func (UnimplementedAgentServer) mustEmbedUnimplementedAgentServer() {}
 func (UnimplementedAgentServer) testEmbeddedByValue()               {}
@@ -114,6 +134,24 @@ func _Agent_GetStatus_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_Explain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Explain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Explain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Explain(ctx, req.(*ExplainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Agent_ServiceDesc is the grpc.ServiceDesc for Agent service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -124,6 +162,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetStatus",
 			Handler:    _Agent_GetStatus_Handler,
+		},
+		{
+			MethodName: "Explain",
+			Handler:    _Agent_Explain_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
