@@ -35,7 +35,6 @@ var laterNames = map[string]string{
 	"redirects":  "a reason to follow redirects (docs/decisions/0013)",
 	"maps":       "bundle maps",
 	"endpoint":   "serving the bundle at an endpoint",
-	"broker":     "the Broker API (an incubating part of the standard)",
 	"revocation": "revocation lists",
 	"jitter":     "spreading of pushes that concern a whole fleet",
 }
@@ -80,9 +79,12 @@ func Rows() ([]Row, error) {
 }
 
 // Claimed tells whether this version claims to meet the requirement, so that a test must show it: what binds issuer,
-// agent, Workload API, validator or policy in the stable parts of the standard, and what binds the issuer of WIT-SVIDs and
-// the agent that holds them.
+// agent, Workload API, validator or policy in the stable parts of the standard, what binds the issuer of WIT-SVIDs and the
+// agent that holds them, and the Broker Endpoint and API in full, with their clients, for which there is a package.
 func (r Row) Claimed() bool {
+	if r.Section == "11" || r.Section == "12" {
+		return r.Later == ""
+	}
 	if r.Later != "" && r.Later != "witval" || !slices.Contains([]string{"1", "2", "3", "4", "5", "6", "7", "7.4", "8"}, r.Section) {
 		return false
 	}
@@ -141,7 +143,8 @@ func Write(w io.Writer, rows []Row, tests map[string][]Test, specRevision string
 Made from internal/conformance/rows.tsv and the tests by `+"`make docs`"+`; do not edit.
 
 What the SPIFFE standards demand (commit %s of github.com/spiffe/spiffe), in our words, and the tests that show it. Of the requirements
-on issuer, agent, Workload API, validators and policy in the stable parts, and on the issuer of WIT-SVIDs, this version claims %d; %d have a test.
+on issuer, agent, Workload API, validators and policy in the stable parts, on the issuer of WIT-SVIDs, and on brokers' endpoints and clients, this version
+claims %d; %d have a test.
 
 Levels: MUST, SHOULD, MAY and their negatives are the standard's. RFC is a rule that the standard imports. DER is derived: another rule
 cannot be met without it. WIMSE comes from a draft that the standard points at. *decision* is ours, where the standard is silent.

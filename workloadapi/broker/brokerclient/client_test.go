@@ -143,7 +143,7 @@ func TestBEP_12_UnauthenticatedNeedsAnotherSVID(t *testing.T) {
 	}
 }
 
-// TestBEP_13_BEP_14_BAPI_20_WhatIsTriedAgain: each bare status code, without any detail, has its consequence.
+// TestBEP_13_BEP_14_BAPI_20_WhatIsTriedAgain: each bare status code, without any detail, has its consequence (DEC-14).
 func TestBEP_13_BEP_14_BAPI_20_WhatIsTriedAgain(t *testing.T) {
 	a := brokertest.NewAuthority(t, "example.org")
 	for _, tt := range []struct {
