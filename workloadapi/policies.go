@@ -2,6 +2,7 @@ package workloadapi
 
 import (
 	"errors"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -33,6 +34,7 @@ func (p *policyService) Watch(req *policyapi.WatchRequest, ss grpc.ServerStreami
 				return Message{}, &formatError{reads: req.GetFormat(), have: have}
 			}
 			resp := &policyapi.WatchResponse{Policies: u.Policies}
+			resp.MaxOffline = int64(p.server.cfg.MaxOffline / time.Second)
 			if !u.Offline.IsZero() {
 				resp.OfflineSince = u.Offline.Unix()
 			}

@@ -80,6 +80,10 @@ type Config struct {
 	// Now is the clock that tokens are judged by. Nil means time.Now.
 	Now func() time.Time
 
+	// MaxOffline is for how long policies count after the contact to the CA was lost, as enforcement points are told. Zero: it
+	// is theirs to say.
+	MaxOffline time.Duration
+
 	// JWTLeeway is how far the clock of a JWT-SVID's issuer may be off. Zero means 30 s; at most 60 s.
 	JWTLeeway time.Duration
 
@@ -230,6 +234,8 @@ func (c *Config) check() error {
 		return errors.New("config of the Workload Endpoint: Source is nil")
 	case c.Attestor == nil:
 		return errors.New("config of the Workload Endpoint: Attestor is nil")
+	case c.MaxOffline < 0:
+		return fmt.Errorf("MaxOffline is %s: must not be negative", c.MaxOffline)
 	case c.JWTLeeway < 0 || c.JWTLeeway > time.Minute:
 		return fmt.Errorf("JWTLeeway is %s: must be between 0 and 1m", c.JWTLeeway)
 	case c.IssueWait < 0 || c.SpreadUpdates < 0:

@@ -34,6 +34,9 @@ const (
 	// DefaultMaxOffline is how long policies hold without an agent.
 	DefaultMaxOffline = 24 * time.Hour
 
+	// mostMaxOffline bounds what an agent may say, so that it can be counted with.
+	mostMaxOffline = 366 * 24 * time.Hour
+
 	// maxResponse is the largest policy set that is read, in bytes.
 	maxResponse = 64 << 20
 
@@ -47,7 +50,8 @@ type Options struct {
 	Addr string
 	// MaxOffline is how long the last policies hold after the contact to the CA was lost, be it this program's to the agent
 	// or the agent's to its CA, and how long they hold in place of newer ones that cannot be read; after that every call is
-	// denied until that ends. Zero means 24 hours.
+	// denied until that ends. Zero means what the agent's configuration says as max_offline, and 24 hours by default. Where
+	// both say something, the shorter time holds.
 	MaxOffline time.Duration
 	// Log gets the loss and the return of the contact. Nil means slog.Default.
 	Log *slog.Logger
@@ -76,6 +80,7 @@ type state struct {
 	services        []spiffeid.ID
 	lost            time.Time // when the contact to the agent was lost; zero while there is one
 	offline         time.Time // when the agent said that it lost the contact to its CA; zero while it has one
+	maxOffline      time.Duration
 	refused         time.Time // when the first of the sets came that could not be taken since; zero if none did
 }
 
@@ -93,9 +98,6 @@ func (st *state) since() time.Time {
 // New connects to the agent and waits for the first policies, until ctx ends. The error then says what went wrong last. A
 // set of a newer format than this program reads is an error at once, for which errors.Is(err, policy.ErrFormat) holds.
 func New(ctx context.Context, o Options) (*Source, error) {
-	if o.MaxOffline == 0 {
-		o.MaxOffline = DefaultMaxOffline
-	}
 	if o.MaxOffline < 0 {
 		return nil, fmt.Errorf("option MaxOffline is %v; it must not be negative", o.MaxOffline)
 	}
@@ -149,7 +151,7 @@ func (s *Source) Policies() *policy.Policies {
 	if st == nil {
 		return nil
 	}
-	if since := st.since(); !since.IsZero() && s.now().Sub(since) > s.options.MaxOffline {
+	if since := st.since(); !since.IsZero() && s.now().Sub(since) > st.maxOffline {
 		return st.stale
 	}
 	return st.policies
@@ -230,7 +232,7 @@ func (s *Source) watch(ctx context.Context) (received bool, err error) {
 		received = true
 		if err := s.take(response); err != nil {
 			// The old policies stay, and so does the stream: the next set may be one that can be read.
-			s.options.Log.Error("policies of the agent refused; the last ones stay in force for now", "err", err, "max_offline", s.options.MaxOffline)
+			s.options.Log.Error("policies of the agent refused; the last ones stay in force for now", "err", err, "max_offline", s.maxOffline(response))
 			s.refuse(err)
 			s.contact(response)
 		}
@@ -243,7 +245,7 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 	if err != nil {
 		return err
 	}
-	st := &state{policies: policies, stale: policies.Stale(), offline: offlineSince(r)}
+	st := &state{policies: policies, stale: policies.Stale(), offline: offlineSince(r), maxOffline: s.maxOffline(r)}
 	for _, service := range r.GetServiceIds() {
 		id, err := spiffe.ParseWorkloadID(service)
 		if err != nil {
@@ -258,7 +260,7 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 	if hadContact := old == nil || old.offline.IsZero(); hadContact != st.offline.IsZero() {
 		if hadContact {
 			s.options.Log.Warn("the agent has no contact to its CA: the policies may be out of date",
-				"offline_since", st.offline, "denies_from", st.offline.Add(s.options.MaxOffline))
+				"offline_since", st.offline, "denies_from", st.offline.Add(st.maxOffline))
 		} else {
 			s.options.Log.Info("the agent has contact to its CA again")
 		}
@@ -278,7 +280,7 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 func (s *Source) contact(r *policyapi.WatchResponse) {
 	if st := s.current.Load(); st != nil {
 		found := *st
-		found.lost, found.offline = time.Time{}, offlineSince(r)
+		found.lost, found.offline, found.maxOffline = time.Time{}, offlineSince(r), s.maxOffline(r)
 		if found.refused.IsZero() {
 			found.refused = s.now()
 		}
@@ -292,6 +294,19 @@ func offlineSince(r *policyapi.WatchResponse) time.Time {
 		return time.Time{}
 	}
 	return time.Unix(r.GetOfflineSince(), 0)
+}
+
+// maxOffline is how long policies hold without contact, by what this program and its agent say.
+func (s *Source) maxOffline(r *policyapi.WatchResponse) time.Duration {
+	agent := time.Duration(min(r.GetMaxOffline(), int64(mostMaxOffline/time.Second))) * time.Second
+	own := s.options.MaxOffline
+	switch {
+	case agent <= 0 && own == 0:
+		return DefaultMaxOffline
+	case agent <= 0, own > 0 && own < agent:
+		return own
+	}
+	return agent
 }
 
 // refuse ends New if the first set cannot be used.

@@ -74,7 +74,9 @@ type WatchResponse struct {
 	Policies   *v1.PolicySet `protobuf:"bytes,2,opt,name=policies,proto3" json:"policies,omitempty"`
 	// When the agent lost the contact to its CA, in Unix seconds by the agent's clock; 0 while it has contact. Policies that
 	// are older than the reader's limit are not relied on any more: it denies.
-	OfflineSince  int64 `protobuf:"varint,3,opt,name=offline_since,json=offlineSince,proto3" json:"offline_since,omitempty"`
+	OfflineSince int64 `protobuf:"varint,3,opt,name=offline_since,json=offlineSince,proto3" json:"offline_since,omitempty"`
+	// For how many seconds from then on the agent's operator lets policies count; 0: not stated.
+	MaxOffline    int64 `protobuf:"varint,4,opt,name=max_offline,json=maxOffline,proto3" json:"max_offline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -130,18 +132,27 @@ func (x *WatchResponse) GetOfflineSince() int64 {
 	return 0
 }
 
+func (x *WatchResponse) GetMaxOffline() int64 {
+	if x != nil {
+		return x.MaxOffline
+	}
+	return 0
+}
+
 var File_signet_policy_v1_service_proto protoreflect.FileDescriptor
 
 const file_signet_policy_v1_service_proto_rawDesc = "" +
 	"\n" +
 	"\x1esignet/policy/v1/service.proto\x12\x10signet.policy.v1\x1a\x1dsignet/policy/v1/policy.proto\"&\n" +
 	"\fWatchRequest\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\"\x8e\x01\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\"\xaf\x01\n" +
 	"\rWatchResponse\x12\x1f\n" +
 	"\vservice_ids\x18\x01 \x03(\tR\n" +
 	"serviceIds\x127\n" +
 	"\bpolicies\x18\x02 \x01(\v2\x1b.signet.policy.v1.PolicySetR\bpolicies\x12#\n" +
-	"\roffline_since\x18\x03 \x01(\x03R\fofflineSince2V\n" +
+	"\roffline_since\x18\x03 \x01(\x03R\fofflineSince\x12\x1f\n" +
+	"\vmax_offline\x18\x04 \x01(\x03R\n" +
+	"maxOffline2V\n" +
 	"\bPolicies\x12J\n" +
 	"\x05Watch\x12\x1e.signet.policy.v1.WatchRequest\x1a\x1f.signet.policy.v1.WatchResponse0\x01BFZDgithub.com/signet-id/signet/api/signet/policy/v1/policyapi;policyapib\x06proto3"
 
