@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -12,8 +13,14 @@ import (
 
 // SealedCache configures what the agent keeps on disk for a start without its CA.
 type SealedCache struct {
-	// Key is where the key of the cache is kept: file (default), in data_dir, which only the agent's user can read.
+	// Key is where the key of the cache is kept: file (default), in data_dir, which only the agent's user can read; keyring, the
+	// kernel's memory, which survives a restart of the agent and not a reboot; tpm, sealed by the TPM, with a counter there
+	// that tells when an older cache was put back.
 	Key string `yaml:"key"`
+	// TPMDevice is the TPM's device, or the Unix socket of a software TPM, with key: tpm. Default /dev/tpmrm0.
+	TPMDevice string `yaml:"tpm_device"`
+	// TPMNVIndex is the index of the counter in the TPM, with key: tpm; agents of one host need one each. Default 25710951 (0x1885167).
+	TPMNVIndex uint32 `yaml:"tpm_nv_index"`
 	// Disable keeps nothing: an agent that is started while the CA is away serves nothing until it is back.
 	Disable bool `yaml:"disable"`
 }
@@ -24,7 +31,28 @@ func (c *SealedCache) check(bad func(field, format string, args ...any)) {
 		c.Key = "file"
 	}
 	if c.key() == nil {
-		bad("sealed_cache.key", "%q is not file", c.Key)
+		bad("sealed_cache.key", "%q is not file, keyring or tpm", c.Key)
+	}
+	if c.Key != "tpm" {
+		if c.TPMDevice != "" {
+			bad("sealed_cache.tpm_device", "is for sealed_cache.key: tpm")
+		}
+		if c.TPMNVIndex != 0 {
+			bad("sealed_cache.tpm_nv_index", "is for sealed_cache.key: tpm")
+		}
+		return
+	}
+	if c.TPMDevice == "" {
+		c.TPMDevice = sealed.DefaultTPMDevice
+	}
+	if c.TPMNVIndex == 0 {
+		c.TPMNVIndex = sealed.DefaultNVIndex
+	}
+	if !filepath.IsAbs(c.TPMDevice) {
+		bad("sealed_cache.tpm_device", "%q must be absolute, such as %s", c.TPMDevice, sealed.DefaultTPMDevice)
+	}
+	if c.TPMNVIndex < sealed.FirstNVIndex || c.TPMNVIndex > sealed.LastNVIndex {
+		bad("sealed_cache.tpm_nv_index", "%d is not one of the owner's, %d to %d", c.TPMNVIndex, sealed.FirstNVIndex, sealed.LastNVIndex)
 	}
 }
 
@@ -33,6 +61,10 @@ func (c *SealedCache) key() sealed.Key {
 	switch c.Key {
 	case "file":
 		return sealed.File{}
+	case "keyring":
+		return sealed.Keyring{}
+	case "tpm":
+		return sealed.TPM{Device: c.TPMDevice, NVIndex: c.TPMNVIndex}
 	}
 	return nil
 }

@@ -353,6 +353,7 @@ func (s *Store) writeHead(ctx context.Context, t *take) error {
 	if n == h.counter {
 		return nil
 	}
+	t.owed = n < h.counter
 	h.counter = n // it did not count, or somebody else did
 	return s.putHead(h, t.owner)
 }

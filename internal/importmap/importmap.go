@@ -50,7 +50,7 @@ var rules = []rule{
 	{"workloadapi/peer", nil},
 	{"workloadapi/...", []string{"workloadapi/...", "policy", "spiffe", "api/signet/policy/v1/..."}},
 
-	{"agent/...", []string{"internal/adminsocket", "internal/nearmiss", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "workloadapi/...", "policy", "spiffe", "api/signet/agent/v1", "api/signet/node/v1", "api/signet/policy/v1/..."}},
+	{"agent/...", []string{"internal/adminsocket", "internal/nearmiss", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "internal/tpmdevice", "workloadapi/...", "policy", "spiffe", "api/signet/agent/v1", "api/signet/node/v1", "api/signet/policy/v1/..."}},
 	{"ca/...", []string{"internal/adminsocket", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "policy", "spiffe", "api/..."}},
 
 	// What puts CA and agent together, and what only the command line needs.
@@ -60,6 +60,7 @@ var rules = []rule{
 	{"internal/nearmiss", []string{"spiffe"}}, // how an entry and a process differ; the command line compares with the CA's entries
 	{"internal/adminsocket", nil},             // where operators talk to either side, and who is one
 	{"internal/nodekey", []string{"spiffe"}},  // what a node signs to win its SVID back, which both sides must know
+	{"internal/tpmdevice", nil},               // how commands reach a TPM, for the agent's uses of one
 	{"internal/tpmwire", nil},                 // the messages by which a node shows its TPM, likewise
 	{"internal/x509pop", nil},                 // what a node signs to prove that it holds a certificate's key, likewise
 	{"internal/daemon", nil},                  // what a service manager and a daemon say to each other

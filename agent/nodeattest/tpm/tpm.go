@@ -17,6 +17,7 @@ import (
 
 	"github.com/signet-id/signet/agent/nodeattest"
 	"github.com/signet-id/signet/internal/durable"
+	"github.com/signet-id/signet/internal/tpmdevice"
 	wire "github.com/signet-id/signet/internal/tpmwire"
 )
 
@@ -47,7 +48,7 @@ func (a Attestor) Begin(ctx context.Context) (nodeattest.Evidence, error) {
 	if err := durable.MkdirPrivate(a.Dir); err != nil {
 		return nil, fmt.Errorf("tpm: %w", err)
 	}
-	e := &evidence{channel: newChannel(ctx, device)}
+	e := &evidence{channel: tpmdevice.New(ctx, device)}
 	err := e.open(ctx, a.Dir)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("tpm.device %s: %w", device, err), e.Close())
@@ -56,13 +57,13 @@ func (a Attestor) Begin(ctx context.Context) (nodeattest.Evidence, error) {
 }
 
 type evidence struct {
-	channel *channel
+	channel *tpmdevice.Channel
 	ak      *tpm.AK
 	payload []byte
 }
 
 func (e *evidence) open(ctx context.Context, dir string) error {
-	if err := e.channel.connect(); err != nil { // the library would not say that it is not there
+	if err := e.channel.Connect(); err != nil { // the library would not say that it is not there
 		return err
 	}
 	device, err := tpm.New(tpm.WithCommandChannel(e.channel), tpm.WithStore(storage.NewDirstore(dir, storage.WithCacheSize(0))), tpm.WithDisableDownload())
@@ -163,4 +164,4 @@ func (e *evidence) Respond(ctx context.Context, challenge []byte) ([]byte, error
 }
 
 // Close lets go of the TPM.
-func (e *evidence) Close() error { return e.channel.release() }
+func (e *evidence) Close() error { return e.channel.Release() }

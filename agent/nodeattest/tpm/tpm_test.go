@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/signet-id/signet/agent/nodeattest"
+	"github.com/signet-id/signet/internal/tpmdevice"
 	wire "github.com/signet-id/signet/internal/tpmwire"
 	"github.com/signet-id/signet/test/keystores"
 )
@@ -151,11 +152,11 @@ func TestTPMThatHangs(t *testing.T) {
 }
 
 func TestRespondNeedsTheEvidence(t *testing.T) {
-	e := &evidence{channel: newChannel(t.Context(), "/nowhere")}
+	e := &evidence{channel: tpmdevice.New(t.Context(), "/nowhere")}
 	if err := e.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := e.channel.Write([]byte("x")); !errors.Is(err, errAborted) {
+	if _, err := e.channel.Write([]byte("x")); !errors.Is(err, tpmdevice.ErrGivenUp) {
 		t.Errorf("a command after the end: %v", err)
 	}
 }

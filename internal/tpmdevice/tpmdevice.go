@@ -1,4 +1,6 @@
-package tpm
+// Package tpmdevice carries commands to a TPM 2.0, a device of the kernel or the Unix socket of a software TPM, with a bound on
+// how long that may take. The agent's uses of a TPM call it; it knows nothing of what the commands are for.
+package tpmdevice
 
 import (
 	"context"
@@ -21,9 +23,9 @@ const (
 	maxCommand = 90 * time.Second
 )
 
-// A channel carries commands to a TPM and gives up when the attestation does: a device that hangs must not hold the agent.
-// After Close the next command connects again, since the library closes after each of its steps.
-type channel struct {
+// A Channel carries commands to a TPM and gives up when its context ends: a device that hangs must not hold the agent. After
+// Close the next command connects again, since libraries close after each of their steps.
+type Channel struct {
 	path string
 	stop func() bool // ends the watch over the context
 
@@ -38,15 +40,15 @@ type conn interface {
 	SetDeadline(time.Time) error
 }
 
-// newChannel returns a channel that is of no more use when ctx ends.
-func newChannel(ctx context.Context, path string) *channel {
-	c := &channel{path: path}
+// New returns a Channel that is of no more use when ctx ends. Whoever makes it calls Release.
+func New(ctx context.Context, path string) *Channel {
+	c := &Channel{path: path}
 	c.stop = context.AfterFunc(ctx, c.abort)
 	return c
 }
 
 // abort ends the command under way and refuses further ones.
-func (c *channel) abort() {
+func (c *Channel) abort() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.aborted = true
@@ -55,19 +57,20 @@ func (c *channel) abort() {
 	}
 }
 
-var errAborted = errors.New("the attestation was given up")
+// ErrGivenUp means that the context of the Channel has ended.
+var ErrGivenUp = errors.New("it took too long and was given up")
 
-// connect opens the device, if it is not open.
-func (c *channel) connect() error {
+// Connect opens the device, if it is not open.
+func (c *Channel) Connect() error {
 	_, err := c.open()
 	return err
 }
 
-func (c *channel) open() (conn, error) {
+func (c *Channel) open() (conn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.aborted {
-		return nil, errAborted
+		return nil, ErrGivenUp
 	}
 	if c.conn != nil {
 		return c.conn, nil
@@ -112,7 +115,7 @@ func openDevice(path string) (conn, error) {
 }
 
 // Write sends one command.
-func (c *channel) Write(command []byte) (int, error) {
+func (c *Channel) Write(command []byte) (int, error) {
 	conn, err := c.open()
 	if err != nil {
 		return 0, err
@@ -121,19 +124,19 @@ func (c *channel) Write(command []byte) (int, error) {
 		return 0, err
 	}
 	if c.isAborted() { // between the two: abort's deadline was overwritten
-		return 0, errAborted
+		return 0, ErrGivenUp
 	}
 	return conn.Write(command)
 }
 
-func (c *channel) isAborted() bool {
+func (c *Channel) isAborted() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.aborted
 }
 
 // Read receives one whole response.
-func (c *channel) Read(into []byte) (int, error) {
+func (c *Channel) Read(into []byte) (int, error) {
 	conn, err := c.open()
 	if err != nil {
 		return 0, err
@@ -156,11 +159,24 @@ func (c *channel) Read(into []byte) (int, error) {
 	return 0, err
 }
 
-// MeasurementLog is not needed for what this package does.
-func (*channel) MeasurementLog() ([]byte, error) { return nil, nil }
+// Send carries a command and returns its response, as go-tpm wants it.
+func (c *Channel) Send(command []byte) ([]byte, error) {
+	if _, err := c.Write(command); err != nil {
+		return nil, err
+	}
+	into := make([]byte, maxResponseBytes)
+	n, err := c.Read(into)
+	if err != nil {
+		return nil, err
+	}
+	return into[:n], nil
+}
+
+// MeasurementLog is empty: what libraries want of it is of no use here.
+func (*Channel) MeasurementLog() ([]byte, error) { return nil, nil }
 
 // Close ends the connection; transient objects in the TPM go with it.
-func (c *channel) Close() error {
+func (c *Channel) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.conn == nil {
@@ -171,8 +187,8 @@ func (c *channel) Close() error {
 	return err
 }
 
-// release ends the channel for good.
-func (c *channel) release() error {
+// Release ends the channel for good.
+func (c *Channel) Release() error {
 	c.stop()
 	c.abort()
 	return c.Close()
