@@ -76,6 +76,7 @@ func (m *metrics) attestationFailed(method string) { m.failures.WithLabelValues(
 type cacheCollector struct{ agent *Agent }
 
 var (
+	descState = prometheus.NewDesc("signet_agent_state", "1 for the state that the agent is in, 0 for each other.", []string{"state"}, nil)
 	descSVIDs = prometheus.NewDesc("signet_agent_x509_svids", "X509-SVIDs held, by time left.", []string{"left"}, nil)
 	descGauge = map[string]*prometheus.Desc{
 		"entries":    prometheus.NewDesc("signet_agent_entries", "Registration entries of this node.", nil, nil),
@@ -105,6 +106,13 @@ func (c *cacheCollector) Collect(ch chan<- prometheus.Metric) {
 	status, stats, client := c.agent.Status(), c.agent.cache.Stats(), c.agent.client.Stats()
 	gauge := func(name string, v float64) {
 		ch <- prometheus.MustNewConstMetric(descGauge[name], prometheus.GaugeValue, v)
+	}
+	for _, state := range states {
+		in := 0.0
+		if state == status.State {
+			in = 1
+		}
+		ch <- prometheus.MustNewConstMetric(descState, prometheus.GaugeValue, in, string(state))
 	}
 	gauge("entries", float64(stats.Entries))
 	gauge("jwt", float64(stats.JWTSVIDs))

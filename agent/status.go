@@ -26,6 +26,9 @@ const (
 	Banned State = "banned"
 )
 
+// states are all of them.
+var states = [...]State{Starting, Attesting, Connecting, InSync, Refused, Banned}
+
 // Status is the state of an agent at one moment, for health checks and operators.
 type Status struct {
 	State State

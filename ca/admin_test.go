@@ -431,6 +431,9 @@ func TestAgentLifeAndAdminOverTCP(t *testing.T) {
 	if err := renew(); code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "not attested") {
 		t.Errorf("renewal after the ban was lifted: %v", err)
 	}
+	if _, err := api.DeleteAgent(t.Context(), &agentv1.DeleteAgentRequest{Id: id}); err != nil {
+		t.Error(err)
+	}
 	if _, err := api.DeleteAgent(t.Context(), &agentv1.DeleteAgentRequest{Id: id}); code(err) != codes.NotFound {
 		t.Errorf("evicting an unknown agent: %v", err)
 	}

@@ -399,6 +399,8 @@ func (g *Guard) CheckAgent(ctx context.Context, c *Caller) (*registry.Node, erro
 			return nil, status.Error(codes.Unavailable, "the store does not answer; try again")
 		case n.Banned:
 			return nil, Denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", c.ID)
+		case n.Serial == "" && n.NewSerial == "":
+			return nil, Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s is not attested since its ban was lifted", c.ID)
 		case n.Serial == c.Serial && n.Active:
 			return n, nil
 		case n.Serial == c.Serial:

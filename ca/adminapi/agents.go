@@ -178,12 +178,14 @@ func (a *API) DeleteAgent(ctx context.Context, req *agentv1.DeleteAgentRequest) 
 func (a *API) BanAgent(ctx context.Context, req *agentv1.BanAgentRequest) (*emptypb.Empty, error) {
 	return a.changeAgent(ctx, "agent.ban", req.Id, func(id spiffeid.ID) error {
 		return a.updateNode(store.WithReserve(ctx), id, func(n *registry.Node) {
-			n.Banned, n.Serial, n.NewSerial, n.Key, n.NewKey = true, "", "", nil, nil
+			// The keys stay for an un-ban: until then they open nothing.
+			n.Banned, n.Active, n.Serial, n.NewSerial = true, true, "", ""
 		})
 	})
 }
 
-// UnbanAgent lifts a ban. The agent's SVID stays dead: the node attests again, a join-token node with a new token.
+// UnbanAgent lifts a ban. The agent's SVID stays dead: the node attests again with its evidence, and one that has none to show
+// again, as after a join token, wins a new SVID with its last key. [docs/decisions/0004]
 func (a *API) UnbanAgent(ctx context.Context, req *adminv1.UnbanAgentRequest) (*adminv1.UnbanAgentResponse, error) {
 	id, err := spiffe.ParseWorkloadID(req.AgentId)
 	if err != nil {
@@ -197,8 +199,11 @@ func (a *API) UnbanAgent(ctx context.Context, req *adminv1.UnbanAgentRequest) (*
 		if !n.Banned {
 			return status.Errorf(codes.FailedPrecondition, "agent %q is not banned", id)
 		}
-		_, err = a.c.Registry.DeleteNode(store.WithReserve(ctx), id)
-		return err
+		if n.CanReattest || len(n.Key) == 0 && len(n.NewKey) == 0 {
+			_, err = a.c.Registry.DeleteNode(store.WithReserve(ctx), id)
+			return err
+		}
+		return a.updateNode(store.WithReserve(ctx), id, func(n *registry.Node) { n.Banned = false })
 	})
 	if err != nil {
 		return nil, err
