@@ -20,7 +20,7 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation interop-k8s release clean tools
+.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation interop-k8s interop-containers release clean tools
 
 all: build
 
@@ -45,6 +45,11 @@ test: tools/installed
 INTEROP = .
 interop:
 	go test -count=1 -timeout 30m -v -run '$(INTEROP)' ./test/interop
+
+# Containers of real engines, Docker and Podman, as root; make test tries them where they are installed already.
+interop-containers:
+	@tools/need.sh dockerd=docker.io podman newuidmap=uidmap
+	go test -count=1 -timeout 10m -v -run 'TestReal' ./agent/workloadattest/docker
 
 check: fmt-check vet staticcheck modules generated race fuzz
 	@echo check: all passed

@@ -72,7 +72,7 @@ func play(t *testing.T, part string, attr *syscall.SysProcAttr, args ...string) 
 	if attr != nil {
 		cmd = exec.Command(copyOfSelf(t), args...)
 	}
-	cmd.Env = append(os.Environ(), partEnv+"="+part)
+	cmd.Env = append(os.Environ(), partEnv+"="+part, "GORACE=atexit_sleep_ms=0") // else each part's end takes a second
 	cmd.SysProcAttr = attr
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
@@ -297,8 +297,10 @@ func TestEnginesThatAreWrong(t *testing.T) {
 		"ended process":     {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, tell(anID, 1<<22)) }, "the first process of container"},
 		"unknown":           {http.NotFound, "no engine knows it"},
 		"broken":            {func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(500) }, "status 500"},
-		"redirected":        {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/containers/"+otherID+"/json", http.StatusFound) }, "status 302"},
-		"garbage":           {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "<html>") }, "no JSON"},
+		"redirected": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "/containers/"+otherID+"/json", http.StatusFound)
+		}, "status 302"},
+		"garbage": {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "<html>") }, "no JSON"},
 		"huge": {func(w http.ResponseWriter, r *http.Request) {
 			io.WriteString(w, `{"x":[`)
 			for range 64 << 10 {
