@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -22,6 +23,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/signet-id/signet/agent"
 	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/nodeattest"
 	evidence "github.com/signet-id/signet/agent/nodeattest/k8spsat"
@@ -123,18 +125,17 @@ plugins {
 	attested(serial)
 }
 
-// What our agent shows, an unmodified server of SPIRE takes.
-func TestSPIREServer(t *testing.T) {
+// startSPIREServer runs an unmodified server of SPIRE that takes the tokens of this cluster, until the test ends. It returns its
+// address, its admin socket and its roots.
+func startSPIREServer(t *testing.T, ctx context.Context, k *cluster, extra string) (address, socket string, roots []*x509.Certificate) {
+	t.Helper()
 	program := need(t, "SPIRE_SERVER_BIN", "the path of SPIRE's spire-server")
-	ctx := bounded(t)
-	k := first(t, ctx)
-	p := k.run("agent-1", "agent")
 	dir := shortDir(t)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := listener.Addr().String()
+	address = listener.Addr().String()
 	listener.Close()
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
@@ -146,14 +147,14 @@ func TestSPIREServer(t *testing.T) {
   socket_path = %q
   trust_domain = "example.org"
   data_dir = %q
+  %s
 }
 plugins {
   DataStore "sql" { plugin_data { database_type = "sqlite3" connection_string = %q } }
   NodeAttestor "k8s_psat" { plugin_data { clusters = { "prod" = { service_account_allow_list = [%q] kube_config_file = %q } } } }
   KeyManager "memory" { plugin_data {} }
 }
-`, host, port, dir+"/api.sock", dir, dir+"/db.sqlite3", k.namespace+":agent", k.credentials("ca")))
-	var roots []*x509.Certificate
+`, host, port, dir+"/api.sock", dir, extra, dir+"/db.sqlite3", k.namespace+":agent", k.credentials("ca")))
 	for len(roots) == 0 {
 		pause(t, ctx)
 		text, err := exec.CommandContext(ctx, program, "bundle", "show", "-socketPath", dir+"/api.sock").Output()
@@ -165,6 +166,15 @@ plugins {
 			roots = append(roots, root)
 		}
 	}
+	return address, dir + "/api.sock", roots
+}
+
+// What our agent shows, an unmodified server of SPIRE takes.
+func TestSPIREServer(t *testing.T) {
+	ctx := bounded(t)
+	k := first(t, ctx)
+	p := k.run("agent-1", "agent")
+	address, _, roots := startSPIREServer(t, ctx, k, "")
 
 	td := spiffeid.RequireTrustDomainFromString("example.org")
 	key, err := nodeattest.NewKey()
@@ -190,4 +200,75 @@ plugins {
 	if want := "/spire/agent/k8s_psat/prod/" + p.nodeUID; leaf.URIs[0].Path != want || !got.Reattestable {
 		t.Errorf("agent %s, reattestable %t; want %s, as our CA names it", leaf.URIs[0], got.Reattestable, want)
 	}
+}
+
+// Our agent in a pod, under an unmodified server of SPIRE: it attests, renews by attesting again, comes back after an eviction, and
+// serves what the server has registered.
+func TestAgentUnderSPIREServer(t *testing.T) {
+	ctx := bounded(t)
+	k := first(t, ctx)
+	p := k.run("agent-1", "agent")
+	address, socket, roots := startSPIREServer(t, ctx, k, `agent_ttl = "20s"`)
+	spire := func(args ...string) string {
+		t.Helper()
+		out, err := exec.CommandContext(ctx, os.Getenv("SPIRE_SERVER_BIN"), append(args, "-socketPath", socket)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("spire-server %q: %v\n%s", args, err, out)
+		}
+		return string(out)
+	}
+	dir := shortDir(t)
+	var pems []byte
+	for _, r := range roots {
+		pems = append(pems, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.Raw})...)
+	}
+	if err := os.WriteFile(dir+"/bundle.pem", pems, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a, err := agent.New(agent.Config{TrustDomain: "example.org", ServerAddress: address, DataDir: dir + "/data", SocketPath: dir + "/agent.sock", AdminSocket: agent.AdminSocket{Path: shortDir(t) + "/admin.sock"},
+		TrustBundlePath: dir + "/bundle.pem", PollInterval: time.Second, NodeAttestation: agent.NodeAttestation{K8sPSAT: &agent.K8sPSAT{Cluster: "prod", TokenPath: p.tokenFile()}},
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	running, stop := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() { done <- a.Run(running) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	id := "spiffe://example.org/spire/agent/k8s_psat/prod/" + p.nodeUID
+	spire("entry", "create", "-spiffeID", "spiffe://example.org/web", "-parentID", id, "-selector", fmt.Sprintf("unix:uid:%d", os.Getuid()))
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+dir+"/agent.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	served := func() {
+		t.Helper()
+		for {
+			svid, err := client.FetchX509SVID(ctx)
+			if err == nil && svid.ID.Path() == "/web" {
+				return
+			}
+			pause(t, ctx)
+		}
+	}
+	served()
+	first := a.Status()
+	if first.Server != "spire" || first.ID.String() != id {
+		t.Errorf("the agent is %s at a server of kind %q, want %s", first.ID, first.Server, id)
+	}
+	for a.Status().NotAfter.Equal(first.NotAfter) { // at half life
+		pause(t, ctx)
+	}
+	before := a.Status().NotAfter
+	spire("agent", "evict", "-spiffeID", id)
+	for a.Status().NotAfter.Equal(before) {
+		pause(t, ctx)
+	}
+	served()
 }
