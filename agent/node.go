@@ -19,6 +19,7 @@ import (
 	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/nodeattest"
 	"github.com/signet-id/signet/agent/svidcache"
+	"github.com/signet-id/signet/spiffe"
 )
 
 const (
@@ -389,6 +390,14 @@ func (n *node) renewByKey(ctx context.Context, old *x509svid.SVID) error {
 	}
 	if svid.ID != old.ID {
 		return fmt.Errorf("the CA renewed %q as %q", old.ID, svid.ID)
+	}
+	// In the place of a good one it would lock this node out.
+	now := n.config.Now()
+	if begin := svid.Certificates[0].NotBefore; now.Before(begin) {
+		now = begin // that clocks disagree shows at once, and passes
+	}
+	if _, _, err := spiffe.VerifyX509SVID(svid.Certificates, n, spiffe.X509Options{Now: now}); err != nil {
+		return fmt.Errorf("what the CA issued is unusable: %w", err)
 	}
 	replaced := false
 	err = n.replace(func(r *nodeRecord) *nodeRecord {

@@ -280,3 +280,30 @@ func TestSPIRETokenNeedsABundle(t *testing.T) {
 	r.run()
 	r.log.await(t, "not attested yet")
 }
+
+// A renewal that brings nothing good leaves the agent with the SVID that it has, so that it can ask again.
+func TestRenewalThatBringsNothingGood(t *testing.T) {
+	for name, start := range map[string]func(*testing.T) *rig{"signet": newRig, "SPIRE": newSPIRERig} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := start(t)
+			r.ca.AgentTTL = 6 * time.Second
+			a, _ := r.run()
+			r.ready(a)
+			before := a.node.identity()
+			r.ca.Lock()
+			r.ca.AgentTTL = -time.Second
+			r.ca.Unlock()
+			if line := r.log.await(t, "what the CA issued is unusable"); !strings.Contains(line, "was not renewed") {
+				t.Errorf("the log says %s", line)
+			}
+			if a.node.identity() != before {
+				t.Error("an SVID that is over has taken the place of a good one")
+			}
+			r.ca.Lock()
+			r.ca.AgentTTL = time.Hour
+			r.ca.Unlock()
+			r.log.await(t, "the agent's SVID is renewed")
+		})
+	}
+}

@@ -44,18 +44,24 @@ func (c *Client) issueByCSR(ctx context.Context, s *session, items []IssueItem) 
 	if got := len(response.GetResults()); got != len(asked) {
 		return nil, fmt.Errorf("the CA answered %d items with %d results", len(asked), got)
 	}
+	behind := false // an entry is gone, or an authority new: the next poll will tell
 	for n, r := range response.GetResults() {
 		i := asked[n]
 		if code := r.GetStatus().GetCode(); code != int32(codes.OK) {
 			results[i].Err = status.Error(codes.Code(uint32(code)), r.GetStatus().GetMessage())
+			behind = behind || code == int32(codes.NotFound)
 			continue
 		}
 		chain := r.GetSvid().GetCertChain()
 		if err := c.verifyChain(chain); err != nil {
 			results[i].Err = fmt.Errorf("what the CA issued is unusable: %w", err)
+			behind = behind || spiffe.RowOf(err) == "SVID-01"
 			continue
 		}
 		results[i] = Issued{Chain: chain} // SPIRE does not say which revision of the entry it is built from
+	}
+	if behind {
+		s.out.sync() // nobody waits for it
 	}
 	return results, nil
 }

@@ -98,9 +98,15 @@ type fixture struct {
 
 func run(t *testing.T, ca *faultca.CA) *fixture {
 	t.Helper()
+	return runPolling(t, ca, 100*time.Millisecond)
+}
+
+// runPolling says how often a SPIRE server is asked.
+func runPolling(t *testing.T, ca *faultca.CA, every time.Duration) *fixture {
+	t.Helper()
 	x := &fixture{t: t, ca: ca, f: newFollower(), svid: agentSVID(t, ca), synced: make(chan struct{}, 100), lost: make(chan struct{}, 100), ended: make(chan error, 1)}
 	client, err := New(Config{
-		Address: ca.Addr, TrustDomain: ca.TrustDomain, Follower: x.f, Log: slog.New(slog.DiscardHandler), PollEvery: 100 * time.Millisecond,
+		Address: ca.Addr, TrustDomain: ca.TrustDomain, Follower: x.f, Log: slog.New(slog.DiscardHandler), PollEvery: every,
 		Bundles: x509bundle.FromX509Authorities(ca.TrustDomain, []*x509.Certificate{ca.Root}),
 		InSync:  func() { x.synced <- struct{}{} },
 		Lost:    func() { x.lost <- struct{}{} },

@@ -105,6 +105,7 @@ type Client struct {
 	jwt    *jwtQueue
 	as     spiffeid.ID        // whom what is held was followed as; Run's own
 	poller spireserver.Poller // Run's own
+	moved  bool               // the session takes the place of one whose connection the server has ended; Run's own
 	server atomic.Int32       // a Server: what answered last
 
 	mu      sync.Mutex
@@ -167,6 +168,7 @@ func (c *Client) Run(ctx context.Context) error {
 		}
 		if ctx.Err() == nil && (errors.Is(err, errReplaced) || errors.Is(err, errAnotherConnection) && s.inSync.Load()) {
 			old, wait, fresh = s, retryMin, false
+			c.moved = errors.Is(err, errAnotherConnection)
 			continue
 		}
 		if s != nil {
@@ -178,7 +180,7 @@ func (c *Client) Run(ctx context.Context) error {
 		if contact && c.config.Lost != nil {
 			c.config.Lost()
 		}
-		contact = false
+		contact, c.moved = false, false
 		var denied *DeniedError
 		if errors.As(err, &denied) {
 			if s.svid == c.config.Identity() {

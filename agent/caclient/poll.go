@@ -3,6 +3,7 @@ package caclient
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"math/rand/v2"
 	"time"
 
@@ -61,16 +62,23 @@ func (c *Client) pollOnce(ctx context.Context, conn grpc.ClientConnInterface, fr
 	return c.apply(m)
 }
 
-// meetSPIRE does once per connection what is due when the first poll has succeeded.
+// meetSPIRE does what is due when the first poll over a connection has succeeded.
 func (c *Client) meetSPIRE(ctx context.Context, conn grpc.ClientConnInterface) {
 	if Server(c.server.Swap(int32(SPIRE))) != SPIRE {
 		c.config.Log.Warn("the CA is a SPIRE server: it is asked for changes instead of telling them, and it has no call policies, so that services that ask for them allow nothing",
 			"server_address", c.config.Address, "poll_interval", c.config.PollEvery)
 	}
+	level := slog.LevelInfo
+	if c.moved {
+		level = slog.LevelDebug // SPIRE's servers end each connection after some minutes
+	}
 	_, revision := c.config.Follower.Held()
-	c.config.Log.Info("in sync with the CA", "server_address", c.config.Address, "server", SPIRE.String(), "revision", revision)
+	c.config.Log.Log(ctx, level, "in sync with the CA", "server_address", c.config.Address, "server", SPIRE.String(), "revision", revision)
 	if c.config.InSync != nil {
 		c.config.InSync()
+	}
+	if c.moved {
+		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
@@ -80,22 +88,20 @@ func (c *Client) meetSPIRE(ctx context.Context, conn grpc.ClientConnInterface) {
 	}
 }
 
-// awaitPoll waits until the next poll is due, or somebody wants one and the last is long enough ago.
+// awaitPoll waits until the next poll is due, or somebody wants one and the last, which began then, is long enough ago.
 func (c *Client) awaitPoll(ctx context.Context, s *session, began time.Time) error {
 	// A tenth to either side, as SPIRE's agents do, so that those of a site do not come all at once.
-	due := time.NewTimer(c.config.PollEvery*9/10 + rand.N(c.config.PollEvery/5+1))
-	defer due.Stop()
+	due := time.Now().Add(c.config.PollEvery*9/10 + rand.N(c.config.PollEvery/5+1))
+	timer := time.NewTimer(time.Until(due))
+	defer timer.Stop()
 	for {
-		var demand <-chan time.Time
-		if s.out.wanted() {
-			left := time.NewTimer(max(demandEvery-time.Since(began), 0))
-			defer left.Stop()
-			demand = left.C
+		at := due
+		if demanded := began.Add(demandEvery); s.out.wanted() && demanded.Before(at) {
+			at = demanded
 		}
+		timer.Reset(max(time.Until(at), 0))
 		select {
-		case <-due.C:
-			return nil
-		case <-demand:
+		case <-timer.C:
 			return nil
 		case <-s.out.wake:
 		case <-ctx.Done():

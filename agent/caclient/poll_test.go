@@ -224,6 +224,49 @@ func TestIssueByCSR(t *testing.T) {
 	}
 }
 
+// What the server says of an entry or an authority that the agent did not know makes it ask at once what there is.
+func TestAnswersThatShowNewsMakeItAsk(t *testing.T) {
+	stranger := faultca.StartSPIRE(t)
+	for name, answer := range map[string]func(p *svidv1.NewX509SVIDParams) *svidv1.BatchNewX509SVIDResponse_Result{
+		"an entry is gone": func(*svidv1.NewX509SVIDParams) *svidv1.BatchNewX509SVIDResponse_Result {
+			return faultca.Refusal(codes.NotFound, "entry not found or not authorized")
+		},
+		"an authority is new": func(p *svidv1.NewX509SVIDParams) *svidv1.BatchNewX509SVIDResponse_Result {
+			stranger.Lock()
+			defer stranger.Unlock()
+			csr, err := x509.ParseCertificateRequest(p.Csr)
+			if err != nil {
+				return faultca.Refusal(codes.InvalidArgument, err.Error())
+			}
+			der, err := stranger.Sign("/a", csr.PublicKey, time.Hour)
+			if err != nil {
+				return faultca.Refusal(codes.Internal, err.Error())
+			}
+			return faultca.Granted(der)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ca := faultca.StartSPIRE(t)
+			x := runPolling(t, ca, time.Hour)
+			wait(t, "sync", x.synced)
+			wait(t, "the snapshot", x.f.news)
+			ca.Lock()
+			ca.Entries = []*types.Entry{spireEntry("new")}
+			ca.BatchX509 = func(r *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
+				return &svidv1.BatchNewX509SVIDResponse{Results: []*svidv1.BatchNewX509SVIDResponse_Result{answer(r.Params[0])}}, nil
+			}
+			ca.Unlock()
+			made := 0
+			if got := x.client.IssueX509(t.Context(), []IssueItem{csrItem(t, "a", &made)}); got[0].Err == nil {
+				t.Errorf("the answer is %v", got)
+			}
+			if m := wait(t, "the news", x.f.news); len(m.GetEntries()) != 1 {
+				t.Errorf("the news is %v", m)
+			}
+		})
+	}
+}
+
 // A CA of signet is never asked by CSR, so that nobody pays for making one.
 func TestNoCSRForASignetCA(t *testing.T) {
 	ca := faultca.Start(t, "/spire/server")

@@ -19,12 +19,15 @@ import (
 // briefly makes a SPIRE server issue for so short that renewals come within the test.
 const briefly = "agent_ttl = \"30s\"\n  default_x509_svid_ttl = \"30s\"\n  default_jwt_svid_ttl = \"20s\""
 
+// everySecond makes what a test waits for come soon.
+const everySecond = "poll_interval: 1s\n"
+
 // underSPIRE is our agent under a SPIRE server. Without a host it comes by a join token of spire-server token generate.
-func underSPIRE(t *testing.T, ctx context.Context, spire *server, h *host, alias string) (a *agent, agentID string) {
+func underSPIRE(t *testing.T, ctx context.Context, spire *server, h *host, alias, extra string) (a *agent, agentID string) {
 	t.Helper()
 	dir := shortDir(t)
-	yaml := fmt.Sprintf("trust_domain: %s\nserver_address: %s\ndata_dir: %s/signet\nsocket_path: %s/agent.sock\nadmin_socket: {path: %s/admin.sock}\ntrust_bundle_path: %s\npoll_interval: 1s\n",
-		trustDomain, spire.addr, dir, dir, shortDir(t), spire.bundleFile(ctx))
+	yaml := fmt.Sprintf("trust_domain: %s\nserver_address: %s\ndata_dir: %s/signet\nsocket_path: %s/agent.sock\nadmin_socket: {path: %s/admin.sock}\ntrust_bundle_path: %s\n%s",
+		trustDomain, spire.addr, dir, dir, shortDir(t), spire.bundleFile(ctx), extra)
 	if h != nil {
 		agentID = h.agentID
 		yaml += fmt.Sprintf("node_attestation: {x509pop: {certificate_path: %s, private_key_path: %s}}\n", h.cert, h.key)
@@ -61,7 +64,7 @@ func TestUnderSPIREByJoinToken(t *testing.T) {
 	foreign(t, envAgent)
 	ctx := bounded(t, 5*time.Minute)
 	spire := startSPIREServer(t, ctx, briefly, "")
-	a, agentID := underSPIRE(t, ctx, spire, nil, "/node/ours")
+	a, agentID := underSPIRE(t, ctx, spire, nil, "/node/ours", everySecond)
 	token, _ := spire.joinToken(ctx, "/node/theirs")
 	b := newSPIREAgent(t, agentConfig{server: spire, token: token, bundle: spire.bundleFile(ctx), extra: `experimental { sync_interval = "1s" }`})
 	b.start()
@@ -158,7 +161,7 @@ func TestUnderSPIREByX509POP(t *testing.T) {
 	p := newPKI(t)
 	spire := startSPIREServer(t, ctx, briefly, p.spireAccepts())
 	h := p.ec("node7")
-	a, agentID := underSPIRE(t, ctx, spire, &h, "/node")
+	a, agentID := underSPIRE(t, ctx, spire, &h, "/node", everySecond)
 	spire.entry(ctx, "/web", "/node")
 	a.serves(ctx, "/web")
 	servesAll(t, ctx, a, "/web")
@@ -212,8 +215,8 @@ func TestUnderSPIRERotation(t *testing.T) {
 	p := newPKI(t)
 	spire := startSPIREServer(t, ctx, `ca_ttl = "24h"`, p.spireAccepts())
 	h := p.ec("node7")
-	a, id1 := underSPIRE(t, ctx, spire, nil, "/node/a")
-	b, id2 := underSPIRE(t, ctx, spire, &h, "/node/b")
+	a, id1 := underSPIRE(t, ctx, spire, nil, "/node/a", everySecond)
+	b, id2 := underSPIRE(t, ctx, spire, &h, "/node/b", everySecond)
 	spire.entry(ctx, "/a", "/node/a")
 	spire.entry(ctx, "/b", "/node/b")
 	a.serves(ctx, "/a")
@@ -267,7 +270,7 @@ func TestUnderSPIREFederation(t *testing.T) {
 	foreign(t, envServer)
 	ctx := bounded(t, 2*time.Minute)
 	spire := startSPIREServer(t, ctx, "", "")
-	a, _ := underSPIRE(t, ctx, spire, nil, "/node")
+	a, _ := underSPIRE(t, ctx, spire, nil, "/node", everySecond)
 	partner := spiffeid.RequireTrustDomainFromString("partner.example")
 	set := func(from *server) {
 		t.Helper()
@@ -311,4 +314,50 @@ func TestUnderSPIREFederation(t *testing.T) {
 	}
 	must[string](t)(spire.spire(ctx, "entry", "update", "-entryID", entryID(t, ctx, spire, "/friend"), "-spiffeID", full("/friend"), "-parentID", full("/node"), "-selector", self()))
 	has("")
+}
+
+// TestServerOfAnotherKind swaps the server behind the agents' address while they run: a SPIRE server, signet's CA, and the SPIRE server
+// again. They find out by themselves what there is, attest there, and no call between their workloads fails.
+func TestServerOfAnotherKind(t *testing.T) {
+	foreign(t, envServer)
+	ctx := bounded(t, 4*time.Minute)
+	p := newPKI(t)
+	spire, ca := startSPIREServer(t, ctx, `ca_ttl = "24h"`, p.spireAccepts()), startCA(t, ctx, p.accepts())
+	// Each publishes the other's authorities beside its own.
+	theirs := writeFile(t, spire.dir+"/spire.json", must[string](t)(spire.spire(ctx, "bundle", "show", "-output", "json")))
+	must[string](t)(ca.signet(ctx, "bundle", "append", theirs))
+	ours := writeFile(t, spire.dir+"/signet.json", must[string](t)(ca.signet(ctx, "bundle", "show", "--format", "spire", "--own")))
+	must[string](t)(spire.signet(ctx, "bundle", "append", ours))
+
+	switched := startProxy(t, spire.addr)
+	behind := *spire
+	behind.addr = switched.addr
+	var agents []*agent
+	var workloads []*workload
+	for _, name := range []string{"a", "b"} {
+		h := p.ec(name)
+		for _, s := range []*server{spire, ca} {
+			s.entry(ctx, "/"+name, h.agentID, "-entryID", name)
+		}
+		a, _ := underSPIRE(t, ctx, &behind, &h, "", everySecond)
+		a.serves(ctx, "/"+name)
+		agents = append(agents, a)
+		workloads = append(workloads, newWorkload(t, ctx, a, "/"+name))
+	}
+	trusts(t, ctx, 2, 2, workloads...)
+	tr := startTraffic(ctx, workloads...)
+	tr.more(t, ctx, 10)
+	for _, to := range []*server{ca, spire, ca} {
+		switched.lead(to.addr)
+		for _, w := range workloads {
+			issuedBy(t, ctx, w, to)
+		}
+		tr.more(t, ctx, 10)
+	}
+	tr.stop(t)
+	for _, a := range agents {
+		if n := strings.Count(a.out.String(), "the CA is a SPIRE server"); n != 2 {
+			t.Errorf("%s: has met a SPIRE server %d times, want 2", a.name, n)
+		}
+	}
 }
