@@ -93,7 +93,7 @@ func TestUnderSPIREByJoinToken(t *testing.T) {
 	renewed()
 	awaitOtherSerial(t, ctx, spire, agentID, serial)
 
-	// A killed server is no more than a pause. So is a proxy's or the server's own end of the connection.
+	// A killed server is no more than a pause.
 	spire.kill()
 	tr.more(t, ctx, 10)
 	spire.up(ctx)
@@ -145,9 +145,6 @@ func TestUnderSPIREByJoinToken(t *testing.T) {
 	must[string](t)(spire.spire(ctx, "entry", "delete", "-entryID", "many-650"))
 	a.withholds(ctx, "/many/650")
 	all(many)
-	if said := a.out.String(); strings.Contains(said, strings.TrimPrefix(token, "x")) {
-		t.Error("the agent said another's join token")
-	}
 	if out := must[string](t)(spire.spire(ctx, "agent", "show", "-spiffeID", agentID)); !strings.Contains(out, "join_token") {
 		t.Errorf("agent show:\n%s", out)
 	}
