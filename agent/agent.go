@@ -146,7 +146,7 @@ func (a *Agent) open() error {
 	a.endpoint, err = workloadapi.New(workloadapi.Config{
 		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway, MaxOffline: c.MaxOffline,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
-		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID,
+		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID, MaxCallsPerSecond: c.MaxCallsPerSecond,
 		OnCall: a.ended, OnPush: a.metrics.push, Services: []func(grpc.ServiceRegistrar, *workloadapi.Server){envoys},
 	})
 	if err != nil {

@@ -67,6 +67,9 @@ type Config struct {
 	// MaxStreams bounds the open calls of workloads; MaxStreamsPerUID those of one user. Default 16384 and a quarter of it.
 	MaxStreams       int `yaml:"max_streams"`
 	MaxStreamsPerUID int `yaml:"max_streams_per_uid"`
+	// MaxCallsPerSecond bounds the calls that one process begins, and four times as many those of one user, with five seconds' worth
+	// of them after a pause. Default 1000; -1: no bound.
+	MaxCallsPerSecond int `yaml:"max_calls_per_second"`
 	// RequireHeaderEverywhere demands the Workload API's security header also from SDS, ext_authz and health checks.
 	RequireHeaderEverywhere bool `yaml:"require_header_everywhere"`
 	// AllowBundlesWithoutIdentity gives the trust domain's bundles to processes without a registration entry, too.

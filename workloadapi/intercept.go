@@ -59,6 +59,9 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, l
 	if info.Err != nil && !strings.HasPrefix(method, exempt[0]) { // health says nothing about anybody
 		return ctx, leave, info.Err
 	}
+	if err := s.pace(info); err != nil {
+		return ctx, leave, err
+	}
 	if err := s.calls.Take(uidKey(info.UID)); err != nil {
 		return ctx, leave, err
 	}
@@ -161,6 +164,25 @@ func (s *Server) ended(ctx context.Context, method string, start time.Time, err 
 	s.refusals.Note(ctx, method, code, err, who...)
 	return st
 }
+
+// pace counts the call for its process and for its user, of whom neither may begin too many. It comes before the process is
+// looked at, which is what costs.
+func (s *Server) pace(info peer.Info) error {
+	if info.Process != nil {
+		if err := s.rates.Take(processKey{info.Process.ID(), info.Process.PID}); err != nil {
+			return err
+		}
+	}
+	return s.uidRates.Take(uidKey(info.UID))
+}
+
+// A processKey is a process whose calls are counted.
+type processKey struct {
+	id  uint64
+	pid int32
+}
+
+func (p processKey) String() string { return "process " + strconv.Itoa(int(p.pid)) }
 
 // A uidKey is a user whose calls are counted.
 type uidKey uint32

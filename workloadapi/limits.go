@@ -50,6 +50,63 @@ func (l *CallLimit[K]) Put(caller K) {
 	}
 }
 
+// A CallRate bounds how many calls a second a caller begins.
+type CallRate[K comparable] struct {
+	each  rate.Limit
+	burst int
+
+	mu    sync.Mutex
+	known map[K]*rate.Limiter
+}
+
+const (
+	// burstSeconds is how many seconds' worth of calls may come at once, after a pause: programs start with many.
+	burstSeconds = 5
+
+	// maxRated bounds the callers that are remembered.
+	maxRated = 16384
+)
+
+// NewCallRate returns a bound of so many calls a second for one caller; 0 is none.
+func NewCallRate[K comparable](perSecond int) *CallRate[K] {
+	return &CallRate[K]{each: rate.Limit(perSecond), burst: burstSeconds * perSecond, known: map[K]*rate.Limiter{}}
+}
+
+// Take counts a call. The error is ErrTooFast.
+func (r *CallRate[K]) Take(caller K) error {
+	if r.each <= 0 {
+		return nil
+	}
+	r.mu.Lock()
+	l := r.known[caller]
+	if l == nil {
+		r.forget()
+		l = rate.NewLimiter(r.each, r.burst)
+		r.known[caller] = l
+	}
+	r.mu.Unlock()
+	if !l.Allow() {
+		return fmt.Errorf("%v begins more than %v calls a second: %w", caller, r.each, ErrTooFast)
+	}
+	return nil
+}
+
+// forget makes room for one more: those who have paused lose nothing by it. If none has, everybody begins afresh. It is
+// called with mu held.
+func (r *CallRate[K]) forget() {
+	if len(r.known) < maxRated {
+		return
+	}
+	for caller, l := range r.known {
+		if l.Tokens() >= float64(r.burst) {
+			delete(r.known, caller)
+		}
+	}
+	if len(r.known) >= maxRated {
+		clear(r.known)
+	}
+}
+
 // A RefusalLog writes down calls that were not answered, as many as an operator can read: callers repeat themselves, and
 // hostile ones must not fill a disk.
 type RefusalLog struct {

@@ -31,7 +31,7 @@ const (
 	ReasonInterrupted         Reason = "INTERRUPTED"           // Unavailable: the stream cannot go on; open it anew
 	ReasonTimeout             Reason = "TIMEOUT"               // Unavailable: the agent could not answer in time
 	ReasonStopping            Reason = "STOPPING"              // Unavailable: the agent is shutting down
-	ReasonRateLimited         Reason = "RATE_LIMITED"          // ResourceExhausted: too many new JWT-SVIDs are asked for
+	ReasonRateLimited         Reason = "RATE_LIMITED"          // ResourceExhausted: too many calls are begun, or new JWT-SVIDs asked for
 	ReasonPolicyFormat        Reason = "POLICY_FORMAT"         // FailedPrecondition: the caller reads only older policies
 	ReasonNoPolicies          Reason = "NO_POLICIES"           // FailedPrecondition: the agent's CA has no call policies
 	ReasonDisabled            Reason = "DISABLED"              // Unimplemented: this profile is switched off

@@ -42,6 +42,9 @@ const (
 	// idleTimeout ends connections without a call.
 	idleTimeout = 15 * time.Minute
 
+	// callRateOfUser is how many times the calls of one process all of its user's may begin in a second.
+	callRateOfUser = 4
+
 	// stopTimeout is how long calls may take to end at shutdown before their connections are closed.
 	stopTimeout = 2 * time.Second
 
@@ -123,6 +126,10 @@ type Config struct {
 	// MaxStreams.
 	MaxStreamsPerUID int
 
+	// MaxCallsPerSecond bounds the calls that one process begins, and four times as many those of one user, with five seconds'
+	// worth of them after a pause. Zero means 1000; negative means that there is no bound.
+	MaxCallsPerSecond int
+
 	// OnCall, if not nil, is told when a call has ended. It must not block.
 	OnCall func(CallEnd)
 
@@ -158,6 +165,8 @@ type Server struct {
 	grpc     *grpc.Server
 	health   *health.Server
 	calls    *CallLimit[uidKey]
+	rates    *CallRate[processKey]
+	uidRates *CallRate[uidKey]
 	refusals *RefusalLog
 
 	// leaving ends when Run's context does: calls that have had an answer end. stopping ends when the others have had
@@ -187,9 +196,10 @@ func New(cfg Config) (*Server, error) {
 	}
 	s := &Server{
 		cfg: cfg, log: cfg.Log, socket: sock, peers: peers,
-		gate:     peer.NewGate(attestingPerUID, attestingTotal),
-		health:   health.NewServer(),
-		calls:    NewCallLimit[uidKey](cfg.MaxStreams, cfg.MaxStreamsPerUID),
+		gate:   peer.NewGate(attestingPerUID, attestingTotal),
+		health: health.NewServer(),
+		calls:  NewCallLimit[uidKey](cfg.MaxStreams, cfg.MaxStreamsPerUID),
+		rates:  NewCallRate[processKey](cfg.MaxCallsPerSecond), uidRates: NewCallRate[uidKey](callRateOfUser * cfg.MaxCallsPerSecond),
 		refusals: NewRefusalLog(cfg.Log),
 	}
 	s.feed = &Feed{
@@ -268,6 +278,10 @@ func (c *Config) check() error {
 	if c.MaxStreamsPerUID == 0 {
 		c.MaxStreamsPerUID = max(1, c.MaxStreams/4)
 	}
+	if c.MaxCallsPerSecond == 0 {
+		c.MaxCallsPerSecond = 1000
+	}
+	c.MaxCallsPerSecond = min(max(c.MaxCallsPerSecond, 0), 1_000_000)
 	return nil
 }
 

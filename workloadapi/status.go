@@ -20,6 +20,9 @@ var (
 	// ErrBusy says that a bound of the endpoint is reached. The caller gets Unavailable.
 	ErrBusy = errors.New("too many calls are open")
 
+	// ErrTooFast says that a caller begins more calls a second than it may. The caller gets ResourceExhausted.
+	ErrTooFast = errors.New("the process or its user begins too many calls a second: keep a stream open, and JWT-SVIDs until they end")
+
 	// ErrSubjectChanged says that a subject is not what it was when it was attested.
 	ErrSubjectChanged = errors.New("the process is not what it was")
 
@@ -80,6 +83,8 @@ func Status(ctx context.Context, err error) error {
 		return refusal(codes.Unimplemented, ReasonDisabled, ErrDisabled.Error())
 	case errors.Is(err, ErrNoIdentity):
 		return refusal(codes.PermissionDenied, ReasonNoIdentity, noIdentityText(ctx))
+	case errors.Is(err, ErrTooFast):
+		return refusal(codes.ResourceExhausted, ReasonRateLimited, ErrTooFast.Error())
 	case errors.Is(err, ErrTooMany):
 		return refusal(codes.ResourceExhausted, ReasonRateLimited, ErrTooMany.Error())
 	case errors.Is(err, peer.ErrForeignPIDNamespace):

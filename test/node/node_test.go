@@ -319,7 +319,7 @@ func TestFirstSVID(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	s := newSite(t)
-	a := s.agent(ctx, "first", "")
+	a := s.agent(ctx, "first", "max_calls_per_second: -1\n")
 	s.identities(ctx, "first", 1, true, "")
 	_, bareSocket := bareBeside(ctx, s, a)
 
