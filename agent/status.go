@@ -88,10 +88,7 @@ func (a *Agent) Status() Status {
 		s.RestoredAt, s.LastContact = r.Restored, r.Contact
 		words := fmt.Sprintf("serving from the sealed cache since %s, last contact with the CA at %s",
 			r.Restored.UTC().Format(time.RFC3339), r.Contact.UTC().Format(time.RFC3339))
-		if s.Detail != "" {
-			words += "; " + s.Detail
-		}
-		s.Detail = words
+		s.Detail = joined(words, s.Detail)
 	}
 	switch {
 	case a.sealed == nil:
@@ -99,12 +96,20 @@ func (a *Agent) Status() Status {
 	default:
 		if err := a.sealed.Status().Err; err != nil {
 			s.SealedCache = err.Error()
+			s.Detail = joined(s.Detail, "the sealed cache is not up to date on disk: "+s.SealedCache)
 		}
 	}
 	if svid := a.node.identity(); svid != nil {
 		s.ID, s.NotAfter = svid.ID, svid.Certificates[0].NotAfter
 	}
 	return s
+}
+
+func joined(a, b string) string {
+	if a == "" || b == "" {
+		return a + b
+	}
+	return a + "; " + b
 }
 
 // notReady says which part keeps the agent from doing its work, or is empty. An agent without its CA is ready as long as

@@ -115,7 +115,7 @@ func (s *Store) read(ctx context.Context, data []byte) (*Contents, error) {
 	s.held, s.defaults = held, state.PolicyDefaults
 	s.last, s.seen = h.contact, latest
 	for _, svid := range svids {
-		s.svids[svid.EntryID] = struct{}{}
+		s.svids[svid.EntryID] = svid.Used
 	}
 	s.weighty = true // what was written before this start shall not count any more
 	s.note(nil, true)

@@ -27,7 +27,7 @@ const (
 	// soon is how long a change waits for others, later how long one does whose loss costs nothing but an issuance, such as
 	// a renewal: the SVID before it is on disk and valid.
 	soon  = 250 * time.Millisecond
-	later = 20 * time.Second
+	later = time.Minute
 	// spacing is the least time between two writes.
 	spacing = time.Second
 	// heartbeat is how often the times in the head are brought up to date when nothing changes.
@@ -87,9 +87,9 @@ type Store struct {
 	reset    bool    // pending's entries, policies and bundles are all there are
 	weighty  bool    // going back to before pending would be a rollback of the CA's state
 	urgent   bool
-	since    time.Time // of the first in pending; zero: none
-	writing  time.Time // of the first in what is being written
-	svids    map[string]struct{}
+	since    time.Time       // of the first in pending; zero: none
+	writing  time.Time       // of the first in what is being written
+	svids    map[string]bool // those held, and whether they were used
 	defaults *policyv1.DefaultsMode
 	owner    spiffeid.ID
 	contact  bool
@@ -109,7 +109,7 @@ func Open(ctx context.Context, c Config) (*Store, *Contents) {
 		c.Now = time.Now
 	}
 	s := &Store{
-		config: c, wake: make(chan struct{}, 1), held: make(records), pending: make(records), svids: make(map[string]struct{}),
+		config: c, wake: make(chan struct{}, 1), held: make(records), pending: make(records), svids: make(map[string]bool),
 		owner: c.Agent, credit: credit{left: maxCredit, at: time.Now()},
 	}
 	ctx, cancel := context.WithTimeout(ctx, openWait)
@@ -164,8 +164,9 @@ func (s *Store) Hold(entryID string, entryRevision int64, used bool, chain, key 
 	value := svid.encode()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, renewal := s.svids[entryID]
-	s.svids[entryID] = struct{}{}
+	was, renewal := s.svids[entryID]
+	renewal = renewal && was == used
+	s.svids[entryID] = used
 	s.note(records{{kindSVID, entryID}: value}, !renewal)
 }
 
