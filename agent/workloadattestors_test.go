@@ -65,6 +65,12 @@ func TestWorkloadAttestationConfig(t *testing.T) {
 		{name: "systemd with its defaults", config: "{systemd: {}}"},
 		{name: "systemd", config: "{systemd: {bus_socket: /run/bus, timeout: 4s}}"},
 		{name: "a relative bus", config: "{systemd: {bus_socket: bus}}", bad: "workload_attestation.systemd.bus_socket: "},
+		{name: "k8s with its defaults", config: "{k8s: {}}"},
+		{name: "k8s", config: "{k8s: {kubelet_address_env: NODE_IP, kubelet_secure_port: 10250, kubelet_ca_path: /ca, node_name_env: NODE, token_path: /t, cgroup_roots: [/kube], namespace_labels: [team], api_server: 'https://a', api_server_ca_path: /b}}"},
+		{name: "k8s without TLS", config: "{k8s: {kubelet_read_only_port: 10255}}"},
+		{name: "k8s, verified and not", config: "{k8s: {kubelet_ca_path: /ca, skip_kubelet_verification: true}}", bad: "workload_attestation.k8s.skip_kubelet_verification: "},
+		{name: "k8s with half a certificate", config: "{k8s: {certificate_path: /c}}", bad: "workload_attestation.k8s.certificate_path: "},
+		{name: "k8s by a name", config: "{k8s: {node_name: a, node_name_env: B}}", bad: "workload_attestation.k8s.node_name_env: "},
 		{name: "misspelt", config: "{unix: {max_hash_byte: 7}}", bad: "agent.yaml:5:"},
 	} {
 		c, err := ReadConfig([]byte(rest+tt.config+"\n"), "agent.yaml")

@@ -76,6 +76,15 @@ func (k *cluster) kubectl(args ...string) string { return k.kubectlIn("", args..
 
 func (k *cluster) kubectlIn(in string, args ...string) string {
 	k.t.Helper()
+	out, err := k.try(in, args...)
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	return out
+}
+
+// try is kubectlIn for what may fail.
+func (k *cluster) try(in string, args ...string) (string, error) {
 	program := os.Getenv("SIGNET_KUBECTL")
 	if program == "" {
 		program = "kubectl"
@@ -86,9 +95,9 @@ func (k *cluster) kubectlIn(in string, args ...string) string {
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
-		k.t.Fatalf("kubectl %s: %v: %s", strings.Join(args, " "), err, errs.String())
+		return "", fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, errs.String())
 	}
-	return strings.TrimSpace(out.String())
+	return strings.TrimSpace(out.String()), nil
 }
 
 func (k *cluster) apply(documents string) { k.t.Helper(); k.kubectlIn(documents, "apply", "-f", "-") }

@@ -1,12 +1,14 @@
 //go:build kube
 
-// Package kube attests nodes against running clusters of Kubernetes, with tokens that they issue. `make interop-k8s` runs it, and
+// Package kube attests nodes, and processes in pods, against running clusters of Kubernetes. `make interop-k8s` runs it, and
 // says what it needs in the environment:
 //
 //	SIGNET_KUBECONFIG        a kubeconfig of an admin of a cluster
 //	SIGNET_KUBECONFIG_OTHER  the same of another cluster
 //	SIGNET_KUBECTL           kubectl; default: the one in PATH
 //	SIGNET_KUBE_IMAGE        an image whose program just waits; default registry.k8s.io/pause:3.10
+//	SIGNET_KUBE_AGENT_IMAGE  an image with test/kube/podagent, built without cgo, as its program /podagent
+//	SIGNET_KUBE_CGROUP_ROOT  the --cgroup-root of the first cluster's kubelet, if it is not /
 //	SPIRE_AGENT_BIN          an unmodified spire-agent
 //	SPIRE_SERVER_BIN         an unmodified spire-server
 //	SIGNET_KUBE_NODE_ROOT    where the file system of the first cluster's only node can be read; then the tokens are those that the

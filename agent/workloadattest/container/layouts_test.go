@@ -11,7 +11,7 @@ import (
 
 // A layout is a recorded one: what /proc/PID/cgroup says, what the node's and the agent's files say, and where that is. The first
 // line of its file says where it was recorded.
-type layout struct{ cgroup, init, mounts, want string }
+type layout struct{ cgroup, init, mounts, roots, want string }
 
 func readLayout(t testing.TB, file string) layout {
 	t.Helper()
@@ -36,6 +36,8 @@ func readLayout(t testing.TB, file string) layout {
 			l.init = text
 		case "agent mountinfo":
 			l.mounts = text
+		case "cgroup roots":
+			l.roots = text
 		case "want":
 			l.want = text
 		default:
@@ -51,6 +53,9 @@ func readLayout(t testing.TB, file string) layout {
 func (l layout) finder() (*Finder, error) {
 	f := &Finder{}
 	var err error
+	if f.roots, err = split("cgroup root", strings.Fields(l.roots)); err != nil {
+		return nil, err
+	}
 	if f.bases, err = bases([]byte(l.init)); err != nil {
 		return nil, err
 	}

@@ -33,7 +33,13 @@ import (
 	"github.com/signet-id/signet/spiffe"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(kubeletEnv) != "" {
+		benchKubelet()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const (
 	podA, podB = "0a0a0a0a-1111-2222-3333-444444444444", "0b0b0b0b-1111-2222-3333-444444444444"
@@ -60,7 +66,11 @@ func podObject(uid, namespace, name string, containers ...object) object {
 }
 
 func podListOf(pods ...object) string {
-	data, err := json.Marshal(object{"kind": "PodList", "apiVersion": "v1", "metadata": object{}, "items": pods})
+	return toJSON(object{"kind": "PodList", "apiVersion": "v1", "metadata": object{}, "items": pods})
+}
+
+func toJSON(o object) string {
+	data, err := json.Marshal(o)
 	if err != nil {
 		panic(err)
 	}

@@ -63,6 +63,41 @@ func TestSelectorsAreThoseOfSPIRE(t *testing.T) {
 	}
 }
 
+// A list as a kubelet of Kubernetes 1.35 has it, recorded by test/kube: what runs matches, an init container that is done and one
+// that waits to be started again do not.
+func TestRecordedList(t *testing.T) {
+	recorded, err := os.ReadFile("testdata/pods-1.35.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := newNode(t)
+	n.says(text(string(recorded)))
+	m := n.method(func(c *Config) { c.SkipKubeletVerification, c.NodeName = true, "node1" })
+	for _, tt := range []struct {
+		pod, id string
+		want    []string // nil: it never matches
+	}{
+		{"7bf77862-20eb-4199-bf41-2ef9c75e0fed", "a58611fdba1d02dad410f425e0bb919dd5702a53418c3b50494546137b64c6b2", []string{"pod-name:guaranteed", "container-name:main", "pod-label:qos:guaranteed", "sa:web", "node-name:node1"}},
+		{"1fb7ca6a-27e7-44e7-ad8c-8fd97429163b", "b329de75b1bf1629accd9fd26d3b9bac06fd10d85313c202e9094a091ccdafbe", []string{"pod-name:besteffort", "ns:shop", "container-image:signet.test/podagent:dev"}},
+		{"a153916f-37fa-4468-b07a-508a5ee8a3b9", "f2d95d45b055865cbc8cafa8b59f84386c799fdc4369fd1ea0da81a107cdbeb8", []string{"container-name:after", "pod-init-image-count:1"}},
+		{"a153916f-37fa-4468-b07a-508a5ee8a3b9", "84e492db71fb7a4fd2e78d652988bef912f5e1bd77f098026c5ab537c26854d2", nil},
+		{"4eb29c87-0680-42cf-bfb7-60e712bebb4a", "618d0ce6b86234e845874e2b78f0e4cc42ace3788797dbb2d761e034f37dbcd2", nil},
+	} {
+		got, err := m.selectors(within(t, 20*time.Second), in(tt.pod, tt.id))
+		if tt.want == nil {
+			if !errors.Is(err, ErrNotFound) || len(got) > 0 {
+				t.Errorf("%s: %q, %v", tt.id, values(got), err)
+			}
+			continue
+		}
+		for _, w := range tt.want {
+			if err != nil || !slices.Contains(values(got), w) {
+				t.Errorf("%s: %q, %v; want %q among them", tt.id, values(got), err, w)
+			}
+		}
+	}
+}
+
 // Which pod a container is of must be said by cgroup and kubelet alike, and the container must run.
 func TestWhatNeverMatches(t *testing.T) {
 	state := func(o object, state object) object { o["state"] = state; return o }
