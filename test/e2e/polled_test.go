@@ -23,6 +23,7 @@ import (
 
 	"github.com/signet-id/signet/agent"
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	agentv1 "github.com/signet-id/signet/api/signet/agent/v1"
 	"github.com/signet-id/signet/api/signet/policy/v1/policyapi"
 	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/test/signettest"
@@ -82,6 +83,14 @@ func TestPolledCA(t *testing.T) {
 	ctx := within(t)
 	if got := s.Agent().Status(); got.Server != "spire" || got.Epoch != "spire" || got.State != agent.InSync {
 		t.Errorf("the agent is %q at a CA of kind %q, epoch %q", got.State, got.Server, got.Epoch)
+	}
+	local, err := grpc.NewClient("unix://"+s.AgentAdminSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer local.Close()
+	if got, err := agentv1.NewAgentClient(local).GetStatus(ctx, &agentv1.GetStatusRequest{}); err != nil || got.GetCa().GetServer() != "spire" || !got.GetCa().GetConnected() {
+		t.Errorf("the agent's admin socket says %v, %v", got.GetCa(), err)
 	}
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr(s.WorkloadAPI()))
 	if err != nil {

@@ -96,6 +96,10 @@ func TestUnderSPIREByJoinToken(t *testing.T) {
 	// A killed server is no more than a pause.
 	spire.kill()
 	tr.more(t, ctx, 10)
+	a.kill() // and started again without its server, it serves what it has sealed
+	a.start()
+	a.serves(ctx, "/ours")
+	tr.more(t, ctx, 10)
 	spire.up(ctx)
 	first, serial = serialOf(t, ours), agentSerial(t, ctx, spire, agentID)
 	renewed()

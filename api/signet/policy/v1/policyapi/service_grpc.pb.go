@@ -30,7 +30,8 @@ const (
 // others. Every request carries the metadata workload.spiffe.io: true.
 type PoliciesClient interface {
 	// Watch sends the caller's policies at once and again, in full, after each change. A caller without an identity gets
-	// PermissionDenied; an agent that has never synchronised with its CA answers Unavailable.
+	// PermissionDenied; an agent that has never synchronised with its CA answers Unavailable, and one whose
+	// CA has no call policies, as a SPIRE server, FailedPrecondition.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
 }
 
@@ -69,7 +70,8 @@ type Policies_WatchClient = grpc.ServerStreamingClient[WatchResponse]
 // others. Every request carries the metadata workload.spiffe.io: true.
 type PoliciesServer interface {
 	// Watch sends the caller's policies at once and again, in full, after each change. A caller without an identity gets
-	// PermissionDenied; an agent that has never synchronised with its CA answers Unavailable.
+	// PermissionDenied; an agent that has never synchronised with its CA answers Unavailable, and one whose
+	// CA has no call policies, as a SPIRE server, FailedPrecondition.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
 	mustEmbedUnimplementedPoliciesServer()
 }
