@@ -144,6 +144,7 @@ func (a *Agent) open() error {
 		return err
 	}
 	a.endpoint, err = workloadapi.New(workloadapi.Config{
+		Socket: c.Sockets[SocketWorkload], Executables: c.Executables,
 		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway, MaxOffline: c.MaxOffline,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
 		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID, MaxCallsPerSecond: c.MaxCallsPerSecond,

@@ -253,6 +253,7 @@ func (a *Agent) openBroker() error {
 		}
 		a.brokerAddr = l.Addr()
 	}
+	cfg.Executables = a.config.Executables
 	if a.broker, err = broker.New(cfg); err != nil {
 		closeAll()
 		return fmt.Errorf("broker: %w", err)
@@ -279,6 +280,7 @@ func (a *Agent) openDelegated() ([]func(grpc.ServiceRegistrar), error) {
 		cfg.Delegates = append(cfg.Delegates, id)
 	}
 	var err error
+	cfg.Executables = a.config.Executables
 	if a.delegated, err = delegated.New(cfg); err != nil {
 		return nil, fmt.Errorf("admin_socket.authorized_delegates: %w", err)
 	}

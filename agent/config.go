@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"github.com/signet-id/signet/internal/adminsocket"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/spiffe"
+	"github.com/signet-id/signet/workloadapi/peer"
 )
 
 // Config is the agent's configuration file. The zero value of a field is its default. Times are written 1h, 30m, 90s.
@@ -86,6 +88,9 @@ type Config struct {
 	// WorkloadAttestation says how processes are looked at.
 	WorkloadAttestation WorkloadAttestation `yaml:"workload_attestation"`
 
+	// Sandbox says what the agent gives up once it has started.
+	Sandbox Sandbox `yaml:"sandbox"`
+
 	// Metrics serves /metrics, /live and /ready.
 	Metrics Metrics `yaml:"metrics"`
 	// Logging says what is logged to standard error.
@@ -95,6 +100,11 @@ type Config struct {
 	Now func() time.Time `yaml:"-"`
 	// Log replaces the logger that Logging describes.
 	Log *slog.Logger `yaml:"-"`
+	// Sockets listen already where the agent is to listen: SocketWorkload and the like. Files left there by the caller stay
+	// open; the caller closes them.
+	Sockets map[string]*os.File `yaml:"-"`
+	// Executables looks at what processes run. Nil: the agent itself.
+	Executables peer.Executables `yaml:"-"`
 	// Version is what the agent tells the CA about itself.
 	Version string `yaml:"-"`
 }
@@ -209,6 +219,7 @@ func (c *Config) Check() error {
 	c.WorkloadAttestation.check(bad)
 	c.SDS.check(bad)
 	c.checkLimits(bad)
+	c.Sandbox.check(bad)
 	c.SealedCache.check(bad)
 	if c.Metrics.Listen != "" {
 		host, port, err := net.SplitHostPort(c.Metrics.Listen)

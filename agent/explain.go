@@ -93,7 +93,7 @@ func (a *Agent) explainPID(ctx context.Context, peers *peer.Table, pid int32) *a
 	out.Uid, out.Gid = state.EffectiveUID, state.EffectiveGID
 	began := startedAt(state.StartTime)
 	out.StartedAt = stamp(began)
-	if exe, err := os.Readlink("/proc/" + strconv.Itoa(int(pid)) + "/exe"); err == nil {
+	if exe, _, err := p.Executables().Path(pid, state.RealUID); err == nil {
 		out.Executable = strings.ToValidUTF8(exe, "\uFFFD")
 	}
 	out.OtherPidNamespace = otherPIDNamespace(pid)

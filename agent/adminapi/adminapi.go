@@ -58,6 +58,9 @@ type Config struct {
 	// what they then return leaves as Unavailable. Any error that has no gRPC status leaves without its text.
 	Services []func(grpc.ServiceRegistrar)
 
+	// Executables looks at what processes run. Nil means this process itself.
+	Executables peer.Executables
+
 	// Log gets what operators should know. Nil means nowhere.
 	Log *slog.Logger
 }
@@ -86,7 +89,7 @@ func New(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	peers, err := peer.NewTable(peer.Config{MaxConnections: maxConnections, MaxConnectionsPerUID: maxConnectionsPerUID, Log: c.Log})
+	peers, err := peer.NewTable(peer.Config{MaxConnections: maxConnections, MaxConnectionsPerUID: maxConnectionsPerUID, Executables: c.Executables, Log: c.Log})
 	if err != nil {
 		return nil, err
 	}

@@ -220,17 +220,14 @@ func received(oob []byte, flags int) (*os.File, error) {
 		return nil, nil
 	}
 	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, err
+	if err != nil || len(messages) != 1 {
+		return nil, errors.Join(fmt.Errorf("%d control messages with an answer", len(messages)), err)
 	}
-	for _, m := range messages {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil || len(fds) != 1 {
-			return nil, errors.Join(fmt.Errorf("%d descriptors with an answer", len(fds)), err)
-		}
-		return os.NewFile(uintptr(fds[0]), "executable"), nil
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return nil, errors.Join(fmt.Errorf("%d descriptors with an answer", len(fds)), err)
 	}
-	return nil, nil
+	return os.NewFile(uintptr(fds[0]), "executable"), nil
 }
 
 func (c *Client) answered(a answer, file *os.File) {

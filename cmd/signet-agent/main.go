@@ -23,8 +23,18 @@ func main() {
 	os.Exit(status)
 }
 
+// examineName is the argument with which the agent starts its second process.
+const examineName = "examiner"
+
 // run returns the exit status: 0 done, 1 refused or failed, 2 wrong usage.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	if len(args) > 0 && args[0] == examineName {
+		if err := agentrun.Examine(args[1:]); err != nil {
+			fmt.Fprintf(stderr, "signet-agent: error: %v\n", err)
+			return 1
+		}
+		return 0
+	}
 	var f daemon.Flags
 	var showVersion bool
 	flags := flag.NewFlagSet("signet-agent", flag.ContinueOnError)
@@ -51,7 +61,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "signet-agent: error: %v\nsignet-agent: hint: for example: signet-agent -config /etc/signet/agent.yaml\n", err)
 		return 2
 	}
-	if err := agentrun.Run(ctx, f, stderr); err != nil {
+	if err := agentrun.Run(ctx, f, []string{examineName}, stderr); err != nil {
 		fmt.Fprintf(stderr, "signet-agent: error: %v\n", err)
 		var h interface{ Hint() string }
 		if errors.As(err, &h) {

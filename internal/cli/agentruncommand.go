@@ -7,6 +7,15 @@ import (
 	"github.com/signet-id/signet/internal/cli/daemon"
 )
 
+// examineName is the hidden command of the agent's second process.
+const examineName = "examiner"
+
+func (a *app) agentExamineCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: examineName + " MODE", Short: "The part of the agent that looks at executables", Hidden: true}
+	cmd.RunE = func(_ *cobra.Command, args []string) error { return agentrun.Examine(args) }
+	return cmd
+}
+
 func (a *app) agentRunCommand() *cobra.Command {
 	var f daemon.Flags
 	cmd := &cobra.Command{
@@ -21,7 +30,7 @@ running, and names in the log what needs a restart. The program signet-agent doe
 		if err := f.Check(); err != nil {
 			return &usageError{err: err, hint: example(cmd)}
 		}
-		return agentrun.Run(cmd.Context(), f, a.stderr)
+		return agentrun.Run(cmd.Context(), f, []string{"agent", examineName}, a.stderr)
 	}
 	return cmd
 }

@@ -5,6 +5,7 @@ import (
 
 	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/internal/cli/daemon"
+	manager "github.com/signet-id/signet/internal/daemon"
 )
 
 func (a *app) caCommand() *cobra.Command {
@@ -34,11 +35,16 @@ the log what needs a restart.`,
 		if err != nil {
 			return err
 		}
+		notifier, err := manager.NewNotifier()
+		if err != nil {
+			return err
+		}
+		defer notifier.Close()
 		d, err := ca.New(cmd.Context(), c)
 		if err != nil {
 			return err
 		}
-		return daemon.Serve(cmd.Context(), d, a.stderr, c.Logging.Format, func() ([]string, error) {
+		return daemon.Serve(cmd.Context(), d, notifier, a.stderr, c.Logging.Format, func() ([]string, error) {
 			c, err := read()
 			if err != nil {
 				return nil, err

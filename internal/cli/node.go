@@ -20,7 +20,7 @@ const agentPage = 500
 // nodeCommand is "signet agent": the agents that the CA knows, and "agent run".
 func (a *app) nodeCommand() *cobra.Command {
 	return a.noun("agent", "Agents: run one, or look after those that the CA knows", "",
-		a.agentRunCommand(), a.agentListCommand(), a.agentShowCommand(), a.agentStatusCommand(), a.agentCountCommand(),
+		a.agentRunCommand(), a.agentExamineCommand(), a.agentListCommand(), a.agentShowCommand(), a.agentStatusCommand(), a.agentCountCommand(),
 		a.agentActCommand("evict", "Forget agents: their SVIDs stop working, and they may attest again",
 			"evicted", func(ctx context.Context, c *caConn, id *types.SPIFFEID) error {
 				_, err := agentv1.NewAgentClient(c).DeleteAgent(ctx, &agentv1.DeleteAgentRequest{Id: id})

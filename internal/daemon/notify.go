@@ -25,13 +25,14 @@ const patience = 5 * time.Second
 type Notifier struct {
 	conn     *net.UnixConn
 	watchdog time.Duration
+	keeps    bool
 }
 
 // NewNotifier connects to the manager that the environment names, or returns nil if there is none. What it read is taken
 // out of the environment, so that no child takes itself for the service.
 func NewNotifier() (*Notifier, error) {
-	path, usec, pid := os.Getenv("NOTIFY_SOCKET"), os.Getenv("WATCHDOG_USEC"), os.Getenv("WATCHDOG_PID")
-	for _, name := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
+	path, usec, pid, store := os.Getenv("NOTIFY_SOCKET"), os.Getenv("WATCHDOG_USEC"), os.Getenv("WATCHDOG_PID"), os.Getenv("FDSTORE")
+	for _, name := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "FDSTORE"} {
 		if err := os.Unsetenv(name); err != nil {
 			return nil, err
 		}
@@ -46,7 +47,7 @@ func NewNotifier() (*Notifier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("NOTIFY_SOCKET: %w", err)
 	}
-	n := &Notifier{conn: conn}
+	n := &Notifier{conn: conn, keeps: store != "" && store != "0"}
 	if usec != "" && (pid == "" || pid == strconv.Itoa(os.Getpid())) {
 		const most = uint64(1<<63-1) / 1000
 		us, err := strconv.ParseUint(usec, 10, 64)
@@ -85,11 +86,10 @@ func (n *Notifier) Reloading() {
 // Stopping says that the program ends.
 func (n *Notifier) Stopping() { n.send("STOPPING=1") }
 
-// Main says that another process is the service's main one from now on.
-func (n *Notifier) Main(pid int) { n.send("MAINPID=" + strconv.Itoa(pid)) }
+// Keeps says whether the manager holds sockets over a restart (FileDescriptorStoreMax= in the unit; systemd 254 and later).
+func (n *Notifier) Keeps() bool { return n != nil && n.keeps }
 
 // Keep gives the manager a listening socket to hold, which it passes to the next start of the service under this name.
-// It works if the unit has FileDescriptorStoreMax=.
 func (n *Notifier) Keep(name string, socket *os.File) {
 	if n == nil {
 		return

@@ -112,6 +112,14 @@ func (r Report) LogValue() slog.Value {
 // errThreads says that only some threads could be restricted, which would be no restriction at all.
 var errThreads = errors.New("this program is linked with C code, which makes threads that Go does not know (build it with CGO_ENABLED=0)")
 
+// Whole says whether all threads of this program can be restricted, or why not.
+func Whole() error {
+	if err := onAllThreads(unix.SYS_GETPPID, 0, 0, 0); errors.Is(err, errThreads) {
+		return err
+	}
+	return nil
+}
+
 // Apply restricts all threads of the process. An error means that a required part is not to be had, or that the policy
 // cannot work; the process should end then, since some of it may be in force.
 func Apply(p Policy) (Report, error) {

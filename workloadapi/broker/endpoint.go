@@ -110,6 +110,9 @@ type Config struct {
 	// MaxStreams bounds the open calls of one broker. Zero means DefaultMaxStreams.
 	MaxStreams int
 
+	// Executables looks at what processes run. Nil means this process itself.
+	Executables peer.Executables
+
 	// Log gets what operators should know, and a line for each SVID that is handed to a broker, which names both. Nil
 	// means nowhere. Secrets and tokens never go there.
 	Log *slog.Logger
@@ -147,7 +150,7 @@ func New(cfg Config) (*Endpoint, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	peers, err := peer.NewTable(peer.Config{Log: cfg.Log})
+	peers, err := peer.NewTable(peer.Config{Executables: cfg.Executables, Log: cfg.Log})
 	if err != nil {
 		return nil, err
 	}

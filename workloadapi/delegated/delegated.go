@@ -51,6 +51,9 @@ type Config struct {
 	// means 10 s.
 	IssueWait time.Duration
 
+	// Executables looks at what processes run. Nil means this process itself.
+	Executables peer.Executables
+
 	// Log gets what operators should know, and a line for each SVID that is handed to a delegate, which names both. Nil
 	// means nowhere. Secrets and tokens never go there.
 	Log *slog.Logger
@@ -90,7 +93,7 @@ func New(cfg Config) (*Service, error) {
 	if cfg.IssueWait == 0 {
 		cfg.IssueWait = 10 * time.Second
 	}
-	peers, err := peer.NewTable(peer.Config{Log: cfg.Log})
+	peers, err := peer.NewTable(peer.Config{Executables: cfg.Executables, Log: cfg.Log})
 	if err != nil {
 		return nil, err
 	}

@@ -4,16 +4,32 @@ package agentrun
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"log/slog"
+	"os"
 
 	"github.com/signet-id/signet/agent"
+	"github.com/signet-id/signet/agent/examiner"
 	"github.com/signet-id/signet/internal/cli/daemon"
+	manager "github.com/signet-id/signet/internal/daemon"
+	"github.com/signet-id/signet/internal/sandbox"
 	"github.com/signet-id/signet/internal/version"
 )
 
-// Run runs an agent until ctx ends. SIGHUP reloads its configuration; what is said about that goes to stderr. The error
-// may have a method Hint with the operator's next step.
-func Run(ctx context.Context, f daemon.Flags, stderr io.Writer) error {
+// Examine is the command of the agent's second process, which the agent starts by itself. args is the mode of its system
+// call filter.
+func Examine(args []string) error {
+	if len(args) != 1 {
+		return errors.New("the agent starts this by itself")
+	}
+	return examiner.Main(args[0])
+}
+
+// Run runs an agent until ctx ends. SIGHUP reloads its configuration; what is said about that goes to stderr. examine are
+// the arguments with which this program calls Examine. The error may have a method Hint with the operator's next step.
+func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer) (err error) {
 	if err := f.Check(); err != nil {
 		return err
 	}
@@ -27,15 +43,104 @@ func Run(ctx context.Context, f daemon.Flags, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	log := daemon.Logger(stderr, c.Logging.Format)
+	notifier, err := manager.NewNotifier()
+	if err != nil {
+		return err
+	}
+	defer notifier.Close()
+	if c.Sockets, err = manager.Sockets(); err != nil {
+		return err
+	}
+	for name, s := range c.Sockets {
+		if name != agent.SocketWorkload {
+			log.Warn("a socket that was passed in is not used", "name", name, "known", agent.SocketWorkload)
+		}
+		defer s.Close()
+	}
+	held, err := sandbox.Held()
+	if err != nil {
+		return err
+	}
+	privileges, err := c.Privileges(f.Config, held)
+	if err != nil {
+		return err
+	}
+	watch := func(context.Context) error { return nil }
+	if privileges.Examiner {
+		// While this process still may start another.
+		self, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		e, err := examiner.Start(examiner.Config{Command: append([]string{self}, examine...), Seccomp: c.Sandbox.Seccomp, Log: log})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, e.Close()) }()
+		c.Executables, watch = e, e.Watch
+	}
 	a, err := agent.New(c)
 	if err != nil {
 		return err
 	}
-	return daemon.Serve(ctx, a, stderr, c.Logging.Format, func() ([]string, error) {
+	if err := restrict(privileges, log); err != nil {
+		return errors.Join(err, a.Close())
+	}
+	if notifier.Keeps() {
+		sockets, err := a.Sockets()
+		if err != nil {
+			return errors.Join(err, a.Close())
+		}
+		for name, s := range sockets {
+			notifier.Keep(name, s)
+			s.Close()
+		}
+	}
+	return daemon.Serve(ctx, watched{a, watch}, notifier, stderr, c.Logging.Format, func() ([]string, error) {
 		c, err := read()
 		if err != nil {
 			return nil, err
 		}
 		return a.Reload(c)
 	})
+}
+
+// restrict gives up what the agent does not need, and says what it runs with and what will not work.
+func restrict(p agent.Privileges, log *slog.Logger) error {
+	report, err := sandbox.Apply(p.Policy)
+	if err != nil {
+		return fmt.Errorf("sandbox: %w", err)
+	}
+	log.Info("what the agent runs with", "process", report)
+	for _, m := range p.Missing {
+		log.Warn("a privilege is missing, and so some things will not work", "missing", m)
+	}
+	for _, r := range p.Remarks {
+		log.Info("about the agent's privileges", "remark", r)
+	}
+	return nil
+}
+
+// watched is an agent that ends with its examiner.
+type watched struct {
+	*agent.Agent
+	watch func(context.Context) error
+}
+
+// Run runs the agent.
+func (w watched) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		err := w.watch(ctx)
+		if err != nil {
+			cancel()
+		}
+		ended <- err
+	}()
+	err := w.Agent.Run(ctx)
+	cancel()
+	return errors.Join(err, <-ended)
 }

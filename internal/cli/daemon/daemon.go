@@ -11,10 +11,13 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/signet-id/signet/internal/daemon"
 	"github.com/signet-id/signet/internal/durable"
 )
 
@@ -97,15 +100,26 @@ type Server interface {
 	Run(ctx context.Context) error
 }
 
+// An Observed server says how it is, for the service manager.
+type Observed interface {
+	// Ready is closed once the server does its work; nil: it does from the beginning of Run on.
+	Ready() <-chan struct{}
+	// Alive returns nil if the server's parts move. It may return late; then the server is taken for dead.
+	Alive() error
+	// Summary is the server's state in a line.
+	Summary() string
+}
+
+// readyWait is how long a start waits for Ready: a server whose peers are away is started all the same.
+const readyWait = 15 * time.Second
+
+// statusEvery is how often the manager hears the server's state, if it has changed.
+const statusEvery = 5 * time.Second
+
 // Serve runs s until ctx ends, and calls reload at each SIGHUP. What cannot be reloaded changes nothing and is logged to
-// w, in the given format. It returns when s has ended.
-func Serve(ctx context.Context, s Server, w io.Writer, format string, reload func() (needRestart []string, err error)) error {
-	var log *slog.Logger
-	if format == "json" {
-		log = slog.New(slog.NewJSONHandler(w, nil))
-	} else {
-		log = slog.New(slog.NewTextHandler(w, nil))
-	}
+// w, in the given format. n hears how s is. It returns when s has ended.
+func Serve(ctx context.Context, s Server, n *daemon.Notifier, w io.Writer, format string, reload func() (needRestart []string, err error)) error {
+	log := Logger(w, format)
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -115,6 +129,12 @@ func Serve(ctx context.Context, s Server, w io.Writer, format string, reload fun
 		defer ended()
 		return s.Run(ctx)
 	})
+	if o, ok := s.(Observed); ok && n != nil {
+		g.Go(func() error {
+			observe(running, o, n, log)
+			return nil
+		})
+	}
 	g.Go(func() error {
 		for {
 			select {
@@ -122,7 +142,9 @@ func Serve(ctx context.Context, s Server, w io.Writer, format string, reload fun
 				return nil
 			case <-hangup:
 			}
+			n.Reloading()
 			needRestart, err := reload()
+			n.Ready(summary(s))
 			switch {
 			case err != nil:
 				log.Error("the configuration was not reloaded; the old one stays in force", "err", err)
@@ -134,4 +156,69 @@ func Serve(ctx context.Context, s Server, w io.Writer, format string, reload fun
 		}
 	})
 	return g.Wait()
+}
+
+// Logger logs to w, in a daemon's format.
+func Logger(w io.Writer, format string) *slog.Logger {
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(w, nil))
+	}
+	return slog.New(slog.NewTextHandler(w, nil))
+}
+
+func summary(s Server) string {
+	if o, ok := s.(Observed); ok {
+		return o.Summary()
+	}
+	return ""
+}
+
+// observe tells n how o is until ctx ends.
+func observe(ctx context.Context, o Observed, n *daemon.Notifier, log *slog.Logger) {
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	defer n.Stopping()
+	watching.Go(func() {
+		n.Watch(ctx, func(ctx context.Context) error { return inTime(ctx, o.Alive) }, func(err error) {
+			log.Error("the watchdog is not told that this program lives", "err", err)
+		})
+	})
+	if ready := o.Ready(); ready != nil {
+		timer := time.NewTimer(readyWait)
+		defer timer.Stop()
+		select {
+		case <-ctx.Done():
+			return
+		case <-ready:
+		case <-timer.C:
+		}
+	}
+	said := o.Summary()
+	n.Ready(said)
+	ticker := time.NewTicker(statusEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		if now := o.Summary(); now != said {
+			said = now
+			n.Status(now)
+		}
+	}
+}
+
+// inTime returns what f does, or ctx's error if f is late. A late f is left alone: it hangs, and the watchdog is about to
+// end the program.
+func inTime(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("a part of the program does not answer: %w", ctx.Err())
+	}
 }

@@ -51,7 +51,7 @@ func TestServeReloadsAtHangup(t *testing.T) {
 			<-log.new
 		}
 		return errors.New("over")
-	}), log, "text", func() ([]string, error) {
+	}), nil, log, "text", func() ([]string, error) {
 		a := answers[n]
 		n++
 		return a.restart, a.err
@@ -70,7 +70,7 @@ func TestServeReloadsAtHangup(t *testing.T) {
 func TestServeEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	err := Serve(ctx, serverFunc(func(ctx context.Context) error { <-ctx.Done(); return nil }), new(bytes.Buffer), "json", nil)
+	err := Serve(ctx, serverFunc(func(ctx context.Context) error { <-ctx.Done(); return nil }), nil, new(bytes.Buffer), "json", nil)
 	if err != nil {
 		t.Errorf("Serve = %v, want nil", err)
 	}
