@@ -35,8 +35,8 @@ const (
 	// process in it lives, so the container does, too.
 	staleFor = 5 * time.Minute
 
-	// answerTime is left for answering by an older list when the kubelet does not answer.
-	answerTime = 200 * time.Millisecond
+	// patience is how long a newer list is waited for before such an older one is used.
+	patience = time.Second
 )
 
 // Errors that say why a pod is not known. They are wrapped.
@@ -155,11 +155,12 @@ func (m *Method) find(ctx context.Context, c container.Container) (found *pod, m
 
 // refresh sees to a newer list, and leaves time to answer by an older one.
 func (m *Method) refresh(ctx context.Context, since time.Time) error {
+	wait := patience
 	if end, ok := ctx.Deadline(); ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, end.Add(-min(answerTime, time.Until(end)/2)))
-		defer cancel()
+		wait = min(wait, time.Until(end)/2)
 	}
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
 	_, err := m.pods.sinceOrFailure(ctx, since)
 	return err
 }

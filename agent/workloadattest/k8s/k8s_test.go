@@ -100,7 +100,11 @@ func TestRecordedList(t *testing.T) {
 
 // Which pod a container is of must be said by cgroup and kubelet alike, and the container must run.
 func TestWhatNeverMatches(t *testing.T) {
-	state := func(o object, state object) object { o["state"] = state; return o }
+	state := func(o object, state object) object {
+		o["state"] = state
+		o["lastState"] = object{"terminated": object{"exitCode": 1, "containerID": o["containerID"]}}
+		return o
+	}
 	ended := func(phase string) object {
 		p := podObject(podA, "shop", "job", running("main", id("a")))
 		p["status"].(object)["phase"] = phase
@@ -124,7 +128,7 @@ func TestWhatNeverMatches(t *testing.T) {
 			in(podA, id("a")), ErrNotFound, "does not run"},
 		{"a container that is about to be made anew", []object{podObject(podA, "shop", "a", state(running("x", id("a")), object{"waiting": object{"reason": "CrashLoopBackOff"}}))},
 			in(podA, id("a")), ErrNotFound, "does not run"},
-		{"a container without a state", []object{podObject(podA, "shop", "a", state(running("x", id("a")), object{}))}, in(podA, id("a")), ErrNotFound, ""},
+		{"a container that ended before it ran", []object{podObject(podA, "shop", "a", state(running("x", id("a")), object{}))}, in(podA, id("a")), ErrNotFound, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			n := newNode(t)
@@ -134,6 +138,25 @@ func TestWhatNeverMatches(t *testing.T) {
 				t.Errorf("%q, %v; want %v with %q", values(got), err, tt.want, tt.text)
 			}
 		})
+	}
+}
+
+// A container that the kubelet has seen made, and not yet running, is one that it does not know yet.
+func TestContainerThatIsBeingStarted(t *testing.T) {
+	n := newNode(t)
+	n.says(func(w http.ResponseWriter, r *http.Request) {
+		c := running("web", id("a"))
+		if n.lists.Load() < 3 {
+			c["state"] = object{"waiting": object{"reason": "ContainerCreating"}}
+			c["lastState"] = object{"terminated": object{"containerID": "containerd://" + id("b")}}
+		}
+		text(podListOf(podObject(podA, "shop", "web", c)))(w, r)
+	})
+	if got, err := n.method().selectors(within(t, 20*time.Second), in(podA, id("a"))); err != nil || !slices.Contains(values(got), "container-name:web") {
+		t.Errorf("%q, %v", values(got), err)
+	}
+	if lists := n.lists.Load(); lists != 3 {
+		t.Errorf("%d lists, want 3", lists)
 	}
 }
 

@@ -43,6 +43,7 @@ type member struct {
 	name, image, imageID string
 	id                   string // 64 hex digits, or empty
 	running              bool
+	ended                bool // for good; one that neither runs nor has ended is about to run
 }
 
 // members are all containers of the pod.
@@ -114,8 +115,11 @@ func (l *podList) find(c container.Container) (*pod, *member, error) {
 		case !known:
 			return nil, nil, nil
 		}
-		if !at.member.running || at.pod.ended {
+		switch {
+		case at.member.ended || at.pod.ended:
 			return nil, nil, fmt.Errorf("%s: %w: the kubelet says that the container does not run", describe(c), ErrNotFound)
+		case !at.member.running:
+			return nil, nil, nil
 		}
 		return at.pod, at.member, nil
 	case p == nil:
@@ -165,8 +169,14 @@ type statusJSON struct {
 	ImageID     string `json:"imageID"`
 	ContainerID string `json:"containerID"`
 	State       struct {
-		Running *struct{} `json:"running"`
+		Running    *struct{} `json:"running"`
+		Terminated *struct{} `json:"terminated"`
 	} `json:"state"`
+	LastState struct {
+		Terminated struct {
+			ContainerID string `json:"containerID"`
+		} `json:"terminated"`
+	} `json:"lastState"`
 }
 
 // decodePods reads a PodList, pod by pod, so that no more than one is held as text.
@@ -320,7 +330,11 @@ func members(statuses []statusJSON) []member {
 		if !hexID.MatchString(id) {
 			id = ""
 		}
-		all = append(all, member{name: s.Name, image: s.Image, imageID: s.ImageID, id: id, running: s.State.Running != nil})
+		all = append(all, member{
+			name: s.Name, image: s.Image, imageID: s.ImageID, id: id, running: s.State.Running != nil,
+			// Until a container is made anew, its status has the id of the one before, which is also that of the last state.
+			ended: s.State.Terminated != nil || s.State.Running == nil && s.LastState.Terminated.ContainerID == s.ContainerID,
+		})
 	}
 	return all
 }
