@@ -486,6 +486,44 @@ func TestCPUPerRotation(t *testing.T) {
 	t.Logf("%g X509-SVIDs renewed in a minute: %v of CPU each, a key and a CSR take %v, ratio %.2f", n, each, unit, float64(each)/float64(unit))
 }
 
+// TestAThousandEntriesChangeEverySecond for twenty seconds, while a workload of one of them has a stream: it has the last
+// state in the end, and the agent keeps up.
+func TestAThousandEntriesChangeEverySecond(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	s := newSite(t)
+	a := s.agent(ctx, "changes", "")
+	const n, rounds = 1000, 20
+	s.identities(ctx, "changes", n, true, "hint: begin\n")
+	conn := dial(t, a.socket)
+	defer conn.Close()
+	stream, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(asWorkload(ctx), &workload.X509SVIDRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	messages := 0
+	next := func() string {
+		m, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		messages++
+		return m.Svids[0].GetHint()
+	}
+	next()
+	began, issued, tick := a.cpu(), a.metric(ctx, "signet_agent_x509_issued_total"), time.NewTicker(time.Second)
+	defer tick.Stop()
+	start := time.Now()
+	for round := range rounds {
+		<-tick.C
+		s.identities(ctx, "changes", n, true, fmt.Sprintf("hint: round%d\n", round))
+	}
+	for next() != fmt.Sprintf("round%d", rounds-1) {
+	}
+	t.Logf("%d entries changed %d times in %v: %d messages to the workload, %g X509-SVIDs issued, %.0f%% of a core, resident at most %.1f MiB", n, rounds, time.Since(start).Round(time.Second),
+		messages, a.metric(ctx, "signet_agent_x509_issued_total")-issued, 100*float64(a.cpu()-began)/float64(time.Since(start)), float64(a.status("VmHWM"))/1024)
+}
+
 // keyAndCSR measures the CPU of a key pair with its certificate request.
 func keyAndCSR(t *testing.T) time.Duration {
 	t.Helper()
