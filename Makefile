@@ -120,7 +120,7 @@ bin/tools/.made: tools/go.mod tools/go.sum
 
 .PHONY: tools/installed
 tools/installed:
-	@tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools dbus-daemon
+	@PATH="$$PATH:/usr/sbin" tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools dbus-daemon nginx=nginx-light haproxy
 
 clean:
 	rm -rf bin dist

@@ -3,17 +3,17 @@ package cli
 import (
 	"context"
 	"fmt"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
-	"github.com/signet-id/signet/internal/durable"
+	"github.com/signet-id/signet/internal/svidfiles"
 )
 
 // A fetched is an X509-SVID of the caller as it is printed.
@@ -30,78 +30,51 @@ type fetched struct {
 }
 
 func (a *app) fetchX509Command() *cobra.Command {
-	var endpoint, dir string
-	var watch bool
+	var f fileFlags
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "x509",
 		Short: "Fetch the X509-SVIDs of this process",
 		Long: `Fetch the X509-SVIDs that the agent gives to this process, and the bundles that go with them. With --write they become
 files: svid.pem, key.pem (mode 0600) and bundle.pem for the first, 1.svid.pem and so on for further ones, and
-federated.TRUST-DOMAIN.pem for each trust domain that is federated with. With --watch the files follow every renewal.`,
+federated.TRUST-DOMAIN.pem for each trust domain that is federated with. With --watch the files follow every renewal, and the
+program that reads them is told by --exec or --signal. Files change as one set.`,
 		Example: `  signet svid fetch x509
-  signet svid fetch x509 --write /run/web --watch`,
+  signet svid fetch x509 --write /run/web --watch
+  signet svid fetch x509 --write /run/nginx-svid --watch --group www-data --mode 0640 --exec 'nginx -s reload'
+  signet svid fetch x509 --write /run/haproxy-svid --watch --combined haproxy.pem --signal USR2 --pid-file /run/haproxy.pid`,
 	}
 	output := outputFlag(cmd)
 	fs := cmd.Flags()
-	fs.StringVar(&endpoint, "endpoint", "", endpointFlagHelp)
-	fs.StringVar(&dir, "write", "", "directory to write the SVIDs to")
-	fs.BoolVar(&watch, "watch", false, "go on with each renewal until stopped")
+	f.add(fs)
+	fs.StringVar(&f.dir, "write", "", "directory to write the SVIDs to")
+	fs.StringVar(&f.layout.SVID, "svid-file", "", "name of the file with the certificates (default svid.pem)")
+	fs.StringVar(&f.layout.Key, "key-file", "", "name of the file with the key (default key.pem)")
+	fs.StringVar(&f.layout.Bundle, "bundle-file", "", "name of the file with the bundle (default bundle.pem)")
+	fs.StringVar(&f.layout.Combined, "combined", "", "also write certificates and key into one file of this name")
+	fs.StringArrayVar(&f.audiences, "audience", nil, "with --write: also a JWT-SVID for this audience, in AUDIENCE.jwt (repeatable)")
 	fs.DurationVar(&timeout, "timeout", defaultTimeout, "how long to wait for the agent (without --watch)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		options, err := endpointOptions(endpoint)
+		config, done, err := f.config(a)
 		if err != nil {
 			return err
 		}
-		ctx := cmd.Context()
-		if watch {
-			w := &svidWatcher{app: a, format: *output, dir: dir}
-			ctx, cancel := context.WithCancel(ctx)
-			defer cancel()
-			w.stop = cancel
-			err := workloadapi.WatchX509Context(ctx, w, options...)
-			if w.failed != nil {
-				return w.failed
-			}
-			return untilCanceled(ctx, workloadError("watching X509-SVIDs", err))
+		defer done()
+		config.X509 = true
+		config.OnState = func(x *workloadapi.X509Context, _ map[string]*jwtsvid.SVID) error {
+			return a.printX509(*output, config.Layout, f.dir, x)
 		}
-		ctx, cancel := context.WithTimeout(ctx, timeout)
+		if f.watch {
+			return a.keep(cmd.Context(), config, "X509-SVIDs")
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 		defer cancel()
-		x, err := workloadapi.FetchX509Context(ctx, options...)
-		if err != nil {
-			return workloadError("fetching X509-SVIDs", err)
-		}
-		return a.printX509(*output, dir, x)
+		return workloadError("fetching X509-SVIDs", svidfiles.NewKeeper(config).Once(ctx))
 	}
 	return cmd
 }
 
-// A svidWatcher writes and prints each update. A failure to write ends the watch: files that no longer follow are
-// worse than none.
-type svidWatcher struct {
-	app    *app
-	format format
-	dir    string
-	stop   context.CancelFunc
-	failed error // why writing ended the watch; set before stop is called
-}
-
-// OnX509ContextUpdate implements workloadapi.X509ContextWatcher.
-func (w *svidWatcher) OnX509ContextUpdate(x *workloadapi.X509Context) {
-	if w.failed = w.app.printX509(w.format, w.dir, x); w.failed != nil {
-		w.stop()
-	}
-}
-
-// OnX509ContextWatchError implements workloadapi.X509ContextWatcher. The client goes on trying, except where the
-// Workload API forbids it.
-func (w *svidWatcher) OnX509ContextWatchError(err error) {
-	if c := status.Code(err); c != codes.Canceled {
-		printError(w.app.stderr, isTerminal(w.app.stderr), workloadError("watching X509-SVIDs", err))
-	}
-}
-
-func (a *app) printX509(f format, dir string, x *workloadapi.X509Context) error {
+func (a *app) printX509(f format, layout svidfiles.Layout, dir string, x *workloadapi.X509Context) error {
 	items := make([]fetched, len(x.SVIDs))
 	for i, s := range x.SVIDs {
 		leaf := s.Certificates[0]
@@ -110,29 +83,8 @@ func (a *app) printX509(f format, dir string, x *workloadapi.X509Context) error 
 		if dir == "" {
 			continue
 		}
-		bundle, err := x.Bundles.GetX509BundleForTrustDomain(s.ID.TrustDomain())
-		if err != nil {
-			return fmt.Errorf("writing the X509-SVID %s: %w", s.ID, err)
-		}
-		prefix := ""
-		if i > 0 {
-			prefix = fmt.Sprintf("%d.", i)
-		}
-		if items[i].Files, err = writeX509(dir, prefix, true, s.Certificates, s.PrivateKey, bundle.X509Authorities()); err != nil {
-			return err
-		}
-	}
-	if dir != "" {
-		own := x.DefaultSVID().ID.TrustDomain()
-		for _, b := range x.Bundles.Bundles() {
-			if b.TrustDomain() == own {
-				continue
-			}
-			path := filepath.Join(dir, "federated."+b.TrustDomain().Name()+".pem")
-			if err := durable.WriteFile(path, pemOf(b.X509Authorities()), 0o600); err != nil {
-				return fmt.Errorf("writing %q: %w", path, err)
-			}
-			items[0].Files = append(items[0].Files, path)
+		for _, name := range layout.Names(x, i) {
+			items[i].Files = append(items[i].Files, filepath.Join(dir, name))
 		}
 	}
 	now := a.now()
@@ -148,28 +100,30 @@ func (a *app) printX509(f format, dir string, x *workloadapi.X509Context) error 
 }
 
 func (a *app) fetchJWTCommand() *cobra.Command {
-	var endpoint, id, file string
-	var audience []string
+	var f fileFlags
+	var id string
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "jwt",
 		Short: "Fetch a JWT-SVID of this process",
 		Long: `Fetch a JWT-SVID that the agent gives to this process for the audience. The token is not shown; --write FILE writes it with
-mode 0600, and --write - prints it.`,
+mode 0600, and --write - prints it. With --watch, --write names a directory: it gets one token for each --audience, which is
+replaced at half of its life, and the program that reads it is told by --exec or --signal.`,
 		Example: `  signet svid fetch jwt --audience reports --write token
-  curl -H "Authorization: Bearer $(signet svid fetch jwt --audience reports --write -)" https://reports.internal/`,
+  curl -H "Authorization: Bearer $(signet svid fetch jwt --audience reports --write -)" https://reports.internal/
+  signet svid fetch jwt --audience reports --audience billing --write /run/web-tokens --watch`,
 	}
 	fs := cmd.Flags()
-	fs.StringVar(&endpoint, "endpoint", "", endpointFlagHelp)
-	fs.StringArrayVar(&audience, "audience", nil, "who shall accept the token (repeatable, but one is best)")
+	f.add(fs)
+	fs.StringArrayVar(&f.audiences, "audience", nil, "who shall accept the token (repeatable, but one is best)")
 	fs.StringVar(&id, "id", "", "which of the caller's IDs (default: its first)")
-	fs.StringVar(&file, "write", "", "file for the token; - is stdout")
-	fs.DurationVar(&timeout, "timeout", defaultTimeout, "how long to wait for the agent")
+	fs.StringVar(&f.dir, "write", "", "file for the token, - is stdout; with --watch the directory for tokens")
+	fs.DurationVar(&timeout, "timeout", defaultTimeout, "how long to wait for the agent (without --watch)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if len(audience) == 0 {
+		if len(f.audiences) == 0 {
 			return &usageError{err: fmt.Errorf("--audience is missing: who shall accept the token"), hint: example(cmd)}
 		}
-		params := jwtsvid.Params{Audience: audience[0], ExtraAudiences: audience[1:]}
+		params := jwtsvid.Params{Audience: f.audiences[0], ExtraAudiences: f.audiences[1:]}
 		if id != "" {
 			subject, err := fullID("--id", id)
 			if err != nil {
@@ -177,7 +131,27 @@ mode 0600, and --write - prints it.`,
 			}
 			params.Subject = subject
 		}
-		options, err := endpointOptions(endpoint)
+		if f.watch {
+			config, done, err := f.config(a)
+			if err != nil {
+				return err
+			}
+			defer done()
+			config.ID = params.Subject
+			config.OnState = func(_ *workloadapi.X509Context, tokens map[string]*jwtsvid.SVID) error {
+				for _, audience := range slices.Sorted(maps.Keys(tokens)) {
+					t := tokens[audience]
+					fmt.Fprintf(a.stdout, "%s\naudience %s\nvalid until %s (%s)\nwrote %s\n", t.ID, escape(audience), stamp(t.Expiry), left(t.Expiry, a.now()),
+						escape(filepath.Join(f.dir, config.Layout.Tokens[audience])))
+				}
+				return nil
+			}
+			return a.keep(cmd.Context(), config, "JWT-SVIDs")
+		}
+		if err := f.onlyWatching(); err != nil {
+			return err
+		}
+		options, err := endpointOptions(f.endpoint)
 		if err != nil {
 			return err
 		}
@@ -187,8 +161,8 @@ mode 0600, and --write - prints it.`,
 		if err != nil {
 			return workloadError("fetching a JWT-SVID", err)
 		}
-		if file != "" {
-			return a.writeToken(file, svid.ID.String(), svid.Marshal(), svid.Expiry)
+		if f.dir != "" {
+			return a.writeToken(f.dir, svid.ID.String(), svid.Marshal(), svid.Expiry)
 		}
 		fmt.Fprintf(a.stdout, "%s\naudience %s\nvalid until %s (%s)\n", svid.ID, escape(strings.Join(svid.Audience, " ")), stamp(svid.Expiry), left(svid.Expiry, a.now()))
 		a.note("the token is not shown; --write FILE writes it, --write - prints it")

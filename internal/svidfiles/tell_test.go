@@ -1,0 +1,214 @@
+package svidfiles
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestExec(t *testing.T) {
+	t.Setenv("SECRET_OF_THE_HELPER", "s3cret")
+	out := filepath.Join(t.TempDir(), "out")
+	e := &Exec{Command: []string{"/bin/sh", "-c", `env > "$1"; echo "$2" >> "$1"; pwd >> "$1"`, "sh", out, "$(id); a|b"}, Dir: "/run/web"}
+	if err := e.Tell(t.Context(), Renewed); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"SIGNET_DIR=/run/web\n", "SIGNET_EVENT=renewed\n", "PATH=", "$(id); a|b\n/\n"} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("the program does not see %q", want)
+		}
+	}
+	if strings.Contains(string(b), "s3cret") {
+		t.Error("the program sees the helper's environment")
+	}
+
+	for want, command := range map[string][]string{
+		"exit status 3: wrong": {"/bin/sh", "-c", "echo wrong >&2; exit 3"},
+		"no such file":         {"/nowhere/program"},
+		"running /bin/sh: exit status 1: " + strings.Repeat("x", 100): {"/bin/sh", "-c", "head -c 100000 /dev/zero | tr '\\0' x; exit 1"},
+	} {
+		err := (&Exec{Command: command}).Tell(t.Context(), Renewed)
+		if err == nil || !strings.Contains(err.Error(), want) || len(err.Error()) > maxOutput+100 {
+			t.Errorf("%q: %.200v, want %q", command, err, want)
+		}
+	}
+}
+
+// TestExecEndsWithAllItStarted runs a program that goes on, and leaves a child that would, too.
+func TestExecEndsWithAllItStarted(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	fifo := filepath.Join(t.TempDir(), "alive")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	ended := make(chan error, 1)
+	go func() { // reads until nobody has the pipe open for writing any more
+		f, err := os.Open(fifo)
+		if err == nil {
+			_, err = io.Copy(io.Discard, f)
+			f.Close()
+		}
+		ended <- err
+	}()
+	e := &Exec{Command: []string{"/bin/sh", "-c", `exec 3>"$1"; sleep 600 & sleep 600`, "sh", fifo}, Timeout: 200 * time.Millisecond}
+	if err := e.Tell(t.Context(), Renewed); err == nil || !strings.Contains(err.Error(), "longer than 200ms and was killed") {
+		t.Errorf("a program that goes on: %v", err)
+	}
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("what the program started still runs")
+	}
+}
+
+// listener is a process that says which signals it gets.
+func listener(t *testing.T) (cmd *exec.Cmd, next func() string) {
+	t.Helper()
+	cmd = exec.Command("/bin/bash", "-c", `trap 'echo HUP' HUP; trap 'echo USR1' USR1; echo ready; while read -r line || [ $? -gt 128 ]; do :; done`)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	next = func() string {
+		lines.Scan()
+		return lines.Text()
+	}
+	t.Cleanup(func() {
+		in.Close()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // killed
+	})
+	if got := next(); got != "ready" {
+		t.Fatalf("the process says %q", got)
+	}
+	return cmd, next
+}
+
+func TestSignal(t *testing.T) {
+	cmd, next := listener(t)
+	bash, err := filepath.EvalSymlinks("/bin/bash")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid := cmd.Process.Pid
+	file := filepath.Join(t.TempDir(), "pid")
+	write := func(s string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(s), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tell := func(s *Signal) error { return s.Tell(t.Context(), Renewed) }
+	byFile := &Signal{Signal: unix.SIGHUP, PIDFile: file}
+	if err := tell(byFile); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("without a pid file: %v", err)
+	}
+	write(fmt.Sprintf("%d\n/var/lib/postgresql\nmore\n", pid))
+	if err := tell(byFile); err != nil {
+		t.Fatal(err)
+	}
+	if got := next(); got != "HUP" {
+		t.Errorf("the process got %q", got)
+	}
+	if err := tell(&Signal{Signal: unix.SIGUSR1, PIDFile: file, Executable: bash}); err != nil {
+		t.Fatal(err)
+	}
+	if got := next(); got != "USR1" {
+		t.Errorf("the process got %q", got)
+	}
+
+	// Whoever has the number by now gets nothing.
+	if err := tell(&Signal{Signal: unix.SIGHUP, PIDFile: file, Executable: "/usr/sbin/nginx"}); err == nil || !strings.Contains(err.Error(), "not /usr/sbin/nginx: it gets no signal") {
+		t.Errorf("another program: %v", err)
+	}
+	long := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(file, long, long); err != nil {
+		t.Fatal(err)
+	}
+	if err := tell(byFile); err == nil || !strings.Contains(err.Error(), "another one than meant") {
+		t.Errorf("a process that is younger than the pid file: %v", err)
+	}
+	for _, text := range []string{"", "0", "1", "-5", "x", "99999999999"} {
+		write(text)
+		if err := tell(byFile); err == nil || !strings.Contains(err.Error(), "holds no process id") {
+			t.Errorf("pid file with %q: %v", text, err)
+		}
+	}
+
+	// A process that was pinned stays the one that was meant.
+	pinned := &Signal{Signal: unix.SIGHUP, PID: pid}
+	if err := pinned.Pin(); err != nil {
+		t.Fatal(err)
+	}
+	defer pinned.Close()
+	if err := tell(pinned); err != nil {
+		t.Fatal(err)
+	}
+	if got := next(); got != "HUP" {
+		t.Errorf("the process got %q", got)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // killed
+	if err := tell(pinned); !errors.Is(err, unix.ESRCH) {
+		t.Errorf("a process that has ended: %v", err)
+	}
+	write(strconv.Itoa(pid))
+	if err := tell(byFile); !errors.Is(err, unix.ESRCH) && (err == nil || !strings.Contains(err.Error(), "another one")) {
+		t.Errorf("a process that has ended, by its file: %v", err)
+	}
+}
+
+func TestParseSignal(t *testing.T) {
+	for name, want := range map[string]unix.Signal{"HUP": unix.SIGHUP, "sighup": unix.SIGHUP, "USR2": unix.SIGUSR2, "KILL": 0, "": 0, "9": 0} {
+		got, err := ParseSignal(name)
+		if got != want || (err == nil) != (want != 0) {
+			t.Errorf("ParseSignal(%q) = %v, %v", name, got, err)
+		}
+	}
+}
+
+func FuzzPIDFile(f *testing.F) {
+	f.Add([]byte("123\n"))
+	f.Add([]byte(" 4294967297 \nrest"))
+	path := filepath.Join(f.TempDir(), "pid")
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if pid, _, err := readPIDFile(path); err == nil && (pid <= 1 || len(b) > 4096) {
+			t.Fatalf("%q is process %d", b, pid)
+		}
+	})
+}
