@@ -45,6 +45,7 @@ type Agent struct {
 	broker     *broker.Endpoint   // nil: there is none
 	delegated  *delegated.Service // nil: there are no delegates
 	brokerAddr net.Addr           // nil: not over TCP
+	pods       broker.Pods        // nil: there is no k8s attestor
 	metrics    *metrics
 	web        net.Listener // nil: no metrics are served
 
@@ -125,6 +126,7 @@ func (a *Agent) open() error {
 		return err
 	}
 	a.metrics = newMetrics(a)
+	a.pods = podsOf(methods)
 	a.metrics.attestsBy(methods)
 	a.attestor, err = workloadattest.New(workloadattest.Config{Methods: methods, Log: a.log, Now: c.Now, OnFailure: a.metrics.attestationFailed})
 	if err != nil {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -11,6 +12,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 
+	"github.com/signet-id/signet/agent/workloadattest"
+	"github.com/signet-id/signet/agent/workloadattest/k8s"
 	"github.com/signet-id/signet/internal/adminsocket"
 	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/spiffe"
@@ -92,6 +95,9 @@ func (b *Broker) check(c *Config, bad func(field, format string, args ...any)) {
 		client, err := b.Brokers[i].read(td)
 		for _, err := range err {
 			bad("broker."+field+err.field, "%s", err.text)
+		}
+		if slices.Contains(client.References, broker.Kubernetes) && c.WorkloadAttestation.K8s == nil {
+			bad("broker."+field+"references", "%s needs workload_attestation.k8s, which knows the pods of this node", broker.Kubernetes)
 		}
 		if !client.ID.IsZero() && seen[client.ID] {
 			bad("broker."+field+"id", "%q is there twice", client.ID)
@@ -188,6 +194,31 @@ func (b *BrokerClient) read(td spiffeid.TrustDomain) (client broker.Broker, mist
 	return client, mistakes
 }
 
+// podsOf returns what knows the pods of this node, or nil.
+func podsOf(methods []workloadattest.Method) broker.Pods {
+	for _, m := range methods {
+		if m, ok := m.(*k8s.Method); ok {
+			return kubeletPods{m}
+		}
+	}
+	return nil
+}
+
+// kubeletPods are the pods that the kubelet has, as the Broker Endpoint wants them.
+type kubeletPods struct{ method *k8s.Method }
+
+func (k kubeletPods) Pod(ctx context.Context, ref broker.PodReference) (broker.Pod, error) {
+	pod, err := k.method.Pod(ctx, k8s.Reference(ref))
+	switch {
+	case errors.Is(err, k8s.ErrNotFound), errors.Is(err, k8s.ErrMismatch):
+		return broker.Pod{}, fmt.Errorf("%w: %w", broker.ErrNoPod, err)
+	case err != nil && pod.UID == "":
+		return broker.Pod{}, err
+	}
+	// An error beside a pod is about a part of its selectors.
+	return broker.Pod{UID: pod.UID, Selectors: pod.Selectors, Incomplete: err != nil}, nil
+}
+
 // inTrustDomain writes an ID or a pattern in full: one that begins with a slash is of the own trust domain.
 func inTrustDomain(td spiffeid.TrustDomain, s string) string {
 	if strings.HasPrefix(s, "/") {
@@ -218,7 +249,7 @@ func (a *Agent) openBroker() error {
 		return nil
 	}
 	cfg := broker.Config{
-		TrustDomain: a.config.trustDomain(), Source: a.cache, Attestor: a.attestor, SVID: a.node.identity, Bundles: a.node,
+		TrustDomain: a.config.trustDomain(), Source: a.cache, Attestor: a.attestor, Pods: a.pods, SVID: a.node.identity, Bundles: a.node,
 		DisableX509: c.DisableX509, DisableJWT: c.DisableJWT, MaxStreams: c.MaxStreams, Log: a.log, Now: a.config.Now,
 		OnCall: a.metrics.call, OnPush: a.metrics.push,
 	}

@@ -63,13 +63,20 @@ func TestConfigCheck(t *testing.T) {
 		{name: "a broker without an ID", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].ID = "" }, want: "broker.brokers[0].id: missing"},
 		{name: "a trust domain for a broker", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].ID = "spiffe://example.org" }, want: "broker.brokers[0].id: "},
 		{name: "a broker of another trust domain", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].ID = "spiffe://other.example/b" }, want: "is not in trust domain"},
-		{name: "a broker twice", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers = append(c.Broker.Brokers, c.Broker.Brokers[0]) }, want: "broker.brokers[1].id: \"spiffe://example.org/proxy\" is there twice"},
+		{name: "a broker twice", change: func(c *Config) {
+			c.Broker = aBroker()
+			c.Broker.Brokers = append(c.Broker.Brokers, c.Broker.Brokers[0])
+		}, want: "broker.brokers[1].id: \"spiffe://example.org/proxy\" is there twice"},
 		{name: "BAPI-22 no references", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].References = nil }, want: "broker.brokers[0].references: missing"},
 		{name: "BAPI-22 unknown reference", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].References = []string{"name"} }, want: "\"name\" is not pid or kubernetes"},
+		{name: "BAPI-17 pods without their attestor", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].References = []string{"pid", "kubernetes"} }, want: "broker.brokers[0].references: kubernetes needs workload_attestation.k8s"},
 		{name: "BAPI-22 a broken pattern", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].SPIFFEIDs = []string{"/a/**/b"} }, want: "broker.brokers[0].spiffe_ids: "},
 		{name: "BAPI-22 namespaces for processes", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Brokers[0].Namespaces = []string{"shop"} }, want: "broker.brokers[0].namespaces: set, but"},
 		{name: "a broker port for other hosts", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Listen = "0.0.0.0:8083" }, want: "broker.listen: \"0.0.0.0:8083\" is not on the loopback interface"},
-		{name: "a broker port for other hosts, as wanted", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Listen, c.Broker.AllowOtherHosts = "0.0.0.0:8083", true }},
+		{name: "a broker port for other hosts, as wanted", change: func(c *Config) {
+			c.Broker = aBroker()
+			c.Broker.Listen, c.Broker.AllowOtherHosts = "0.0.0.0:8083", true
+		}},
 		{name: "a broker port without a host", change: func(c *Config) { c.Broker = aBroker(); c.Broker.Listen = ":8083" }},
 		{name: "both profiles off", change: func(c *Config) { c.Broker = aBroker(); c.Broker.DisableX509, c.Broker.DisableJWT = true, true }, want: "broker.disable_jwt: "},
 		{name: "the overflow uid as an admin", change: func(c *Config) { c.AdminSocket.UIDs = []uint32{0, 65534} }, want: "admin_socket.uids: 65534 is the overflow uid"},

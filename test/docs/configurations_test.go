@@ -44,7 +44,7 @@ func TestPagesConfigurations(t *testing.T) {
 				}
 				_, err = agent.ReadConfig([]byte("trust_domain: example.org\nserver_address: ca\ndata_dir: /d\n"+config), page)
 				read[top]++
-			case "workload_attestation":
+			case "workload_attestation", "broker", "admin_socket":
 				_, err = agent.ReadConfig([]byte("trust_domain: example.org\nserver_address: ca\ndata_dir: /d\n"+config), page)
 				read[top]++
 			}
@@ -53,7 +53,7 @@ func TestPagesConfigurations(t *testing.T) {
 			}
 		}
 	}
-	if read["node_attestors"] < 4 || read["node_attestation"] < 4 || read["upstream"] < 3 || read["downstream"] < 1 || read["workload_attestation"] < 1 {
+	if read["node_attestors"] < 4 || read["node_attestation"] < 4 || read["upstream"] < 3 || read["downstream"] < 1 || read["workload_attestation"] < 1 || read["broker"] < 1 || read["admin_socket"] < 1 {
 		t.Errorf("read %v configurations of %d pages; are the blocks found?", read, len(pages))
 	}
 }

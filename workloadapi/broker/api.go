@@ -217,15 +217,12 @@ func (e *Endpoint) follow(ctx context.Context, w *brokerpb.WorkloadReference, me
 	return s.failed(err)
 }
 
-// recorded is a message whose sending is written down.
+// recorded is a message whose sending is written down, before it leaves.
 func (s *session) recorded(m workloadapi.Message, what string, ids []string) workloadapi.Message {
 	send := m.Send
 	m.Send = func() error {
-		if err := send(); err != nil {
-			return err
-		}
 		s.record(what, ids)
-		return nil
+		return send()
 	}
 	return m
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -16,7 +15,8 @@ import (
 )
 
 const (
-	// podLook is how long a pod is believed to exist; then the kubelet is asked again, so that streams end soon after it.
+	// podLook is how long a pod is believed to exist; then the kubelet is asked again, so that streams end soon after it. All
+	// streams ask at the same moment, which costs the kubelet one answer.
 	podLook = 2 * time.Second
 
 	// podTimeout bounds one look.
@@ -50,6 +50,10 @@ type Pod struct {
 
 	// Selectors are what the kubelet says of the pod as a whole, nothing that holds for one of its containers alone.
 	Selectors []spiffe.Selector
+
+	// Incomplete says that some selectors could not be found out. The others count, but that some are missing does not mean
+	// that the pod has changed.
+	Incomplete bool
 }
 
 // Pods knows the pods of this node, from the kubelet and not from whoever asks. It is called concurrently, and for each
@@ -114,7 +118,7 @@ func (s *podSubject) look(ctx context.Context) (Pod, error) {
 
 // watch asks again and again until the pod is gone or ctx ends.
 func (s *podSubject) watch(ctx context.Context) {
-	timer := time.NewTimer(podLook)
+	timer := time.NewTimer(untilNextLook())
 	defer timer.Stop()
 	for {
 		select {
@@ -129,9 +133,11 @@ func (s *podSubject) watch(ctx context.Context) {
 		case err != nil && ctx.Err() == nil:
 			s.log.LogAttrs(ctx, slog.LevelDebug, "whether a pod still exists is not known", slog.String("pod", s.ref.String()), slog.Any("err", err))
 		}
-		timer.Reset(podLook/2 + rand.N(podLook)) // many streams, not all at once
+		timer.Reset(untilNextLook())
 	}
 }
+
+func untilNextLook() time.Duration { return time.Until(time.Now().Truncate(podLook).Add(podLook)) }
 
 // Attest says what the kubelet says of the pod.
 func (s *podSubject) Attest(ctx context.Context) (workloadapi.Caller, error) {
@@ -148,7 +154,7 @@ func (s *podSubject) Check(ctx context.Context, c workloadapi.Caller) error {
 	if err != nil {
 		return err
 	}
-	if !slices.Equal(sorted(pod.Selectors), c.Selectors) {
+	if !pod.Incomplete && !slices.Equal(sorted(pod.Selectors), c.Selectors) {
 		return workloadapi.ErrSubjectChanged
 	}
 	return nil

@@ -41,11 +41,10 @@ func (s *Service) SubscribeToX509SVIDs(req *delegatedv1.SubscribeToX509SVIDsRequ
 				m, err := workloadapi.Show(resp, ss)
 				send := m.Send
 				m.Send = func() error {
-					err := send()
-					if err == nil && len(ids) > 0 {
-						s.record(d, workload, "X509-SVIDs", ids)
+					if len(ids) > 0 {
+						s.record(d, workload, "X509-SVIDs", ids) // before it leaves
 					}
-					return err
+					return send()
 				}
 				return m, err
 			},

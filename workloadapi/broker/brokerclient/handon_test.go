@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,17 +14,32 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-type recorder struct{ told []string }
+type recorder struct {
+	mu   sync.Mutex
+	list []string
+}
+
+func (r *recorder) told() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.list)
+}
+
+func (r *recorder) add(what string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.list = append(r.list, what)
+}
 
 func (r *recorder) Take(s string) error {
-	r.told = append(r.told, "take "+s)
+	r.add("take " + s)
 	if s == "bad" {
 		return errors.New("no room")
 	}
 	return nil
 }
 
-func (r *recorder) Drop() { r.told = append(r.told, "drop") }
+func (r *recorder) Drop() { r.add("drop") }
 
 // TestBAPI_26_JitterWhenHandingOn: the first state and one that takes something away come at once, others spread over
 // time, and only the newest of those that wait.
@@ -38,26 +55,26 @@ func TestBAPI_26_JitterWhenHandingOn(t *testing.T) {
 			h.take("a")
 			h.take("bb")
 			h.take("cc")
-			if got := fmt.Sprint(r.told); got != "[take a]" {
+			if got := fmt.Sprint(r.told()); got != "[take a]" {
 				t.Fatalf("at once: %s, want the first state alone", got)
 			}
-			for len(r.told) == 1 && time.Since(began) < 2*jitter {
+			for len(r.told()) == 1 && time.Since(began) < 2*jitter {
 				time.Sleep(jitter / 100)
 				synctest.Wait()
 			}
-			if got := fmt.Sprint(r.told); got != "[take a take cc]" {
+			if got := fmt.Sprint(r.told()); got != "[take a take cc]" {
 				t.Fatalf("after a while: %s, want the newest state alone", got)
 			}
 			moments = append(moments, time.Since(began))
 			h.take("ddd")
 			h.take("e")
-			if got := fmt.Sprint(r.told); got != "[take a take cc take e]" {
+			if got := fmt.Sprint(r.told()); got != "[take a take cc take e]" {
 				t.Fatalf("a state that takes something away: %s, want that it comes at once, and what waited does not", got)
 			}
 			h.take("ff")
 			h.close()
 			time.Sleep(2 * jitter)
-			if got := fmt.Sprint(r.told); got != "[take a take cc take e drop]" {
+			if got := fmt.Sprint(r.told()); got != "[take a take cc take e drop]" {
 				t.Fatalf("after the end: %s", got)
 			}
 		}
@@ -84,7 +101,7 @@ func TestKeeperThatFails(t *testing.T) {
 	h.take("bad")
 	h.take("good")
 	h.close()
-	if got := fmt.Sprint(r.told); got != "[take bad take good drop]" {
+	if got := fmt.Sprint(r.told()); got != "[take bad take good drop]" {
 		t.Error(got)
 	}
 }
