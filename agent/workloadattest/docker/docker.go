@@ -8,7 +8,7 @@
 // is believed only if the container's first process, as the engine names it, is in the same cgroup.
 //
 // A user's own engine answers whatever its user likes. It is asked only where the configuration says so, only about
-// processes in that user's part of the cgroups and in a user namespace that he made, only on a socket that he listens on,
+// processes in that user's part of the cgroups and in a user namespace of his, only on a socket that he listens on,
 // and what it says is in selectors of its own, with the user in them: docker:rootless:1000:label:app:web.
 package docker
 
@@ -21,6 +21,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/signet-id/signet/agent/workloadattest/container"
@@ -47,6 +48,9 @@ const (
 	askingPerUID, askingTotal = 4, 32
 
 	maxSelectors = 256
+
+	// restFor is how long a hanging engine of root's is not asked again, so that not every process waits for it.
+	restFor = 5 * time.Second
 )
 
 // Config says whom to ask.
@@ -76,11 +80,14 @@ type Method struct {
 	optional bool // the sockets may be absent
 	finder   *container.Finder
 	gate     *peer.Gate
+
+	silent map[string]*atomic.Int64 // by socket of root's: until when it is not asked, in nanoseconds since began
+	began  time.Time
 }
 
 // New returns the method.
 func New(cfg Config) (*Method, error) {
-	m := &Method{cfg: cfg, gate: peer.NewGate(askingPerUID, askingTotal)}
+	m := &Method{cfg: cfg, gate: peer.NewGate(askingPerUID, askingTotal), silent: map[string]*atomic.Int64{}, began: time.Now()}
 	if cfg.Timeout < 0 {
 		return nil, fmt.Errorf("docker attestation: Timeout is %s: must not be negative", cfg.Timeout)
 	}
@@ -89,6 +96,9 @@ func New(cfg Config) (*Method, error) {
 	}
 	if cfg.Sockets == nil {
 		m.cfg.Sockets, m.optional = RootSockets, true
+	}
+	for _, path := range m.cfg.Sockets {
+		m.silent[path] = new(atomic.Int64)
 	}
 	if cfg.userDirs == "" {
 		m.cfg.userDirs = "/run/user"
@@ -163,12 +173,9 @@ func (m *Method) sources(p *peer.Process, at container.Location) ([]source, cont
 	if !m.cfg.Rootless {
 		return nil, c, nil
 	}
-	owner, err := namespaceOwner(p)
-	if err != nil {
-		return nil, c, err
-	}
-	if int64(owner) != uid {
-		return nil, c, fmt.Errorf("the process is in the cgroups of uid %d and in a user namespace of uid %d: the engine of neither is asked", uid, owner)
+	owner := uint32(uid) // package container reads no more than 32 bits
+	if err := inNamespaceOf(p, owner); err != nil {
+		return nil, c, fmt.Errorf("the process is in the cgroups of uid %d, whose engine is not asked: %w", uid, err)
 	}
 	dir := filepath.Join(m.cfg.userDirs, strconv.FormatInt(uid, 10))
 	for _, name := range userSockets {
@@ -179,8 +186,6 @@ func (m *Method) sources(p *peer.Process, at container.Location) ([]source, cont
 
 // ask asks all engines at the same time, and returns what the one says that knows the container.
 func (m *Method) ask(ctx context.Context, sources []source, at container.Location, c container.Container) ([]spiffe.Selector, error) {
-	ctx, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
-	defer cancel()
 	type reply struct {
 		description
 		err error
@@ -189,7 +194,7 @@ func (m *Method) ask(ctx context.Context, sources []source, at container.Locatio
 	var wg sync.WaitGroup
 	for i, s := range sources {
 		wg.Go(func() {
-			replies[i].description, replies[i].err = s.container(ctx, c.ID)
+			replies[i].description, replies[i].err = m.askOne(ctx, s.engine, c.ID)
 			if replies[i].err == nil {
 				replies[i].err = m.inside(replies[i].description, at, c)
 			}
@@ -214,6 +219,21 @@ func (m *Method) ask(ctx context.Context, sources []source, at container.Locatio
 		return nil, fmt.Errorf("container %s of %s: no engine knows it; asked at %s", short(c.ID), c.Runtime, strings.Join(paths, ", "))
 	}
 	return nil, errors.Join(failed...)
+}
+
+// askOne asks an engine, unless it hung a moment ago.
+func (m *Method) askOne(ctx context.Context, e engine, id string) (description, error) {
+	until := m.silent[e.path] // nil for a user's, for whom nobody else waits
+	if until != nil && int64(time.Since(m.began)) < until.Load() {
+		return description{}, errSilent
+	}
+	bounded, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
+	defer cancel()
+	d, err := e.container(bounded, id)
+	if until != nil && errors.Is(err, errSilent) && ctx.Err() == nil {
+		until.Store(int64(time.Since(m.began) + restFor))
+	}
+	return d, err
 }
 
 // inside says whether the container's first process is where the process is. Without that, a cgroup that somebody named

@@ -2,24 +2,31 @@ package docker
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 
+	"github.com/signet-id/signet/agent/workloadattest"
+	"github.com/signet-id/signet/agent/workloadattest/unix"
+	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/workloadapi/peer"
 )
 
@@ -318,7 +325,7 @@ func TestEnginesThatAreWrong(t *testing.T) {
 			io.WriteString(w, `{"Id":`)
 			w.(http.Flusher).Flush()
 			<-hung
-		}, "no whole answer in time"},
+		}, "no answer in time: only a part"},
 		"no HTTP": {func(w http.ResponseWriter, r *http.Request) {
 			c, _, _ := w.(http.Hijacker).Hijack()
 			io.WriteString(c, "220 hello\r\n")
@@ -353,6 +360,90 @@ func TestOneEngineHidesNoOther(t *testing.T) {
 	got, _ := ask(t, Config{Sockets: []string{silent, filepath.Join(t.TempDir(), "absent"), good}, Timeout: time.Second}, pid)
 	if !slices.Contains(got, "docker:label:app:web") {
 		t.Errorf("got %q", got)
+	}
+}
+
+// While an engine hangs, not every process waits for it.
+func TestHangingEngineIsLeftAloneForAWhile(t *testing.T) {
+	pid := play(t, "wait", nil)
+	move(t, "docker/"+anID, pid)
+	p := pin(t, pid)
+	var asked atomic.Int32
+	hang := make(chan struct{})
+	socket := anEngine(t, func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		select {
+		case <-hang:
+			io.WriteString(w, tell(anID, pid))
+		case <-r.Context().Done():
+		}
+	})
+	m, err := New(Config{Sockets: []string{socket}, Timeout: 100 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		if _, err := m.Selectors(t.Context(), p, peer.Snapshot{}); !errors.Is(err, errSilent) {
+			t.Fatalf("the engine hangs: %v", err)
+		}
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("a hanging engine was asked %d times in a moment, want once", n)
+	}
+	// Afterwards it is asked again. A caller that leaves says nothing about the engine.
+	m.cfg.Timeout = 20 * time.Second
+	m.silent[socket].Store(0)
+	left, cancel := context.WithCancel(t.Context())
+	go func() {
+		for asked.Load() < 2 {
+			runtime.Gosched()
+		}
+		cancel()
+	}()
+	if _, err := m.Selectors(left, p, peer.Snapshot{}); err == nil {
+		t.Error("a caller that left has its answer")
+	}
+	close(hang)
+	if got, err := m.Selectors(t.Context(), p, peer.Snapshot{}); err != nil || len(got) == 0 {
+		t.Errorf("the engine answers again: %q, %v", got, err)
+	}
+}
+
+// The whole, with what an agent attests by: a hanging engine costs its own selectors only, and is counted.
+func TestHangingEngineHidesNoOtherMethod(t *testing.T) {
+	pid := play(t, "wait", nil)
+	move(t, "docker/"+anID, pid)
+	hang := make(chan struct{})
+	t.Cleanup(func() { close(hang) })
+	socket := anEngine(t, func(w http.ResponseWriter, r *http.Request) { <-hang })
+	engines, err := New(Config{Sockets: []string{socket}, Timeout: 100 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	users, err := unix.New(unix.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	failed := map[string]int{}
+	a, err := workloadattest.New(workloadattest.Config{
+		Methods: []workloadattest.Method{engines, users}, OnFailure: func(method string) { failed[method]++ }, Log: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := pin(t, pid)
+	for range 3 {
+		c, err := a.Attest(t.Context(), p)
+		if err != nil || !slices.Contains(c.Selectors, spiffe.Selector{Type: "unix", Value: "uid:0"}) {
+			t.Fatalf("attested %v, %v", c.Selectors, err)
+		}
+	}
+	if failed["docker"] != 3 || failed["unix"] != 0 {
+		t.Errorf("failures %v", failed)
+	}
+	if n := strings.Count(log.String(), "engine at "+socket); n != 1 {
+		t.Errorf("logged %d times, want once:\n%s", n, log.String())
 	}
 }
 

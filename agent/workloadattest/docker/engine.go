@@ -19,6 +19,9 @@ var (
 
 	// errAbsent says that nobody listens there.
 	errAbsent = errors.New("nobody listens there")
+
+	// errSilent says that an engine hangs.
+	errSilent = errors.New("no answer in time")
 )
 
 // An engine is one that listens on a Unix socket.
@@ -89,7 +92,7 @@ func get(ctx context.Context, client *http.Client, path string, read func(*http.
 	response, err := client.Do(request)
 	if err != nil {
 		if ctx.Err() != nil {
-			return errors.New("no answer in time")
+			return errSilent
 		}
 		return err
 	}
@@ -103,7 +106,7 @@ func get(ctx context.Context, client *http.Client, path string, read func(*http.
 	}
 	if err := read(response); err != nil {
 		if ctx.Err() != nil {
-			return errors.New("no whole answer in time")
+			return fmt.Errorf("%w: only a part of one", errSilent)
 		}
 		return fmt.Errorf("GET %s: %w", path, err)
 	}

@@ -1,69 +1,90 @@
 package docker
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/signet-id/signet/workloadapi/peer"
 )
 
-// What a descriptor of a namespace is asked (ioctl_ns(2)).
 const (
-	nsGetParent   = 0xb702
-	nsGetOwnerUID = 0xb704
+	maxMapBytes = 32 << 10 // the kernel takes 340 lines
+	allIDs      = 1<<32 - 1
 )
 
-// namespaceOwner returns the user who made the user namespace that the process is in: of nested ones the outermost, for
-// those within are made by whoever may do something there. It is 0 for a process in the agent's own.
-func namespaceOwner(p *peer.Process) (uint32, error) {
-	own, err := os.Open("/proc/self/ns/user")
-	if err != nil {
-		return 0, fmt.Errorf("the agent's user namespace: %w", err)
-	}
-	defer own.Close()
-	ns, err := os.Open("/proc/" + strconv.Itoa(int(p.PID)) + "/ns/user")
+// inNamespaceOf returns nil if the process is in a user namespace that has the user in it. Only that user, and root, can make
+// one: without root's help a user maps himself alone, and with it (newuidmap) what root has given him.
+//
+// This is asked of the map and not of the namespace itself, which only those who may trace the process get to see.
+func inNamespaceOf(p *peer.Process, uid uint32) error {
+	theirs, err := readMap("/proc/" + strconv.Itoa(int(p.PID)) + "/uid_map")
 	if gone := p.Alive(); gone != nil {
-		err = errors.Join(gone, err)
+		return gone
 	}
 	if err != nil {
-		if ns != nil {
-			ns.Close()
-		}
-		return 0, fmt.Errorf("the process's user namespace: %w", err)
+		return err
 	}
-	defer func() { ns.Close() }()
-	owner := uint32(0)
-	for range 33 { // the kernel nests no deeper
-		if same, err := sameFile(ns, own); err != nil || same {
-			return owner, err
-		}
-		// The kernel writes a uid_t, in the terms of the agent's namespace.
-		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, ns.Fd(), nsGetOwnerUID, uintptr(unsafe.Pointer(&owner))); errno != 0 {
-			return 0, fmt.Errorf("the owner of the process's user namespace: %w", errno)
-		}
-		fd, err := unix.IoctlRetInt(int(ns.Fd()), nsGetParent)
-		if err != nil {
-			return 0, fmt.Errorf("the process's user namespace is not within the agent's: %w", err)
-		}
-		ns.Close()
-		ns = os.NewFile(uintptr(fd), "user namespace")
+	ours, err := readMap("/proc/self/uid_map")
+	if err != nil {
+		return err
 	}
-	return 0, errors.New("the process's user namespace is nested too deep")
+	if bytes.Equal(theirs, ours) {
+		return errors.New("the process is in the agent's user namespace, and in none of its user's")
+	}
+	extents, err := parseMap(theirs)
+	if err != nil {
+		return err
+	}
+	for _, e := range extents {
+		if e.size == allIDs {
+			break // all there are: nobody's own
+		}
+		if uint64(uid) >= e.first && uint64(uid)-e.first < e.size {
+			return nil
+		}
+	}
+	return fmt.Errorf("the process is in a user namespace that does not have uid %d in it", uid)
 }
 
-func sameFile(a, b *os.File) (bool, error) {
-	x, err := a.Stat()
+func readMap(name string) ([]byte, error) {
+	f, err := os.Open(name)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
-	y, err := b.Stat()
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxMapBytes+1))
 	if err != nil {
-		return false, err
+		return nil, fmt.Errorf("reading %s: %w", name, err)
 	}
-	return os.SameFile(x, y), nil
+	if len(data) > maxMapBytes {
+		return nil, fmt.Errorf("%s is longer than %d bytes", name, maxMapBytes)
+	}
+	return data, nil
+}
+
+// An extent is a range of users, in the terms of the agent's namespace.
+type extent struct{ first, size uint64 }
+
+// parseMap reads a map of a user namespace: lines of the first id inside, the first outside, and how many.
+func parseMap(data []byte) ([]extent, error) {
+	var all []extent
+	for line := range bytes.Lines(data) {
+		f := bytes.Fields(line)
+		if len(f) != 3 {
+			return nil, fmt.Errorf("uid_map has the line %.80q", line)
+		}
+		var n [3]uint64
+		for i := range f {
+			var err error
+			if n[i], err = strconv.ParseUint(string(f[i]), 10, 32); err != nil {
+				return nil, fmt.Errorf("uid_map has the line %.80q", line)
+			}
+		}
+		all = append(all, extent{n[1], n[2]})
+	}
+	return all, nil
 }

@@ -18,6 +18,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -35,6 +36,9 @@ const (
 
 	// askingPerUID and askingTotal bound the connections to the bus.
 	askingPerUID, askingTotal = 2, 16
+
+	// restFor is how long a systemd that hangs is not asked again, so that not every process waits for it.
+	restFor = 5 * time.Second
 
 	systemdName = "org.freedesktop.systemd1"
 	managerPath = "/org/freedesktop/systemd1"
@@ -60,6 +64,9 @@ type Method struct {
 	cfg  Config
 	gate *peer.Gate
 	tell sync.Once
+
+	silent atomic.Int64 // until when systemd is not asked, in nanoseconds since began
+	began  time.Time
 }
 
 // New returns the method.
@@ -76,7 +83,7 @@ func New(cfg Config) (*Method, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Method{cfg: cfg, gate: peer.NewGate(askingPerUID, askingTotal)}, nil
+	return &Method{cfg: cfg, gate: peer.NewGate(askingPerUID, askingTotal), began: time.Now()}, nil
 }
 
 // Name returns "systemd".
@@ -89,9 +96,13 @@ func (m *Method) Selectors(ctx context.Context, p *peer.Process, _ peer.Snapshot
 		return nil, err
 	}
 	defer leave()
-	ctx, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
+	silent := fmt.Errorf("systemd does not answer within %s", m.cfg.Timeout)
+	if int64(time.Since(m.began)) < m.silent.Load() {
+		return nil, silent
+	}
+	bounded, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
 	defer cancel()
-	u, err := m.unit(ctx, p)
+	u, err := m.unit(bounded, p)
 	if errors.Is(err, errAbsent) {
 		m.tell.Do(func() {
 			m.cfg.Log.LogAttrs(ctx, slog.LevelDebug, "no systemd selectors: there is no systemd", slog.String("socket", m.cfg.Socket))
@@ -103,7 +114,10 @@ func (m *Method) Selectors(ctx context.Context, p *peer.Process, _ peer.Snapshot
 		return nil, gone
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = fmt.Errorf("systemd does not answer within %s", m.cfg.Timeout)
+		if ctx.Err() == nil {
+			m.silent.Store(int64(time.Since(m.began) + restFor))
+		}
+		err = silent
 	}
 	var all []spiffe.Selector
 	for _, s := range []struct{ kind, value string }{{"id", u.id}, {"fragment_path", u.fragment}, {"slice", u.slice}} {
