@@ -97,11 +97,14 @@ func describeEntry(s *state, e *entry, now time.Time) EntryState {
 // describe is called with mu held.
 func (c *Cache) describe(s *state, e *entry, now time.Time) EntryState {
 	d := describeEntry(s, e, now)
+	if i := slices.IndexFunc(c.past.failed, func(f failedIssue) bool { return f.entryID == e.id }); i >= 0 {
+		d.Failed, d.FailedAt = c.past.failed[i].err, c.past.failed[i].at
+	}
 	r := c.records[e.id]
 	if r == nil {
 		return d
 	}
-	d.Watchers, d.InFlight, d.Failures, d.Failed, d.FailedAt = len(r.watchers), r.inFlight, r.failures, r.failed, r.failedAt
+	d.Watchers, d.InFlight, d.Failures = len(r.watchers), r.inFlight, r.failures
 	if wait := time.Until(r.retryAt); !r.retryAt.IsZero() && wait > 0 {
 		d.RetryAt = now.Add(wait)
 	}

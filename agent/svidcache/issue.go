@@ -129,21 +129,22 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 			failures, sample = failures+1, err
 			r.next = j.key
 			r.postpone(retryMax)
-			r.failed, r.failedAt = err, now
+			c.past.issued(r.entry.id, err, now)
 		} else {
 			c.stats.issued.Add(1)
+			c.past.issued(r.entry.id, nil, now)
 			c.use(r.svid, svids[i])
 			r.svid, r.next, r.waveAt = svids[i], nil, time.Time{}
 			r.foreign = r.foreign && r.entry != j.entry
 			c.keep(r)
 			if why := r.stale(own, now); why == "" || r.entry != j.entry {
-				r.failures, r.retryAt, r.failed = 0, time.Time{}, nil // if the entry moved on meanwhile, the next is asked for at once
+				r.failures, r.retryAt = 0, time.Time{} // if the entry moved on meanwhile, the next is asked for at once
 			} else {
 				// Asking again at once would bring the same.
 				c.config.Log.Warn("the CA issued an X509-SVID that must be renewed at once; do the clocks of CA and agent agree?",
 					"entry_id", r.entry.id, "reason", why, "not_before", r.svid.notBefore, "not_after", r.svid.notAfter, "now", now)
 				r.postpone(futileMax)
-				r.failed, r.failedAt = fmt.Errorf("the CA issued an X509-SVID that must be renewed at once (%s): do the clocks of CA and agent agree?", why), now
+				c.past.issued(r.entry.id, fmt.Errorf("the CA issued an X509-SVID that must be renewed at once (%s): do the clocks of CA and agent agree?", why), now)
 			}
 		}
 		c.check(r, now)

@@ -12,17 +12,39 @@ const (
 	// maxRemoved and maxRefused bound what is remembered for operators who ask why.
 	maxRemoved = 256
 	maxRefused = 256
+	maxFailed  = 256
 )
 
 // A past is what was and is no more, for explanations. Guarded by Cache.mu.
 type past struct {
 	entries []removedEntry // the oldest first
 	refused []Refused      // the oldest first; one for each process id
+	failed  []failedIssue  // the oldest first; one for each entry id
 }
 
 type removedEntry struct {
 	entry *entry
 	at    time.Time
+}
+
+// A failedIssue is why an entry got no X509-SVID when it was asked for last. It outlives the record of an entry that nobody
+// waits for any more.
+type failedIssue struct {
+	entryID string
+	err     error
+	at      time.Time
+}
+
+// issued remembers how asking for an entry's SVID went: err is nil if it went well.
+func (p *past) issued(id string, err error, now time.Time) {
+	if err == nil && len(p.failed) == 0 {
+		return
+	}
+	p.failed = slices.DeleteFunc(p.failed, func(f failedIssue) bool { return f.entryID == id })
+	if err != nil {
+		p.failed = append(p.failed, failedIssue{id, err, now})
+		p.failed = slices.Delete(p.failed, 0, max(0, len(p.failed)-maxFailed))
+	}
 }
 
 // A Refused is a caller that got nothing, as it was then.

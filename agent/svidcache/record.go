@@ -49,8 +49,6 @@ type record struct {
 	next     *key // made for an issuance that has not succeeded yet
 	failures int
 	triedAt  time.Time // the last failure, on the steady clock
-	failed   error     // what it was, and when by the wall clock; nil after a success
-	failedAt time.Time
 	retryAt  time.Time // on the steady clock; zero: at once
 	usable   bool      // what the last look at the clock found
 	waveAt   time.Time // on the steady clock: its moment, if a tainted authority signed its SVID; zero: not planned

@@ -81,7 +81,7 @@ var (
 	evicted       = regexp.MustCompile(`the CA does not know this agent|agent is not attested|not attested`)
 	tokenRefused  = regexp.MustCompile(`failed to attest|join token|no join token that was not used|node_attestation`)
 	superseded    = regexp.MustCompile(`another SVID of this agent`)
-	agentExpired  = regexp.MustCompile(`the agent's SVID has expired`)
+	agentExpired  = regexp.MustCompile(`the agent's SVID has expired|tls: (?:bad|expired) certificate|tls: certificate required`)
 	unreachableIn = regexp.MustCompile(`connection refused|no such host|i/o timeout|no route to host|network is unreachable|connection reset|EOF|deadline exceeded|not reachable|Unavailable`)
 )
 

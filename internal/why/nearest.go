@@ -20,7 +20,7 @@ func (d *diagnosis) nearest(p *agentv1.Process, near []*agentv1.Candidate) *Caus
 	}
 	main := mainDifference(c.GetDifferences())
 	code, text := d.explain(p, c, main)
-	if code == AttestorFailed || code == BinaryReplaced || code == BinaryNotVisible {
+	if code == AttestorFailed || code == BinaryReplaced || code == BinaryNotVisible || code == NotInContainer || code == NotInUnit {
 		likely = true
 	}
 	if !likely {
@@ -120,6 +120,14 @@ func (d *diagnosis) absent(p *agentv1.Process, want, typ, kind, failed string) (
 	if away := d.unavailable(typ); away != "" {
 		return AttestorFailed, fmt.Sprintf("it wants %s, and what the attestor %s asks does not answer: %s", want, typ, away)
 	}
+	if !slices.ContainsFunc(p.GetMethods(), func(m *agentv1.Method) bool { return m.GetName() == typ && len(m.GetSelectors()) > 0 }) {
+		switch typ {
+		case "docker", "k8s":
+			return NotInContainer, fmt.Sprintf("it wants %s, and as far as the attestor %s knows, process %d is in no container: it runs on the host, or under another engine", want, typ, p.GetPid())
+		case "systemd":
+			return NotInUnit, fmt.Sprintf("it wants %s, and systemd has no unit for process %d, or there is no systemd on this machine: a shell's child is in the unit of the session", want, p.GetPid())
+		}
+	}
 	if strings.Contains(kind, "label") {
 		return LabelMissing, fmt.Sprintf("it wants %s, and the process has no such label", want)
 	}
@@ -147,7 +155,7 @@ func (d *diagnosis) unavailable(name string) string {
 // repair writes the command that makes an entry match, where one can.
 func (d *diagnosis) repair(out *Cause, p *agentv1.Process, c *agentv1.Candidate) *Cause {
 	switch out.Code {
-	case AttestorFailed, TypeNotAttested, BinaryNotVisible, GroupMissing:
+	case AttestorFailed, TypeNotAttested, BinaryNotVisible, GroupMissing, NotInContainer, NotInUnit:
 		return out
 	case BinaryReplaced:
 		return out.fix("# restart process %d", p.GetPid())

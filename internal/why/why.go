@@ -66,6 +66,8 @@ const (
 	SelectorMissing  Code = "SELECTOR_MISSING"
 	TypeNotAttested  Code = "TYPE_NOT_ATTESTED"
 	AttestorFailed   Code = "ATTESTOR_FAILED"
+	NotInContainer   Code = "NOT_IN_CONTAINER"
+	NotInUnit        Code = "NOT_IN_UNIT"
 	BinaryReplaced   Code = "BINARY_REPLACED"
 	BinaryNotVisible Code = "BINARY_NOT_VISIBLE"
 
@@ -247,6 +249,13 @@ func (d *diagnosis) matched(f *Finding, p *agentv1.Process, held []*agentv1.Cand
 			f.add(cause(HintCollision, "entries %s and %s both match and have the same hint %q: of two with one hint the process gets the older one, so not %s",
 				c.GetShadowedBy(), c.GetEntryId(), c.GetHint(), c.GetSpiffeId()).
 				fix("signet entry update %s --hint %s", quote(c.GetEntryId()), quote(c.GetHint()+"-2")))
+		}
+		if e := d.ca.entry(c.GetEntryId()); e.GetX509SvidTtl() > 0 && c.GetSvid().GetValid() {
+			ttl, life := time.Duration(e.GetX509SvidTtl())*time.Second, c.GetSvid().GetNotAfter().AsTime().Sub(c.GetSvid().GetNotBefore().AsTime())
+			if life+time.Minute < ttl {
+				f.add(cause(TTLBeyondAuthority, "entry %s asks for SVIDs of %s, and the CA makes them end at %s: no SVID outlives its authority, nor the CA's maximum",
+					c.GetEntryId(), ttl, clock(c.GetSvid().GetNotAfter())).fix("signet explain ttl %s", quote(c.GetEntryId())))
+			}
 		}
 		if len(c.GetMissingBundles()) > 0 {
 			f.add(cause(BundleMissing, "%s federates with %s, and the CA has no bundle of it: SVIDs from there cannot be verified",
