@@ -162,8 +162,11 @@ func (a *app) noAgent(f format, err error) error {
 		code = why.AdminSocketMissing
 	case errors.Is(err, fs.ErrPermission), isCode(err, codes.PermissionDenied):
 		code = why.AdminSocketDenied
-		if strings.Contains(err.Error(), "PID namespace") {
+		switch {
+		case strings.Contains(err.Error(), "PID namespace"):
 			code = why.ForeignNamespace
+		case strings.Contains(err.Error(), "hidepid"):
+			code = why.ProcessHidden
 		}
 	case errors.Is(err, syscall.ECONNREFUSED):
 		code = why.AgentNotRunning

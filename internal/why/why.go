@@ -41,7 +41,6 @@ const (
 	WrongParent       Code = "WRONG_PARENT"
 	EntryDownstream   Code = "ENTRY_DOWNSTREAM"
 	HintCollision     Code = "HINT_COLLISION"
-	NoFederation      Code = "NO_FEDERATION"
 	BundleMissing     Code = "FEDERATION_BUNDLE_MISSING"
 	OtherTrustDomain  Code = "OTHER_TRUST_DOMAIN"
 	UnknownID         Code = "UNKNOWN_ID"

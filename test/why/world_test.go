@@ -4,6 +4,7 @@ package why
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -32,6 +33,7 @@ import (
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	agentv1 "github.com/signet-id/signet/api/signet/agent/v1"
 	"github.com/signet-id/signet/ca"
+	"github.com/signet-id/signet/internal/cli"
 	"github.com/signet-id/signet/internal/dev"
 	"github.com/signet-id/signet/internal/why"
 )
@@ -387,6 +389,9 @@ func (w *world) run(path string, options ...option) int32 {
 const childMode = "SIGNET_WHY_CHILD"
 
 func TestMain(m *testing.M) {
+	if config := os.Getenv("SIGNET_WHY_AGENT"); config != "" {
+		os.Exit(childAgent(config))
+	}
 	if mode := os.Getenv(childMode); mode != "" {
 		os.Exit(child(mode, os.Getenv("SIGNET_WHY_SOCKET")))
 	}
@@ -414,6 +419,10 @@ func run(m *testing.M) int {
 
 // child calls the Workload API in a certain way, says so, and waits for the end of its input.
 func child(mode, socket string) int {
+	if mode == "why" { // the command line as another user
+		cli.Main(context.Background(), []string{"why", cmp.Or(os.Getenv("SIGNET_WHY_PID"), "1"), "--socket", socket}, strings.NewReader(""), os.Stdout, os.Stderr)
+		return 0
+	}
 	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		fmt.Println(err)
