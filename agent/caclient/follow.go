@@ -31,9 +31,18 @@ func (c *Client) keepUp(ctx context.Context, s *session, fresh bool) error {
 		case <-ctx.Done():
 		}
 	})
-	err := c.follow(ctx, s, fresh)
-	if status.Code(err) == codes.Unimplemented && s.local != "" {
-		err = c.poll(ctx, s, fresh)
+	var err error
+	for range maxAskedAnew {
+		s.local = ""
+		s.spire.Store(false)
+		if err = c.follow(ctx, s, fresh); status.Code(err) != codes.Unimplemented || s.local == "" {
+			break
+		}
+		// A connection that ends between the two is no loss of contact: whoever is there now is asked the same.
+		if err = c.poll(ctx, s, fresh); !errors.Is(err, errAnotherConnection) || s.inSync.Load() {
+			break
+		}
+		s.out.forget(fmt.Errorf("%w: %w", ErrUnreachable, err))
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause // why the stream was cut says more than that it was

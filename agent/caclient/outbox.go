@@ -154,13 +154,25 @@ func (o *outbox) fail(err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.failure = err
-	for id, c := range o.open {
-		delete(o.open, id)
+	o.lose(err)
+	if c := o.queued; c != nil {
+		o.queued = nil
 		c.err = err
 		close(c.done)
 	}
-	if c := o.queued; c != nil {
-		o.queued = nil
+}
+
+// forget ends the waiting for what was sent, with err.
+func (o *outbox) forget(err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.lose(err)
+}
+
+// lose is called with mu held.
+func (o *outbox) lose(err error) {
+	for id, c := range o.open {
+		delete(o.open, id)
 		c.err = err
 		close(c.done)
 	}

@@ -17,6 +17,8 @@ const (
 	DefaultPollEvery = 5 * time.Second
 	// demandEvery is the least time between the beginnings of two polls, however many callers wait for one.
 	demandEvery = time.Second
+	// maxAskedAnew is how often a server is asked what it is because the connection was made anew before it could be polled.
+	maxAskedAnew = 3
 )
 
 // errAnotherConnection means that calls go over another connection than the one on which the server said what it is.

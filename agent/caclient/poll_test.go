@@ -114,7 +114,7 @@ func TestNoErrorButUnimplementedMakesThePollingBegin(t *testing.T) {
 
 // A server that ends its connections after a while, as SPIRE's do, is no loss, and is asked on each new one what it is.
 func TestPollingOverOneConnectionAfterTheOther(t *testing.T) {
-	ca := faultca.StartSPIRE(t, grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: 300 * time.Millisecond, MaxConnectionAgeGrace: time.Second}))
+	ca := faultca.StartSPIRE(t, grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: 500 * time.Millisecond, MaxConnectionAgeGrace: time.Second}))
 	ca.Entries = []*types.Entry{spireEntry("web")}
 	x := run(t, ca)
 	wait(t, "sync", x.synced)
