@@ -64,6 +64,13 @@ func TestPrivileges(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 
+	// A kubelet has files and a port.
+	c = config("workload_attestation: {k8s: {kubelet_ca_path: /srv/kubelet/ca.pem, kubelet_secure_port: 10260}}\n")
+	if p, err = c.Privileges("", all); err != nil || !slices.Contains(p.Policy.Files, sandbox.Access{Path: "/srv/kubelet", Kind: sandbox.Read}) ||
+		!slices.Contains(p.Policy.Files, sandbox.Access{Path: "/var/run/secrets/kubernetes.io/serviceaccount", Kind: sandbox.Read}) || !slices.Equal(p.Policy.ConnectTCP, []uint16{8099, 53, 10260}) {
+		t.Errorf("%+v, %v", p, err)
+	}
+
 	// One process keeps what the examiner would.
 	c = config("sandbox: {landlock: off}\n")
 	if p, err = c.Privileges("", all); err != nil || p.Examiner || sandbox.Names(p.Policy.Keep) != "CAP_DAC_READ_SEARCH CAP_SYS_PTRACE" {

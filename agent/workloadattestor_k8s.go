@@ -2,6 +2,7 @@ package agent
 
 import (
 	"log/slog"
+	"path/filepath"
 
 	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/agent/workloadattest/k8s"
@@ -59,4 +60,13 @@ func (c *K8sAttestation) check(bad func(field, format string, args ...any)) { c.
 
 func (c *K8sAttestation) open(*slog.Logger) (workloadattest.Method, error) {
 	return k8s.New(c.config())
+}
+
+func (c *K8sAttestation) needs() need {
+	files, ports := c.config().Needs()
+	n := need{feature: "workload_attestation.k8s", ports: ports}
+	for _, f := range files {
+		n.read = append(n.read, filepath.Dir(f)) // files there are replaced by others
+	}
+	return n
 }

@@ -204,6 +204,37 @@ func (c *Config) complete() error {
 	return nil
 }
 
+// Needs are the files that are read, and the TCP ports that are connected to, while the method is used.
+func (c Config) Needs() (files []string, ports []uint16) {
+	if c.complete() != nil {
+		return nil, nil // New will say so
+	}
+	if c.ReadOnlyPort != 0 {
+		ports = append(ports, uint16(c.ReadOnlyPort))
+	} else {
+		ports = append(ports, uint16(c.SecurePort))
+		if !c.SkipKubeletVerification {
+			files = append(files, c.KubeletCAPath)
+		}
+		if c.CertificatePath != "" {
+			files = append(files, c.CertificatePath, c.PrivateKeyPath)
+		} else {
+			files = append(files, c.TokenPath)
+		}
+	}
+	if len(c.NamespaceLabels) > 0 {
+		files = append(files, c.APIServerCAPath, c.TokenPath)
+		port := "443"
+		if u, err := url.Parse(c.APIServer); err == nil && u.Port() != "" {
+			port = u.Port()
+		}
+		if p, err := strconv.ParseUint(port, 10, 16); err == nil {
+			ports = append(ports, uint16(p))
+		}
+	}
+	return files, ports
+}
+
 // kubeletURL is where the pod list is.
 func (c Config) kubeletURL() string {
 	if c.ReadOnlyPort != 0 {

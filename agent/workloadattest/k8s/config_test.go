@@ -72,3 +72,25 @@ func TestWhereTheKubeletIs(t *testing.T) {
 		}
 	}
 }
+
+// What a sandbox must let through is what is used, and no more.
+func TestNeeds(t *testing.T) {
+	t.Setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+	t.Setenv("KUBERNETES_SERVICE_PORT", "6443")
+	const dir = "/var/run/secrets/kubernetes.io/serviceaccount/"
+	for _, tt := range []struct {
+		name, want string
+		cfg        Config
+	}{
+		{"nothing", "[" + dir + "ca.crt " + dir + "token] [10250]", Config{}},
+		{"no TLS", "[] [10255]", Config{ReadOnlyPort: 10255}},
+		{"a certificate", "[/ca /c /k] [1]", Config{SecurePort: 1, KubeletCAPath: "/ca", CertificatePath: "/c", PrivateKeyPath: "/k"}},
+		{"namespaces", "[/t " + dir + "ca.crt /t] [10250 6443]", Config{SkipKubeletVerification: true, TokenPath: "/t", NamespaceLabels: []string{"team"}}},
+		{"an API server elsewhere", "[" + dir + "ca.crt " + dir + "token " + dir + "ca.crt " + dir + "token] [10250 443]", Config{APIServer: "https://a", NamespaceLabels: []string{"team"}}},
+	} {
+		files, ports := tt.cfg.Needs()
+		if got := fmt.Sprint(files, " ", ports); got != tt.want {
+			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
+		}
+	}
+}

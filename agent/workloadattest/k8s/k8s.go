@@ -168,7 +168,7 @@ func (m *Method) refresh(ctx context.Context, since time.Time) error {
 // ofKubernetes says whether a container that is not in the list may be in the next: one whose cgroup names a pod, and one
 // beside the agent's own, whose pod does not show.
 func ofKubernetes(c container.Container) bool {
-	return c.PodUID != "" || strings.HasPrefix(c.Path, "/..")
+	return c.PodUID != "" || strings.HasPrefix(c.Path, "/../") && !strings.HasPrefix(c.Path, "/../../")
 }
 
 func describe(c container.Container) string {
