@@ -24,9 +24,17 @@ import (
 	"github.com/signet-id/signet/test/signettest"
 )
 
-const childEnv = "SIGNET_TEST_ONBEHALF"
+// childEnv makes this program a workload, delegateEnv a delegate at the socket that it names.
+const childEnv, delegateEnv = "SIGNET_TEST_ONBEHALF", "SIGNET_TEST_DELEGATE"
 
 func TestMain(m *testing.M) {
+	if socket := os.Getenv(delegateEnv); socket != "" {
+		os.Exit(playDelegate(socket))
+	}
+	if fd := os.Getenv(sniffEnv); fd != "" {
+		sniff(fd)
+		os.Exit(0)
+	}
 	if os.Getenv(childEnv) != "" {
 		os.Stdout.WriteString("ready\n")
 		io.Copy(io.Discard, os.Stdin)
@@ -45,14 +53,33 @@ type world struct {
 	program string // what workloads run; this test runs another file
 }
 
+// A lockedLog can be read while it is written.
 type lockedLog struct {
-	mu   sync.Mutex
-	text strings.Builder
+	mu      sync.Mutex
+	text    strings.Builder
+	written chan struct{} // one slot
+}
+
+// await waits for text in the log.
+func (l *lockedLog) await(t testing.TB, text string) {
+	t.Helper()
+	limit := time.After(20 * time.Second)
+	for !strings.Contains(l.String(), text) {
+		select {
+		case <-l.written:
+		case <-limit:
+			t.Fatalf("the agent's log does not say %q", text)
+		}
+	}
 }
 
 func (l *lockedLog) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	select {
+	case l.written <- struct{}{}:
+	default:
+	}
 	return l.text.Write(p)
 }
 
@@ -72,7 +99,7 @@ func newWorld(t testing.TB, change func(w *world, c *agent.Config)) *world {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
-	w := &world{t: t, ctx: ctx, log: &lockedLog{}, dir: dir, program: filepath.Join(dir, "workload")}
+	w := &world{t: t, ctx: ctx, log: &lockedLog{written: make(chan struct{}, 1)}, dir: dir, program: filepath.Join(dir, "workload")}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
