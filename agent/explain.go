@@ -320,6 +320,7 @@ func (a *Agent) processesOf(ctx context.Context, peers *peer.Table, pod string) 
 		return nil, status.Errorf(codes.Internal, "listing processes: %v", err)
 	}
 	var pids []int32
+	asked := map[string]bool{} // by cgroup, whose processes are all of one container
 	for _, n := range names {
 		pid, err := strconv.ParseInt(n.Name(), 10, 32)
 		if err != nil {
@@ -328,7 +329,16 @@ func (a *Agent) processesOf(ctx context.Context, peers *peer.Table, pod string) 
 		if err := ctx.Err(); err != nil {
 			return nil, status.FromContextError(err).Err()
 		}
-		if a.isOfPod(ctx, peers, int32(pid), namespace, name) {
+		cgroup, err := readBounded("/proc/"+n.Name()+"/cgroup", 64<<10)
+		if err != nil || strings.TrimSpace(string(cgroup)) == "0::/" {
+			continue
+		}
+		of, known := asked[string(cgroup)]
+		if !known {
+			of = a.isOfPod(ctx, peers, int32(pid), namespace, name)
+			asked[string(cgroup)] = of
+		}
+		if of {
 			pids = append(pids, int32(pid))
 		}
 	}
@@ -338,12 +348,8 @@ func (a *Agent) processesOf(ctx context.Context, peers *peer.Table, pod string) 
 	return pids, nil
 }
 
-// isOfPod asks the attestor of Kubernetes alone, and only about processes that a cgroup of a pod holds.
+// isOfPod asks the attestor of Kubernetes alone whose the process is.
 func (a *Agent) isOfPod(ctx context.Context, peers *peer.Table, pid int32, namespace, name string) bool {
-	cgroup, err := readBounded("/proc/"+strconv.Itoa(int(pid))+"/cgroup", 64<<10)
-	if err != nil || strings.TrimSpace(string(cgroup)) == "0::/" {
-		return false
-	}
 	p, err := peers.Open(pid)
 	if err != nil {
 		return false

@@ -3,13 +3,10 @@ package why
 import (
 	"context"
 	"fmt"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -196,31 +193,6 @@ var agentSetups = []setup{
 		w.cgroup(p, "docker/"+strings.Repeat("5e", 32))
 		return pid(p)
 	}, want: why.AttestorFailed, says: "docker"},
-	{name: "kubelet down", root: true, make: maker{Agent: func(c *agent.Config) {
-		c.WorkloadAttestation.K8s = &agent.K8sAttestation{KubeletAddress: "127.0.0.1", KubeletReadOnlyPort: 1}
-	}}, build: inPod, want: why.AttestorFailed, says: "k8s"},
-	{name: "pod that the kubelet does not know", root: true, make: maker{Agent: func(c *agent.Config) {
-		c.WorkloadAttestation.K8s = &agent.K8sAttestation{KubeletAddress: "127.0.0.1", KubeletReadOnlyPort: emptyKubelet()}
-	}}, build: inPod, want: why.AttestorFailed, says: "k8s"},
-}
-
-// inPod builds a process in a pod's cgroup, with an entry for its namespace.
-func inPod(w *world) why.Target {
-	path := w.program("web/server")
-	w.entry(entrySpec{selectors: []string{"k8s:ns:prod", "unix:path:" + path}})
-	p := w.run(path, as(4711, 4711))
-	w.cgroup(p, "kubepods/burstable/pod3c5f0a52-95b6-4a1f-8c52-0d6a7a7d2a10/"+strings.Repeat("6f", 32))
-	return pid(p)
-}
-
-// emptyKubelet serves a pod list without pods, until the tests end.
-func emptyKubelet() int {
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprint(w, `{"kind":"PodList","apiVersion":"v1","items":[]}`)
-	}))
-	_, port, _ := strings.Cut(strings.TrimPrefix(s.URL, "http://"), ":")
-	n, _ := strconv.Atoi(port)
-	return n
 }
 
 // cgroup puts a process into a cgroup of that name.

@@ -229,3 +229,26 @@ func TestAgentWithHiddenProcesses(t *testing.T) {
 		t.Errorf("root, whom the agent cannot see either: status %d: %s", status, stderr)
 	}
 }
+
+// TestSaysNoSecrets: of a process's environment nothing is told but which endpoint it was given, and of SVIDs no key.
+func TestSaysNoSecrets(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to be other users; CI runs as root")
+	}
+	w := newWorld(t, maker{})
+	p, selectors := w.serverWith(env("PASSWORD=hunter2"), env("SPIFFE_ENDPOINT_SOCKET=unix://"+w.AgentSocket()), env("TOKEN=hunter2"))
+	w.issued(w.entry(entrySpec{selectors: selectors}))
+	answer := w.ask(pid(p))
+	if got := answer.Local.GetProcesses()[0].GetEndpoint().GetEnvironment(); got != "unix://"+w.AgentSocket() {
+		t.Errorf("the endpoint in its environment is %q", got)
+	}
+	text := answer.Local.String()
+	for _, secret := range []string{"hunter2", "PASSWORD", "TOKEN", "PRIVATE", "BEGIN"} {
+		if strings.Contains(text, secret) {
+			t.Errorf("%q is in the answer: %s", secret, text)
+		}
+	}
+	if !strings.Contains(text, "spiffe://example.org/web") {
+		t.Errorf("the entry is not in the answer: %s", text)
+	}
+}
