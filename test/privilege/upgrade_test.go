@@ -1,0 +1,197 @@
+package privilege
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"golang.org/x/sys/unix"
+)
+
+// activated is the agent of one of the two programs with a socket that somebody else holds, as systemd starts it.
+func (p *place) activated(program int, socket *os.File) *process {
+	agent := p.command(program, []uintptr{unix.CAP_SYS_PTRACE, unix.CAP_DAC_READ_SEARCH})
+	cmd := exec.Command("/bin/sh", append([]string{"-c", `LISTEN_PID=$$ exec "$@"`, "sh"}, agent.Args...)...)
+	cmd.SysProcAttr = agent.SysProcAttr
+	cmd.Env = append(os.Environ(), "LISTEN_FDS=1", "LISTEN_FDNAMES=workload")
+	cmd.ExtraFiles = []*os.File{socket}
+	return p.start(fmt.Sprintf("agent of version %d", program), cmd)
+}
+
+// runs waits until the process is the agent and answers.
+func (p *place) runs(ctx context.Context, agent *process, program int) {
+	p.t.Helper()
+	p.eventually(func() error {
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", agent.Process.Pid))
+		if err == nil && exe != programs[program] {
+			err = fmt.Errorf("%s runs", exe)
+		}
+		if err == nil && !strings.Contains(agent.out.String(), "agent starts") {
+			err = errors.New("the agent has not started")
+		}
+		return err
+	})
+	if err := fetch(ctx, p.endpoint()); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func fetch(ctx context.Context, addr string) error {
+	c, err := workloadapi.New(ctx, workloadapi.WithAddr(addr))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.FetchX509SVIDs(ctx)
+	return err
+}
+
+// A watcher counts what a go-spiffe stream gets.
+type watcher struct{ updates, errors atomic.Int64 }
+
+func (w *watcher) OnX509ContextUpdate(*workloadapi.X509Context) { w.updates.Add(1) }
+func (w *watcher) OnX509ContextWatchError(error)                { w.errors.Add(1) }
+
+// TestUpgradeWithStreamsOpen changes the agent's program for a newer one and back, with the socket held by who starts it,
+// while a hundred streams are open and callers come all the time: no call fails, and every stream goes on. A killed agent
+// fails the calls that are under way, and no others.
+func TestUpgradeWithStreamsOpen(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	s := newSite(t)
+	s.apply(fmt.Sprintf("{kind: Identity, name: web, spiffeID: /web, match: [\"unix:uid:%d\"]}\n", os.Getuid()))
+	p := s.place(agentUser, "sandbox: {landlock: auto, seccomp: require}\n")
+	path := filepath.Join(p.dir, "run", "agent.sock")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := os.Chmod(path, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	socket, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	agent := p.activated(0, socket)
+	p.eventually(func() error { return fetch(ctx, p.endpoint()) })
+
+	streams := make([]watcher, 100)
+	var all sync.WaitGroup
+	defer all.Wait()
+	clients, stop := context.WithCancel(ctx)
+	defer stop()
+	for i := range streams {
+		c, err := workloadapi.New(ctx, workloadapi.WithAddr(p.endpoint()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all.Go(func() {
+			defer c.Close()
+			_ = c.WatchX509Context(clients, &streams[i]) // ends with its context
+		})
+	}
+	// settled waits until each stream has had a message of the present agent.
+	settled := func(atLeast int64) {
+		t.Helper()
+		s.eventually(func() error {
+			for i := range streams {
+				if n := streams[i].updates.Load(); n < atLeast {
+					return fmt.Errorf("stream %d has had %d messages, want %d", i, n, atLeast)
+				}
+			}
+			return nil
+		})
+	}
+	settled(1)
+	var done, failed atomic.Int64
+	var why atomic.Value
+	for range 4 {
+		all.Go(func() {
+			for clients.Err() == nil {
+				if err := fetch(clients, p.endpoint()); err == nil {
+					done.Add(1)
+				} else if clients.Err() == nil {
+					failed.Add(1)
+					why.Store(err.Error())
+				}
+			}
+		})
+	}
+	for round, program := range []int{1, 0, 1} { // up, down, up
+		before := done.Load()
+		if err := agent.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		<-agent.done
+		if !agent.ProcessState.Success() {
+			t.Errorf("the agent ended with %v", agent.ProcessState)
+		}
+		if _, err := os.Lstat(path); err != nil {
+			t.Fatalf("the agent has removed a socket that is not its own: %v", err)
+		}
+		agent = p.activated(program, socket)
+		p.runs(ctx, agent, program)
+		settled(int64(round) + 2)
+		s.eventually(func() error {
+			if done.Load() < before+20 {
+				return errors.New("callers do not go on")
+			}
+			return nil
+		})
+	}
+	if n := failed.Load(); n != 0 {
+		t.Errorf("%d of %d fetches failed, such as: %v", n, n+done.Load(), why.Load())
+	}
+	t.Logf("%d fetches in three changes of the program", done.Load())
+
+	if err := agent.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-agent.done
+	agent = p.activated(0, socket)
+	p.runs(ctx, agent, 0)
+	settled(5)
+	if n := failed.Load(); n > 4 {
+		t.Errorf("%d fetches failed after a kill, but only 4 can have been under way: %v", n, why.Load())
+	}
+}
+
+// TestSocketOfAnotherPath: a unit whose socket is elsewhere than socket_path is refused, with both names.
+func TestSocketOfAnotherPath(t *testing.T) {
+	s := newSite(t)
+	p := s.place(0, "")
+	for _, name := range []string{"agent.sock", "other.sock"} {
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: filepath.Join(p.dir, "run", name)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		if name == "agent.sock" {
+			continue // what is at socket_path
+		}
+		socket, err := l.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer socket.Close()
+		agent := p.activated(0, socket)
+		<-agent.done
+		if said := agent.out.String(); agent.ProcessState.Success() || !strings.Contains(said, "ListenStream must be socket_path") || !strings.Contains(said, "other.sock") {
+			t.Errorf("the agent ended with %v and said %s", agent.ProcessState, said)
+		}
+	}
+}
