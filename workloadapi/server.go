@@ -347,7 +347,6 @@ func (s *Server) Run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		s.health.Shutdown()
-		s.stop(ErrStopping)
 		s.stopGRPC()
 		<-served
 	case err = <-served:
@@ -382,6 +381,7 @@ func (s *Server) stopGRPC() {
 // Close ends what still runs, without grace, and removes the socket. Run does it by itself.
 func (s *Server) Close() error {
 	s.closeOnce.Do(func() {
+		s.leave()
 		s.stop(ErrStopping)
 		s.health.Shutdown()
 		s.grpc.Stop()

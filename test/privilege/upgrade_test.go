@@ -64,7 +64,7 @@ func (w *watcher) OnX509ContextUpdate(*workloadapi.X509Context) { w.updates.Add(
 func (w *watcher) OnX509ContextWatchError(error)                { w.errors.Add(1) }
 
 // TestUpgradeWithStreamsOpen changes the agent's program for a newer one and back, with the socket held by who starts it,
-// while a hundred streams are open and callers come all the time: no call fails, and every stream goes on. A killed agent
+// while hundreds of streams are open and callers come all the time: no call fails, and every stream goes on. A killed agent
 // fails the calls that are under way, and no others.
 func TestUpgradeWithStreamsOpen(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -89,7 +89,7 @@ func TestUpgradeWithStreamsOpen(t *testing.T) {
 	agent := p.activated(0, socket)
 	p.eventually(func() error { return fetch(ctx, p.endpoint()) })
 
-	streams := make([]watcher, 100)
+	streams := make([]watcher, 300)
 	var all sync.WaitGroup
 	defer all.Wait()
 	clients, stop := context.WithCancel(ctx)
