@@ -2,7 +2,6 @@ package agent
 
 import (
 	"bufio"
-	"cmp"
 	"fmt"
 	"net"
 	"net/url"
@@ -127,33 +126,6 @@ func (c *SealedCache) needs() need {
 		n.keyring = true
 	case c.Key == "tpm":
 		n.devices, n.read = []string{c.TPMDevice}, []string{"/sys/class/tpm", "/sys/devices"}
-	}
-	return n
-}
-
-func (c *K8sAttestation) needs() need {
-	k := c.config()
-	n := need{feature: "workload_attestation.k8s"}
-	for _, file := range []string{k.KubeletCAPath, k.TokenPath, k.CertificatePath, k.PrivateKeyPath, c.APIServerCAPath} {
-		if file != "" {
-			n.read = append(n.read, filepath.Dir(file))
-		}
-	}
-	n.read = append(n.read, "/var/run/secrets/kubernetes.io/serviceaccount")
-	port := 10250
-	switch {
-	case c.KubeletReadOnlyPort != 0:
-		port = c.KubeletReadOnlyPort
-	case c.KubeletSecurePort != 0:
-		port = c.KubeletSecurePort
-	}
-	n.ports = []uint16{uint16(port)}
-	if len(c.NamespaceLabels) > 0 {
-		api := c.APIServer
-		if api == "" {
-			api = "https://" + net.JoinHostPort("kubernetes", cmp.Or(os.Getenv("KUBERNETES_SERVICE_PORT"), "443"))
-		}
-		n.ports = append(n.ports, portOf(api))
 	}
 	return n
 }
