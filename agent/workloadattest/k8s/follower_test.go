@@ -67,6 +67,20 @@ func TestListsAreApart(t *testing.T) {
 		if len(fetch.calls) != n {
 			t.Errorf("%d lists for nobody", len(fetch.calls)-n)
 		}
+		// Nor for those who left before it was time for the next one.
+		if _, err := f.since(t.Context(), time.Now()); err != nil {
+			t.Error(err)
+		}
+		n = len(fetch.calls)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if _, err := f.since(ctx, time.Now()); err == nil {
+			t.Error("a list came within a millisecond")
+		}
+		time.Sleep(time.Hour)
+		if len(fetch.calls) != n {
+			t.Errorf("%d lists for those who left", len(fetch.calls)-n)
+		}
 		// After a rest the next one begins at once.
 		begun := time.Now()
 		if _, err := f.since(t.Context(), begun); err != nil || time.Since(begun) > 20*time.Millisecond {
