@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/signet-id/signet/agent/examiner"
+	"github.com/signet-id/signet/agent/workloadattest/docker"
 	"github.com/signet-id/signet/internal/sandbox"
 )
 
@@ -132,6 +133,9 @@ func (c *SealedCache) needs() need {
 
 func (d *DockerAttestation) needs() need {
 	n := need{feature: "workload_attestation.docker", devices: d.Sockets, othersSockets: d.Rootless}
+	if d.Sockets == nil {
+		n.devices = docker.RootSockets
+	}
 	if d.Rootless {
 		n.feature, n.read = "workload_attestation.docker.rootless", []string{"/run/user"}
 	}
