@@ -209,7 +209,7 @@ func New(cfg Config) (*Server, error) {
 	s.leaving, s.leave = context.WithCancel(context.Background())
 	s.stopping, s.stop = context.WithCancelCause(context.Background())
 	s.grpc = grpc.NewServer(
-		grpc.Creds(peers.Credentials()),
+		grpc.Creds(greeting{peers.Credentials()}),
 		grpc.MaxRecvMsgSize(maxRequestBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
@@ -341,12 +341,14 @@ func (c *Config) listen() (*socket, error) {
 func (s *Server) Run(ctx context.Context) error {
 	s.health.Resume()
 	served := make(chan error, 1)
-	go func() { served <- s.grpc.Serve(s.socket.listener) }()
+	connections := newAcceptor(s.socket.listener)
+	go func() { served <- s.grpc.Serve(connections) }()
 
 	var err error
 	select {
 	case <-ctx.Done():
 		s.health.Shutdown()
+		connections.pause()
 		s.stopGRPC()
 		<-served
 	case err = <-served:
