@@ -3,7 +3,9 @@ package agent
 import (
 	"bytes"
 	"cmp"
+	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -50,13 +52,15 @@ func endpointOf(pid int32, socket string, state peer.Snapshot) *agentv1.Endpoint
 }
 
 // obstacle is what keeps a process with that root directory from the agent's socket at path: "missing", "denied", "other" if
-// there is something else, or nothing.
+// there is something else, or nothing, also where the agent cannot look.
 func obstacle(root int, path, socket string, state peer.Snapshot) (what, at string) {
 	for d := "/"; ; {
 		st, acl, err := lookIn(root, d)
 		switch {
-		case err != nil:
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
 			return "missing", d
+		case err != nil: // the agent may not look there itself, such as under Landlock: nothing is known
+			return "", ""
 		case d == path:
 			var own unix.Stat_t
 			if unix.Stat(socket, &own) == nil && (own.Dev != st.Dev || own.Ino != st.Ino) {
