@@ -48,11 +48,40 @@ type child struct {
 	lines *bufio.Reader
 }
 
-// spawn starts a child, which may open so many descriptors.
-func spawn(t *testing.T, as string, descriptors int, args ...string) *child {
+// maxOpen is how many descriptors a process here may open.
+const maxOpen = 20_000
+
+// as starts the test binary in a role.
+func as(t *testing.T, who string, args ...string) *child { return spawn(t, os.Args[0], who, args...) }
+
+// built are the programs as they are released, made once.
+var built = sync.OnceValues(func() (dir string, err error) {
+	if dir, err = os.MkdirTemp("", "signet-built"); err != nil {
+		return "", err
+	}
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", dir+"/", "github.com/signet-id/signet/cmd/signet", "github.com/signet-id/signet/cmd/signet-agent")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return dir, nil
+})
+
+// program starts one of the built programs.
+func program(t *testing.T, name string, args ...string) *child {
 	t.Helper()
-	cmd := exec.Command("sh", append([]string{"-c", `ulimit -n ` + strconv.Itoa(descriptors) + `; exec "$0" "$@"`, os.Args[0]}, args...)...)
-	cmd.Env = append(os.Environ(), role+"="+as)
+	dir, err := built()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return spawn(t, filepath.Join(dir, name), "", args...)
+}
+
+// spawn starts a child.
+func spawn(t *testing.T, path, who string, args ...string) *child {
+	t.Helper()
+	cmd := exec.Command("sh", append([]string{"-c", `ulimit -n ` + strconv.Itoa(maxOpen) + `; exec "$0" "$@"`, path}, args...)...)
+	cmd.Env = append(os.Environ(), role+"="+who)
 	cmd.Stderr = &bytes.Buffer{}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err := cmd.StdinPipe()
@@ -161,7 +190,7 @@ func newSite(t *testing.T) *site {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	s := &site{t: t, dir: dir, addr: freeAddress(t)}
 	s.write("ca.yaml", fmt.Sprintf("trust_domain: example.org\nlisten: %s\ndata_dir: %s/ca\nadmin_socket: {path: %s/ca.sock}\nseal: {key_file: %s/seal.key, create: true}\naudit: {reserve_bytes: 2097152}\nlimits: {x509: {rate: -1}}\n", s.addr, dir, dir, dir))
-	spawn(t, "signet", 20_000, "ca", "run", "--config", dir+"/ca.yaml")
+	program(t, "signet", "ca", "run", "--config", dir+"/ca.yaml")
 	if s.admin, err = grpc.NewClient("unix://"+dir+"/ca.sock", grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		t.Fatal(err)
 	}
@@ -203,7 +232,7 @@ func (s *site) agent(ctx context.Context, name, config string) *agent {
 	s.write(name+".token", token.GetToken()+"\n")
 	s.write(name+".yaml", fmt.Sprintf("trust_domain: example.org\nserver_address: %s\ndata_dir: %s/%s\nsocket_path: %s\njoin_token_file: %s/%s.token\nmetrics: {listen: %s}\n%s",
 		s.addr, s.dir, name, a.socket, s.dir, name, a.metrics, config))
-	a.child = spawn(s.t, "signet", 20_000, "agent", "run", "--config", filepath.Join(s.dir, name+".yaml"))
+	a.child = program(s.t, "signet-agent", "-config", filepath.Join(s.dir, name+".yaml"))
 	s.until(ctx, "agent "+name, func() bool { return a.metric(ctx, "signet_agent_revision") > 0 })
 	return a
 }
@@ -302,7 +331,7 @@ func bareBeside(ctx context.Context, s *site, a *agent) (*child, string) {
 		s.t.Fatal(err)
 	}
 	socket := filepath.Join(s.dir, "bare.sock")
-	b := spawn(s.t, "bare", 20_000, socket)
+	b := as(s.t, "bare", socket)
 	for _, m := range []proto.Message{x, j} {
 		raw, err := proto.Marshal(m)
 		if err != nil {
@@ -415,7 +444,7 @@ func TestMemory(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
 	s := newSite(t)
-	a := s.agent(ctx, "streams", "max_streams: 12000\nmax_streams_per_uid: 12000\n")
+	a := s.agent(ctx, "streams", "max_streams: 12000\nmax_streams_per_uid: 12000\nmax_calls_per_second: -1\n")
 	s.identities(ctx, "streams", 1, true, "")
 	few := s.agent(ctx, "few", "")
 	s.identities(ctx, "few", 10, false, "")
@@ -427,6 +456,11 @@ func TestMemory(t *testing.T) {
 	agents := map[string]*child{"agent": a.child, "bare": b}
 	before, beforeFDs := map[string]int{}, map[string]int{}
 	rest(t, ctx)
+	parts := []string{"go_memstats_heap_inuse_bytes", "go_memstats_stack_inuse_bytes", "go_goroutines"}
+	beforeParts := map[string]float64{}
+	for _, p := range parts {
+		beforeParts[p] = a.metric(ctx, p)
+	}
 	for name, c := range agents {
 		before[name], beforeFDs[name] = c.rss(), c.descriptors()
 	}
@@ -434,13 +468,16 @@ func TestMemory(t *testing.T) {
 	open := 0
 	for _, n := range []int{1000, 10_000} {
 		for _, socket := range []string{a.socket, bareSocket} {
-			spawn(t, "workloads", 20_000, socket, strconv.Itoa(n-open)).ready()
+			as(t, "workloads", socket, strconv.Itoa(n-open)).ready()
 		}
 		open = n
 		rest(t, ctx)
 		each := map[string]float64{}
 		for name, c := range agents {
 			each[name] = float64(c.rss()-before[name]) / float64(n)
+		}
+		for _, p := range parts {
+			t.Logf("%d idle streams: %s grew by %.2f each", n, p, (a.metric(ctx, p)-beforeParts[p])/float64(n))
 		}
 		t.Logf("%d idle streams: %.1f KiB each, bare %.1f KiB, ratio %.2f; %.2f descriptors each, bare %.2f", n, each["agent"], each["bare"], each["agent"]/each["bare"],
 			float64(a.descriptors()-beforeFDs["agent"])/float64(n), float64(b.descriptors()-beforeFDs["bare"])/float64(n))

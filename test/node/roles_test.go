@@ -12,11 +12,9 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/signal"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -24,22 +22,20 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
-
-	"github.com/signet-id/signet/internal/cli"
 )
 
-// role makes the test binary be another program than the test: signet itself, a bare gRPC server, or many workloads.
+// role makes the test binary be another program than the test: a bare gRPC server, or many workloads.
 const role = "SIGNET_NODE_ROLE"
 
 func TestMain(m *testing.M) {
 	var err error
 	switch os.Getenv(role) {
 	case "":
-		os.Exit(m.Run())
-	case "signet":
-		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-		defer stop()
-		os.Exit(cli.Main(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+		code := m.Run()
+		if dir, err := built(); err == nil {
+			os.RemoveAll(dir)
+		}
+		os.Exit(code)
 	case "bare":
 		err = bare(os.Args[1])
 	case "workloads":
