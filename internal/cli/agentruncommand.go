@@ -11,7 +11,7 @@ import (
 const examineName = "examiner"
 
 func (a *app) agentExamineCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: examineName + " MODE", Short: "The part of the agent that looks at executables", Hidden: true}
+	cmd := &cobra.Command{Use: examineName + " MODE", Short: "The part of the agent that looks at executables", Hidden: true, Args: exactArgs("MODE")}
 	cmd.RunE = func(_ *cobra.Command, args []string) error { return agentrun.Examine(args) }
 	return cmd
 }
