@@ -217,8 +217,8 @@ func (l *logSealer) additional() []byte {
 	return binary.BigEndian.AppendUint32(append([]byte(nil), l.ad...), l.frames)
 }
 
-// errFull says that a log can take no more frames; another is begun.
-var errFull = errors.New("the log has as many frames as one may have")
+// errFull says that a log can take no more; another is begun.
+var errFull = errors.New("the log has as much as one may have")
 
 // seal appends a frame to out.
 func (l *logSealer) seal(out, plain []byte) ([]byte, error) {

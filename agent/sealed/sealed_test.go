@@ -549,6 +549,28 @@ func TestLogIsBegunAnew(t *testing.T) {
 	}
 }
 
+// A log that has used up its nonces, or its bytes, is not appended to.
+func TestLogIsFull(t *testing.T) {
+	for name, fill := range map[string]func(*logFile){
+		"frames": func(l *logFile) { l.sealer.frames = 1<<32 - 1 },
+		"bytes":  func(l *logFile) { l.length, l.began = maxLogBytes-10, maxLogBytes-10 },
+	} {
+		r := newRig(t, File{})
+		s, _ := r.open()
+		r.fill(s)
+		first := r.logFile()
+		fill(s.log)
+		s.Hold("a", 9, true, []byte("after"), []byte("secret of a"))
+		r.write(s)
+		if r.logFile() == first {
+			t.Errorf("%s: the log was appended to", name)
+		}
+		if _, c := r.mustRestore(); len(c.SVIDs) != 2 {
+			t.Errorf("%s: %d SVIDs", name, len(c.SVIDs))
+		}
+	}
+}
+
 // The agent's ID becomes known, or another one, while it runs.
 func TestOwn(t *testing.T) {
 	r := newRig(t, File{})

@@ -206,13 +206,19 @@ func (s *Store) write(ctx context.Context, t *take) (err error) {
 			s.closeLog()
 		}
 	}()
-	if l := s.log; l == nil || l.owner != t.owner || l.length > minGrown && l.length > growth*l.began {
+	anew := s.log == nil || s.log.owner != t.owner || s.log.length > minGrown && s.log.length > growth*s.log.began
+	if !anew {
+		if err := s.appendLog(changed); err != nil && !errors.Is(err, errFull) {
+			return err
+		} else if err != nil {
+			anew = true
+		}
+	}
+	if anew {
 		if err := s.beginLog(t.owner); err != nil {
 			return err
 		}
 		t.weighty = t.weighty || old == nil
-	} else if err := s.appendLog(changed); err != nil {
-		return err
 	}
 	if err := s.writeHead(ctx, t); err != nil {
 		return err
@@ -315,6 +321,9 @@ func (s *Store) appendLog(changed []recordKey) error {
 	data, err := s.seal(s.log.sealer, nil, slices.Values(changed))
 	if err != nil {
 		return err
+	}
+	if s.log.length+uint64(len(data)) > maxLogBytes {
+		return errFull
 	}
 	if _, err := s.log.file.Write(data); err != nil {
 		return err

@@ -10,6 +10,8 @@ import (
 	"log/slog"
 	"os"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/signet-id/signet/agent"
 	"github.com/signet-id/signet/agent/examiner"
 	"github.com/signet-id/signet/internal/cli/daemon"
@@ -42,6 +44,10 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 	c, err := read()
 	if err != nil {
 		return err
+	}
+	// The memory holds the keys of all workloads; no crash may bring it to a disk.
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("switching core dumps off: %w", err)
 	}
 	log := daemon.Logger(stderr, c.Logging.Format)
 	notifier, err := manager.NewNotifier()
