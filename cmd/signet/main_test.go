@@ -9,6 +9,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/signet-id/signet/agent"
 	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/internal/dev"
 	"github.com/signet-id/signet/test/signettest"
@@ -59,7 +60,7 @@ func startSignet(env *testscript.Env) error {
 	}
 	i, err := dev.Start(context.Background(), dev.Config{Dir: dir, NodeGroups: []string{"backend"}, CA: func(c *ca.Config) {
 		c.Audit.Reserve, c.WIT.Enabled, c.Upstream.Disk = 1<<20, true, above
-	}})
+	}, Agent: func(c *agent.Config) { c.WIT.Enabled = true }})
 	if err != nil {
 		return err
 	}

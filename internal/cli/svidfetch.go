@@ -61,8 +61,8 @@ program that reads them is told by --exec or --signal. Files change as one set.`
 		}
 		defer done()
 		config.X509 = true
-		config.OnState = func(x *workloadapi.X509Context, _ map[string]*jwtsvid.SVID) error {
-			return a.printX509(*output, config.Layout, f.dir, x)
+		config.OnState = func(s svidfiles.State) error {
+			return a.printX509(*output, config.Layout, f.dir, s.X509)
 		}
 		if f.watch {
 			return a.keep(cmd.Context(), config, "X509-SVIDs")
@@ -138,9 +138,9 @@ replaced at half of its life, and the program that reads it is told by --exec or
 			}
 			defer done()
 			config.ID = params.Subject
-			config.OnState = func(_ *workloadapi.X509Context, tokens map[string]*jwtsvid.SVID) error {
-				for _, audience := range slices.Sorted(maps.Keys(tokens)) {
-					t := tokens[audience]
+			config.OnState = func(s svidfiles.State) error {
+				for _, audience := range slices.Sorted(maps.Keys(s.Tokens)) {
+					t := s.Tokens[audience]
 					fmt.Fprintf(a.stdout, "%s\naudience %s\nvalid until %s (%s)\nwrote %s\n", t.ID, escape(audience), stamp(t.Expiry), left(t.Expiry, a.now()),
 						escape(filepath.Join(f.dir, config.Layout.Tokens[audience])))
 				}

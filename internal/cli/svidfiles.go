@@ -12,8 +12,6 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
-	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
-	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/signet-id/signet/internal/daemon"
 	"github.com/signet-id/signet/internal/svidfiles"
@@ -215,9 +213,9 @@ func (a *app) keep(ctx context.Context, c svidfiles.Config, what string) (err er
 		err = errors.Join(err, manager.Close())
 	}()
 	show := c.OnState
-	c.OnState = func(x *workloadapi.X509Context, tokens map[string]*jwtsvid.SVID) error {
+	c.OnState = func(s svidfiles.State) error {
 		manager.Ready("the files are there")
-		return show(x, tokens)
+		return show(s)
 	}
 	return workloadError("watching "+what, svidfiles.NewKeeper(c).Run(ctx))
 }

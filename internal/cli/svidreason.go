@@ -67,7 +67,7 @@ func reasonHint(r endpoint.Reason) string {
 	case endpoint.ReasonTokenInvalid:
 		return "'signet svid inspect FILE' shows the token and what is wrong with it"
 	case endpoint.ReasonDisabled:
-		return "the agent's configuration switches this off"
+		return "the agent's configuration switches this off; WIT-SVIDs need wit.enabled: true there and in the CA's configuration"
 	case endpoint.ReasonInternal:
 		return "the agent's log says more"
 	}

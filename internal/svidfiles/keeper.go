@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/exp/svid/witsvid"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
@@ -29,15 +30,22 @@ type Teller interface {
 	String() string
 }
 
-// Config is what a Keeper needs. Options, and X509 or Layout.Tokens, have no default.
+// A State is what the files show. What was not asked for is nil.
+type State struct {
+	X509   *workloadapi.X509Context
+	Tokens map[string]*jwtsvid.SVID // by audience
+	WIT    []*witsvid.SVID
+}
+
+// Config is what a Keeper needs. Options, and X509, WIT or Layout.Tokens, have no default.
 type Config struct {
 	// Options say where the Workload API is.
 	Options []workloadapi.ClientOption
 
-	// X509 asks for X509-SVIDs. Without it only tokens are kept.
-	X509 bool
+	// X509 asks for X509-SVIDs, WIT for WIT-SVIDs. At most one of them is set. Without both only tokens are kept.
+	X509, WIT bool
 
-	// ID is whose tokens are kept. Zero: those of the first identity.
+	// ID is whose tokens are kept. Zero: JWT-SVIDs of the first identity, WIT-SVIDs of all.
 	ID spiffeid.ID
 
 	// Dir is where files go, and Layout says what they are called. Nil: nowhere.
@@ -53,7 +61,7 @@ type Config struct {
 
 	// OnState is called with what the files show, after they have been written. An error ends a Keeper that never had
 	// anything to show before.
-	OnState func(*workloadapi.X509Context, map[string]*jwtsvid.SVID) error
+	OnState func(State) error
 
 	// Warn gets what an operator should know: one thing, and why.
 	Warn func(error)
@@ -69,6 +77,8 @@ type Keeper struct {
 	latest latest
 
 	x509    *workloadapi.X509Context
+	wit     []*witsvid.SVID
+	witAt   time.Time // when they came
 	tokens  map[string]*jwtsvid.SVID
 	replace map[string]time.Time // when a token is to be replaced
 	shown   bool                 // the files show something
@@ -106,6 +116,9 @@ func (k *Keeper) Run(ctx context.Context) error {
 	if k.cfg.X509 {
 		following.Go(func() { ended <- workloadapi.WatchX509Context(ctx, &k.latest, k.cfg.Options...) })
 	}
+	if k.cfg.WIT {
+		following.Go(func() { ended <- k.followWIT(ctx) })
+	}
 	if len(k.cfg.Layout.Tokens) > 0 && !k.cfg.X509 {
 		k.fetchAt = k.cfg.Now() // otherwise with the first X509-SVID
 	}
@@ -119,7 +132,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 			if ctx.Err() != nil {
 				return nil
 			}
-			return fmt.Errorf("following X509-SVIDs: %w", err)
+			return err
 		case <-k.latest.changed:
 			k.take()
 		case <-timer.C:
@@ -175,7 +188,7 @@ func (k *Keeper) wait() time.Duration {
 
 // complete says whether all that belongs to a set is there.
 func (k *Keeper) complete() bool {
-	if k.cfg.X509 && k.x509 == nil {
+	if k.cfg.X509 && k.x509 == nil || k.cfg.WIT && k.wit == nil {
 		return false
 	}
 	for audience := range k.cfg.Layout.Tokens {
@@ -188,9 +201,9 @@ func (k *Keeper) complete() bool {
 
 // take takes over what the Workload API has said last.
 func (k *Keeper) take() {
-	x, err := k.latest.take()
-	if x != nil {
-		k.x509, k.due, k.gone = x, true, false
+	x, wit, err := k.latest.take()
+	if x != nil || wit != nil {
+		k.x509, k.wit, k.witAt, k.due, k.gone = x, wit, k.cfg.Now(), true, false
 		k.writeAt = time.Time{}
 		k.warnAt = k.nextWarning(time.Time{})
 		if len(k.tokens) < len(k.cfg.Layout.Tokens) {
@@ -220,7 +233,7 @@ func (k *Keeper) failed(err error) {
 		return
 	}
 	k.cfg.Warn(fmt.Errorf("the identity is gone, and the files with it: %w", err))
-	k.x509, k.due, k.shown, k.warnAt = nil, false, false, time.Time{}
+	k.x509, k.wit, k.due, k.shown, k.warnAt = nil, nil, false, false, time.Time{}
 	clear(k.tokens)
 	if k.cfg.Dir != nil {
 		if err := k.cfg.Dir.Remove(); err != nil {
@@ -237,12 +250,17 @@ func (k *Keeper) show() error {
 		if err != nil {
 			return err
 		}
+		tokens, err := witFiles(k.wit)
+		if err != nil {
+			return err
+		}
+		files = append(files, tokens...)
 		if err := k.cfg.Dir.Publish(files); err != nil {
 			return err
 		}
 	}
 	if k.cfg.OnState != nil {
-		if err := k.cfg.OnState(k.x509, k.tokens); err != nil {
+		if err := k.cfg.OnState(State{X509: k.x509, Tokens: k.tokens, WIT: k.wit}); err != nil {
 			return err
 		}
 	}
@@ -352,6 +370,9 @@ func (k *Keeper) endings() []ending {
 			all = append(all, ending{"the X509-SVID " + s.ID.String(), s.Certificates[0].NotBefore, s.Certificates[0].NotAfter})
 		}
 	}
+	for _, s := range k.wit {
+		all = append(all, ending{"the WIT-SVID " + s.ID.String(), k.witAt, s.Expiry})
+	}
 	for _, t := range k.tokens {
 		all = append(all, ending{"the JWT-SVID for " + strings.Join(t.Audience, " "), issued(t, t.Expiry), t.Expiry})
 	}
@@ -391,6 +412,7 @@ type latest struct {
 
 	mu  sync.Mutex
 	x   *workloadapi.X509Context
+	wit []*witsvid.SVID
 	err error
 }
 
@@ -404,12 +426,12 @@ func (l *latest) put(f func()) {
 	}
 }
 
-func (l *latest) take() (*workloadapi.X509Context, error) {
+func (l *latest) take() (*workloadapi.X509Context, []*witsvid.SVID, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	x, err := l.x, l.err
-	l.x, l.err = nil, nil
-	return x, err
+	x, wit, err := l.x, l.wit, l.err
+	l.x, l.wit, l.err = nil, nil, nil
+	return x, wit, err
 }
 
 // OnX509ContextUpdate implements workloadapi.X509ContextWatcher.
@@ -437,6 +459,11 @@ func (k *Keeper) Once(ctx context.Context) error {
 	var err error
 	if k.cfg.X509 {
 		if k.x509, err = workloadapi.FetchX509Context(ctx, k.cfg.Options...); err != nil {
+			return err
+		}
+	}
+	if k.cfg.WIT {
+		if k.wit, err = workloadapi.FetchWITSVIDs(ctx, k.idAsked(), k.cfg.Options...); err != nil {
 			return err
 		}
 	}
