@@ -27,6 +27,7 @@ import (
 //
 //	fetch SOCKET      follow the X509-SVIDs; then obey lines of input
 //	fetchfd FD        the same over an inherited connection
+//	connect SOCKET    connect, say so and obey
 //	pass SOCKET       connect, hand the connection to a new process that runs fetchfd, and obey
 //	sniff FD MARK     read raw bytes from FD and say whether MARK was among them when it ends
 //	flood SOCKET N    open up to N connections and hold them
@@ -38,7 +39,7 @@ func child(args []string, in io.Reader, out io.Writer) int {
 	var conn net.Conn
 	var err error
 	switch args[0] {
-	case "fetch", "pass":
+	case "fetch", "pass", "connect":
 		conn, err = net.Dial("unix", args[1])
 	case "fetchfd", "sniff":
 		var fd int
@@ -80,6 +81,8 @@ func child(args []string, in io.Reader, out io.Writer) int {
 			return 1
 		}
 		defer keep.Close()
+	case "connect":
+		fmt.Fprintln(out, "connected")
 	case "sniff":
 		go sniff(conn, args[2], out)
 	case "flood":

@@ -178,7 +178,48 @@ func TestWEP_21_UserChangeBeforePush(t *testing.T) {
 	w.want(t, "now uid 23001")
 	user := a.identity(t, "/user")
 	src.change(func() { src.entries[1].identity = user })
-	w.want(t, "end PermissionDenied the process no longer holds the user id")
+	w.want(t, "end PermissionDenied the process has become another user or group")
+}
+
+// A user's process that has connected becomes a program with a set-user-ID or set-group-ID bit, such as su, and lives on as
+// that, while another process of the user holds the connection: it must not be answered as who the program runs as.
+func TestWEP_21_SetIDProgramAfterConnecting(t *testing.T) {
+	requireRoot(t)
+	a := newAuthority(t, "example.org", "k1")
+	src := newMemory(a,
+		entry{match: having("unix:uid:0"), identity: a.identity(t, "/root")},
+		entry{match: having("unix:uid:23002"), identity: a.identity(t, "/service")},
+		entry{match: having("unix:uid:23001"), identity: a.identity(t, "/user")})
+	e := serveAt(t, filepath.Join(openDir(t), "agent.sock"), src)
+	for _, tt := range []struct {
+		name     string
+		uid, gid int
+		mode     os.FileMode
+	}{
+		{"setuid", 0, 0, 0o755 | os.ModeSetuid},
+		{"setgid", 0, 23009, 0o755 | os.ModeSetgid},
+		{"both", 23002, 23009, 0o755 | os.ModeSetuid | os.ModeSetgid},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			exe := copyOfSelf(t, "su")
+			if err := os.Chown(exe, tt.uid, tt.gid); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chmod(exe, tt.mode); err != nil {
+				t.Fatal(err)
+			}
+			w := startChild(t, copyOfSelf(t, "workload"), asUser(23001), "connect", e.path)
+			w.want(t, "connected")
+			w.say(t, "exec "+exe+" fetchfd FD")
+			w.want(t, "end PermissionDenied the process has become another user or group")
+
+			// One that connects as what the bits make it is that.
+			w = startChild(t, exe, asUser(23001), "fetch", e.path)
+			if line := w.want(t, "svid "); strings.Contains(line, "/user") != (tt.mode&os.ModeSetuid == 0) {
+				t.Errorf("a program that connected with its bits got %q", line)
+			}
+		})
+	}
 }
 
 func TestWEP_22_PassedConnectionEndsWithItsOpener(t *testing.T) {

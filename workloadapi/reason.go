@@ -18,7 +18,7 @@ type Reason string
 const (
 	ReasonNoIdentity          Reason = "NO_IDENTITY"           // PermissionDenied: no registration entry matches, or not for the ID that was asked for
 	ReasonForeignPIDNamespace Reason = "FOREIGN_PID_NAMESPACE" // PermissionDenied: the agent cannot see the caller's process
-	ReasonUserChanged         Reason = "USER_CHANGED"          // PermissionDenied: the process gave up the user that it connected as
+	ReasonUserChanged         Reason = "USER_CHANGED"          // PermissionDenied: the process is another user or group than it connected as
 	ReasonHeaderMissing       Reason = "HEADER_MISSING"        // InvalidArgument: the security header is not there
 	ReasonInvalidArgument     Reason = "INVALID_ARGUMENT"      // InvalidArgument: another mistake in the request, which the text names
 	ReasonTokenInvalid        Reason = "TOKEN_INVALID"         // InvalidArgument: the JWT-SVID to be validated is not valid

@@ -49,7 +49,7 @@ func reasonHint(r endpoint.Reason) string {
 	case endpoint.ReasonForeignPIDNamespace:
 		return "the agent runs in a PID namespace of its own and cannot see who calls: run it with hostPID: true, or --pid=host"
 	case endpoint.ReasonUserChanged:
-		return "the process changed its user after it connected: connect as the user that the registration entry names"
+		return "the process changed its user or group after it connected: connect as the user that the registration entry names"
 	case endpoint.ReasonNotReady, endpoint.ReasonCAUnavailable:
 		return "the agent has no use of its CA now: 'signet agent status', run by an admin of this node, says since when and why"
 	case endpoint.ReasonIdentityPending:

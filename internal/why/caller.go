@@ -56,7 +56,7 @@ func (d *diagnosis) refusals(f *Finding, p *agentv1.Process) {
 			f.add(cause(RateLimited, "process %d, uid %d, asks for new JWT-SVIDs faster than the agent lets one user%s", p.GetPid(), p.GetUid(), when).
 				fix("# let it keep each JWT-SVID until it ends, and ask for one SPIFFE ID and few audiences"))
 		case "USER_CHANGED":
-			f.add(cause(UserChanged, "process %d changed its user after it connected%s", p.GetPid(), when).fix("# let it connect after it has changed its user"))
+			f.add(cause(UserChanged, "process %d changed its user or group after it connected%s", p.GetPid(), when).fix("# let it connect after it has changed its user"))
 		case "INVALID_ARGUMENT", "TOKEN_INVALID":
 			f.add(cause(BadRequest, "process %d sent what the agent refused: %s%s", p.GetPid(), r.GetMessage(), when))
 		case "FOREIGN_PID_NAMESPACE":

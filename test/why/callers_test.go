@@ -27,7 +27,7 @@ var callerSetups = []setup{
 	{name: "caller that became another user", root: true, build: func(w *world) why.Target {
 		w.issued(w.entry(entrySpec{selectors: []string{"unix:uid:4711"}}))
 		return pid(w.caller("setuid"))
-	}, want: why.UserChanged, says: "changed its user"},
+	}, want: why.UserChanged, says: "changed its user or group"},
 	{name: "caller with a token that is none", root: true, build: func(w *world) why.Target {
 		w.issued(w.entry(entrySpec{selectors: []string{"unix:uid:4711"}}))
 		return pid(w.caller("badtoken", as(4711, 4711)))

@@ -21,8 +21,8 @@ var (
 	ErrForeignPIDNamespace = errors.New("the caller is in a PID namespace that the agent cannot see (its process id is 0): " +
 		"run the agent in the host's PID namespace, such as hostPID: true")
 
-	// ErrUserChanged says that the process gave up the user that it connected as.
-	ErrUserChanged = errors.New("the process no longer holds the user id that it connected with: connect anew")
+	// ErrUserChanged says that the process is not the user and group any more that it connected as.
+	ErrUserChanged = errors.New("the process has become another user or group than it connected as: connect anew")
 )
 
 // A Process is the process that opened a connection, pinned until the connection is closed. Its methods may be called
@@ -88,8 +88,8 @@ func (s Snapshot) Equal(o Snapshot) bool {
 
 // Snapshot reads the process's state between two checks that it lives.
 //
-// Errors: ErrGone; ErrUserChanged if the user id that it connected with is none of its real, effective and saved ones any
-// more, since a connection opened by one user must not serve another; and those of reading /proc.
+// Errors: ErrGone; ErrUserChanged if it is another user or group than it connected as, since a connection opened by one must
+// not serve another; and those of reading /proc.
 func (p *Process) Snapshot() (Snapshot, error) {
 	if err := p.Alive(); err != nil {
 		return Snapshot{}, err
@@ -106,10 +106,20 @@ func (p *Process) Snapshot() (Snapshot, error) {
 	if start == 0 {
 		p.pin.start.Store(s.StartTime)
 	}
-	if p.UID != s.RealUID && p.UID != s.EffectiveUID && p.UID != s.SavedUID {
-		return Snapshot{}, fmt.Errorf("process %d connected as uid %d and is uid %d now: %w", p.PID, p.UID, s.EffectiveUID, ErrUserChanged)
+	if !p.mayBe(s) {
+		return Snapshot{}, fmt.Errorf("process %d connected as uid %d, gid %d and is uid %d, gid %d now: %w", p.PID, p.UID, p.GID, s.EffectiveUID, s.EffectiveGID, ErrUserChanged)
 	}
 	return s, nil
+}
+
+// mayBe says whether the process could become by its own right what it is now. Root can become anybody, and as long as it
+// keeps root as its real or saved user it is still the one that connected. Whoever else has become another user or group
+// has executed a program with set-user-ID or set-group-ID, and the connection may be in the hands of one who has not.
+func (p *Process) mayBe(s Snapshot) bool {
+	if p.UID == 0 {
+		return s.RealUID == 0 || s.EffectiveUID == 0 || s.SavedUID == 0
+	}
+	return p.UID == s.EffectiveUID && p.GID == s.EffectiveGID
 }
 
 // maxKeptBuffer is the largest buffer that is kept: some process has tens of thousands of groups, the next has not.
