@@ -47,9 +47,10 @@ var (
 
 // A Client is the agent's end. It is the peer.Executables of the endpoint. Its methods may be called concurrently.
 type Client struct {
-	conn *net.UnixConn
-	cmd  *exec.Cmd
-	log  *slog.Logger
+	conn  *net.UnixConn
+	lanes *lanes
+	cmd   *exec.Cmd
+	log   *slog.Logger
 
 	reader sync.WaitGroup
 	done   chan struct{} // closed when the examiner has ended
@@ -92,20 +93,26 @@ func Start(c Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	quick, theirLanes, err := newLanes()
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	defer closeAll(theirLanes)
 	mode := c.Seccomp
 	if mode == "" {
 		mode = sandbox.Auto
 	}
 	client := newClient(conn.(*net.UnixConn), c.Log)
 	client.cmd = exec.Command(c.Command[0], append(c.Command[1:len(c.Command):len(c.Command)], string(mode))...)
-	client.cmd.ExtraFiles = []*os.File{theirs} // socketFD
+	client.lanes = quick
+	client.cmd.ExtraFiles = append([]*os.File{theirs}, theirLanes...) // from socketFD on
 	client.cmd.Env = clean(os.Environ())
 	client.cmd.Stderr = os.Stderr
 	client.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a Ctrl-C at the terminal is for the agent
 	if os.Geteuid() != 0 {
 		held, err := sandbox.Held()
 		if err != nil {
-			return nil, errors.Join(err, conn.Close())
+			return nil, errors.Join(err, client.hangUp())
 		}
 		for _, c := range Capabilities {
 			for _, h := range held {
@@ -116,18 +123,18 @@ func Start(c Config) (*Client, error) {
 		}
 	}
 	if err := client.cmd.Start(); err != nil {
-		return nil, errors.Join(fmt.Errorf("starting the process that looks at executables: %w", err), conn.Close())
+		return nil, errors.Join(fmt.Errorf("starting the process that looks at executables: %w", err), client.hangUp())
 	}
 	if err := client.greet(); err != nil {
 		client.cmd.Process.Kill()
-		return nil, errors.Join(fmt.Errorf("the process that looks at executables: %w", err), conn.Close(), ignoreExit(client.cmd.Wait()))
+		return nil, errors.Join(fmt.Errorf("the process that looks at executables: %w", err), client.hangUp(), ignoreExit(client.cmd.Wait()))
 	}
 	client.reader.Go(client.read)
 	return client, nil
 }
 
 func newClient(conn *net.UnixConn, log *slog.Logger) *Client {
-	return &Client{conn: conn, log: log, done: make(chan struct{}), waiting: map[uint32]*call{}, perUID: map[uint32]int{}}
+	return &Client{conn: conn, log: log, lanes: &lanes{}, done: make(chan struct{}), waiting: map[uint32]*call{}, perUID: map[uint32]int{}}
 }
 
 func ignoreExit(err error) error {
@@ -158,6 +165,11 @@ func (c *Client) greet() error {
 	return c.conn.SetReadDeadline(time.Time{})
 }
 
+func (c *Client) hangUp() error {
+	c.lanes.close()
+	return c.conn.Close()
+}
+
 // Done is closed when the examiner has ended. The agent cannot start another one, since it starts no programs any more.
 func (c *Client) Done() <-chan struct{} { return c.done }
 
@@ -166,7 +178,7 @@ func (c *Client) Close() error {
 	c.mu.Lock()
 	c.closing = true
 	c.mu.Unlock()
-	err := c.conn.Close()
+	err := c.hangUp()
 	c.reader.Wait()
 	if c.cmd == nil {
 		return err
@@ -303,6 +315,10 @@ func (c *Client) ask(kind byte, pid int32, uid uint32) (answer, *os.File, error)
 
 // Stat says which file a process runs.
 func (c *Client) Stat(pid int32, uid uint32) (peer.Executable, error) {
+	exe, err := c.lanes.stat(pid, uid)
+	if err != errNotQuick {
+		return exe, err
+	}
 	a, _, err := c.ask(askStat, pid, uid)
 	return a.exe, err
 }

@@ -317,3 +317,135 @@ func BenchmarkStat(b *testing.B) {
 		})
 	}
 }
+
+// lanesWithin returns a client with lanes that are served in this process.
+func lanesWithin(t *testing.T, e peer.Executables) *Client {
+	t.Helper()
+	c := within(t, e)
+	ours, theirs, err := newLanes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.lanes = ours
+	var serving sync.WaitGroup
+	for _, f := range theirs {
+		fd, err := unix.Dup(int(f.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		serving.Go(func() { serveLane(fd, e) })
+	}
+	closeAll(theirs)
+	t.Cleanup(func() {
+		c.lanes.close()
+		serving.Wait()
+	})
+	return c
+}
+
+// TestQuickConcurrent: as TestConcurrent, with lanes, which are all free in the end.
+func TestQuickConcurrent(t *testing.T) {
+	c := lanesWithin(t, stuck{let: make(chan struct{})})
+	if exe, err := c.lanes.stat(5, 5); err != nil || exe.Links != 5 {
+		t.Fatalf("a lane answers %+v, %v", exe, err)
+	}
+	var all sync.WaitGroup
+	for i := range 16 {
+		all.Go(func() {
+			for j := range 500 {
+				pid := int32(2 + i*1000 + j)
+				if exe, err := c.Stat(pid, uint32(i)); err != nil || exe.Links != uint64(pid) {
+					t.Errorf("process %d: %+v, %v", pid, exe, err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	for _, l := range c.lanes.all {
+		if l.busy || !l.settled() {
+			t.Error("a lane is not free")
+		}
+	}
+}
+
+// TestQuickHangs: a user whose programs hang holds up some lanes, and others get theirs; late answers go to nobody else.
+func TestQuickHangs(t *testing.T) {
+	came, let, over := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	t.Cleanup(func() { close(over) })
+	c := lanesWithin(t, stuck{came: came, let: let})
+	var hanging sync.WaitGroup
+	for range quickLanes + 1 {
+		hanging.Go(func() {
+			if exe, err := c.Stat(1, 1000); err != nil || exe.Links != 1 {
+				t.Errorf("Stat = %+v, %v", exe, err)
+			}
+		})
+		<-came
+	}
+	if _, err := c.lanes.stat(2, 1000); err != errNotQuick {
+		t.Errorf("another lane for the same user: %v", err)
+	}
+	if exe, err := c.Stat(2, 1000); err != nil || exe.Links != 2 {
+		t.Errorf("the other way: %+v, %v", exe, err)
+	}
+	if exe, err := c.lanes.stat(7, 1001); err != nil || exe.Links != 7 {
+		t.Errorf("another user's: %+v, %v", exe, err)
+	}
+	go func() {
+		for { // those that asked on a lane first, and then the other way
+			select {
+			case <-came:
+			case <-over:
+				return
+			}
+		}
+	}()
+	close(let)
+	hanging.Wait()
+	for pid := int32(2); pid < 20; pid++ {
+		if exe, err := c.Stat(pid, 1000); err != nil || exe.Links != uint64(pid) {
+			t.Errorf("process %d after all: %+v, %v", pid, exe, err)
+		}
+	}
+}
+
+// TestLaneRefusesOthers: what is no look on a lane ends it.
+func TestLaneRefusesOthers(t *testing.T) {
+	for name, raw := range map[string][]byte{"no request": []byte("GET / HTTP"), "another kind": request{id: 1, ask: askOpen, pid: 1}.marshal()} {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.Write(fds[0], raw); err != nil {
+			t.Fatal(err)
+		}
+		serveLane(fds[1], stuck{})
+		if n, err := unix.Read(fds[0], make([]byte, 100)); n > 0 {
+			t.Errorf("%s: answered with %d bytes, %v", name, n, err)
+		}
+		unix.Close(fds[0])
+	}
+}
+
+// TestLaneAnswersAnother: an answer that belongs to no request is not taken, and the lane not used again.
+func TestLaneAnswersAnother(t *testing.T) {
+	ours, theirs, err := newLanes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeAll(theirs)
+	defer ours.close()
+	for _, f := range theirs {
+		if _, err := unix.Write(int(f.Fd()), answer{id: 77, exe: peer.Executable{Links: 9}}.marshal()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for uid := range uint32(quickLanes) {
+		if exe, err := ours.stat(5, uid); err != errNotQuick {
+			t.Errorf("took %+v, %v", exe, err)
+		}
+	}
+	if l := ours.take(100); l != nil {
+		t.Error("a lane that answered wrongly is used again")
+	}
+}

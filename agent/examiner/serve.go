@@ -22,7 +22,7 @@ import (
 var Capabilities = []sandbox.Capability{sandbox.DACReadSearch, sandbox.SysPtrace}
 
 const (
-	// socketFD is where the examiner finds its socket.
+	// socketFD is where the examiner finds its socket, and behind it the lanes.
 	socketFD = 3
 	// maxAsked bounds the requests that are looked at simultaneously: more than Client sends.
 	maxAsked = maxWaiting + 64
@@ -67,6 +67,9 @@ func Main(seccomp string) error {
 	data, jsonErr := json.Marshal(h)
 	if _, writeErr := conn.Write(data); errors.Join(err, jsonErr, writeErr) != nil {
 		return errors.Join(err, jsonErr, writeErr)
+	}
+	for i := range quickLanes {
+		go serveLane(socketFD+1+i, peer.Proc{}) // it ends with the process: a look may hang
 	}
 	return serve(conn, peer.Proc{})
 }
