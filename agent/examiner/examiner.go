@@ -267,8 +267,17 @@ func (c *Client) forget(id uint32, w *call) {
 	}
 }
 
-// ask sends a request and waits for its answer.
+// ask asks on a lane, or, where that is not quick, the other way.
 func (c *Client) ask(kind byte, pid int32, uid uint32) (answer, *os.File, error) {
+	a, f, err := c.lanes.ask(kind, pid, uid)
+	if err == errNotQuick {
+		return c.askLong(kind, pid, uid)
+	}
+	return a, f, err
+}
+
+// askLong sends a request and waits for its answer.
+func (c *Client) askLong(kind byte, pid int32, uid uint32) (answer, *os.File, error) {
 	w := &call{uid: uid, done: make(chan struct{})}
 	c.mu.Lock()
 	if len(c.waiting) >= maxWaiting || c.perUID[uid] >= maxWaitingPerUID {
@@ -315,10 +324,6 @@ func (c *Client) ask(kind byte, pid int32, uid uint32) (answer, *os.File, error)
 
 // Stat says which file a process runs.
 func (c *Client) Stat(pid int32, uid uint32) (peer.Executable, error) {
-	exe, err := c.lanes.stat(pid, uid)
-	if err != errNotQuick {
-		return exe, err
-	}
 	a, _, err := c.ask(askStat, pid, uid)
 	return a.exe, err
 }

@@ -346,8 +346,8 @@ func lanesWithin(t *testing.T, e peer.Executables) *Client {
 // TestQuickConcurrent: as TestConcurrent, with lanes, which are all free in the end.
 func TestQuickConcurrent(t *testing.T) {
 	c := lanesWithin(t, stuck{let: make(chan struct{})})
-	if exe, err := c.lanes.stat(5, 5); err != nil || exe.Links != 5 {
-		t.Fatalf("a lane answers %+v, %v", exe, err)
+	if a, _, err := c.lanes.ask(askStat, 5, 5); err != nil || a.exe.Links != 5 {
+		t.Fatalf("a lane answers %+v, %v", a, err)
 	}
 	var all sync.WaitGroup
 	for i := range 16 {
@@ -382,14 +382,14 @@ func TestQuickHangs(t *testing.T) {
 		})
 		<-came
 	}
-	if _, err := c.lanes.stat(2, 1000); err != errNotQuick {
+	if _, _, err := c.lanes.ask(askStat, 2, 1000); err != errNotQuick {
 		t.Errorf("another lane for the same user: %v", err)
 	}
 	if exe, err := c.Stat(2, 1000); err != nil || exe.Links != 2 {
 		t.Errorf("the other way: %+v, %v", exe, err)
 	}
-	if exe, err := c.lanes.stat(7, 1001); err != nil || exe.Links != 7 {
-		t.Errorf("another user's: %+v, %v", exe, err)
+	if a, _, err := c.lanes.ask(askStat, 7, 1001); err != nil || a.exe.Links != 7 {
+		t.Errorf("another user's: %+v, %v", a, err)
 	}
 	go func() {
 		for { // those that asked on a lane first, and then the other way
@@ -411,7 +411,7 @@ func TestQuickHangs(t *testing.T) {
 
 // TestLaneRefusesOthers: what is no look on a lane ends it.
 func TestLaneRefusesOthers(t *testing.T) {
-	for name, raw := range map[string][]byte{"no request": []byte("GET / HTTP"), "another kind": request{id: 1, ask: askOpen, pid: 1}.marshal()} {
+	for name, raw := range map[string][]byte{"no request": []byte("GET / HTTP"), "another kind": request{id: 1, ask: askPin + 1, pid: 1}.marshal(), "no process": request{id: 1, ask: askStat}.marshal()} {
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
 			t.Fatal(err)
@@ -441,11 +441,48 @@ func TestLaneAnswersAnother(t *testing.T) {
 		}
 	}
 	for uid := range uint32(quickLanes) {
-		if exe, err := ours.stat(5, uid); err != errNotQuick {
-			t.Errorf("took %+v, %v", exe, err)
+		if a, _, err := ours.ask(askStat, 5, uid); err != errNotQuick {
+			t.Errorf("took %+v, %v", a, err)
 		}
 	}
 	if l := ours.take(100); l != nil {
 		t.Error("a lane that answered wrongly is used again")
 	}
+}
+
+// TestLateDescriptor: what comes on a lane after its time is closed, and the lane is free again.
+func TestLateDescriptor(t *testing.T) {
+	ours, theirs, err := newLanes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeAll(theirs)
+	defer ours.close()
+	l := ours.take(1)
+	if _, _, err := l.ask(askOpen, 5); err != errNotQuick {
+		t.Fatalf("an answer from nobody: %v", err)
+	}
+	ours.giveBack(l)
+	if l.settled() {
+		t.Fatal("nothing is owed")
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, of := range ours.all {
+		if of == l {
+			err = unix.Sendmsg(int(theirs[i].Fd()), answer{id: l.last}.marshal(), unix.UnixRights(int(w.Fd())), nil, 0)
+		}
+	}
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if !l.settled() {
+		t.Error("the late answer was not taken")
+	}
+	if n, err := r.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the descriptor is still open somewhere: %d, %v", n, err)
+	}
+	r.Close()
 }

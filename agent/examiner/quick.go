@@ -11,8 +11,8 @@ import (
 	"github.com/signet-id/signet/workloadapi/peer"
 )
 
-// Every call of a workload has its executable looked at, so most requests are askStat, and most of them are answered in
-// microseconds. Those go over sockets on which the thread that asks waits in the kernel for the answer, and a thread of the
+// Every call of a workload has its executable looked at, and nearly all looks take microseconds. So a request goes first
+// over one of a few sockets on which the thread that asks waits in the kernel for the answer, and a thread of the
 // examiner for the request: no goroutine has to be woken, which costs several times as much as the look.
 
 const (
@@ -116,14 +116,14 @@ func (ls *lanes) giveBack(l *lane) {
 	}
 }
 
-// stat asks on a lane that is free.
-func (ls *lanes) stat(pid int32, uid uint32) (peer.Executable, error) {
+// ask asks on a lane that is free.
+func (ls *lanes) ask(kind byte, pid int32, uid uint32) (answer, *os.File, error) {
 	l := ls.take(uid)
 	if l == nil {
-		return peer.Executable{}, errNotQuick
+		return answer{}, nil, errNotQuick
 	}
 	defer ls.giveBack(l)
-	return l.stat(pid)
+	return l.ask(kind, pid)
 }
 
 // settled says whether nothing is owed, and takes a late answer.
@@ -131,46 +131,67 @@ func (l *lane) settled() bool {
 	if !l.owed {
 		return true
 	}
-	_, err := l.receive(unix.MSG_DONTWAIT)
+	_, f, err := l.receive(unix.MSG_DONTWAIT)
+	if f != nil {
+		f.Close()
+	}
 	return err == nil
 }
 
-func (l *lane) stat(pid int32) (peer.Executable, error) {
+func (l *lane) ask(kind byte, pid int32) (answer, *os.File, error) {
 	l.last++
 	if err := ignoringEINTR(func() error {
-		_, err := unix.Write(l.fd, request{id: l.last, ask: askStat, pid: pid}.marshal())
+		_, err := unix.Write(l.fd, request{id: l.last, ask: kind, pid: pid}.marshal())
 		return err
 	}); err != nil {
-		return peer.Executable{}, errNotQuick
+		return answer{}, nil, errNotQuick
 	}
 	l.owed = true
-	a, err := l.receive(0)
+	a, f, err := l.receive(0)
 	switch {
 	case err != nil:
-		return peer.Executable{}, errNotQuick
+		return answer{}, nil, errNotQuick
 	case a.errno != 0:
-		return peer.Executable{}, a.errno
+		if f != nil {
+			f.Close()
+		}
+		return answer{}, nil, a.errno
 	}
-	return a.exe, nil
+	return a, f, nil
 }
 
+// answers are buffers for what is received.
+var answers = sync.Pool{New: func() any { b := make([]byte, answerBytes+maxPath+1); return &b }}
+
 // receive takes the answer to the last request.
-func (l *lane) receive(flags int) (answer, error) {
-	var buf [answerBytes + 1]byte
-	var n int
+func (l *lane) receive(flags int) (answer, *os.File, error) {
+	buf := answers.Get().(*[]byte)
+	defer answers.Put(buf)
+	var oob [32]byte // one descriptor: unix.CmsgSpace(4) is 24
+	var n, oobn, got int
 	err := ignoringEINTR(func() (err error) {
-		n, _, err = unix.Recvfrom(l.fd, buf[:], flags)
+		n, oobn, got, _, err = unix.Recvmsg(l.fd, *buf, oob[:], flags|unix.MSG_CMSG_CLOEXEC)
 		return err
 	})
 	if err != nil {
-		return answer{}, err
+		return answer{}, nil, err
 	}
-	a, err := parseAnswer(buf[:n])
-	if err != nil || a.id != l.last {
-		return answer{}, errors.Join(errNotQuick, err) // the lane stays owed, and so is not used any more
+	f, err := received(oob[:oobn], got)
+	var a answer
+	if err == nil {
+		a, err = parseAnswer((*buf)[:n])
+	}
+	if err == nil && a.id != l.last {
+		err = errNotQuick
+	}
+	if err != nil { // the lane stays owed, and so is not used any more
+		if f != nil {
+			f.Close()
+		}
+		return answer{}, nil, err
 	}
 	l.owed = false
-	return a, nil
+	return a, f, nil
 }
 
 // serveLane answers on one lane, whose descriptor it takes over, until the agent closes its end. A look that hangs holds up
@@ -188,14 +209,19 @@ func serveLane(fd int, executables peer.Executables) {
 			return
 		}
 		r, err := parseRequest(buf[:n])
-		if err != nil || r.ask != askStat {
+		if err != nil {
 			return // this is not the agent
 		}
-		a, _ := look(executables, r)
-		if err := ignoringEINTR(func() error {
-			_, err := unix.Write(fd, a.marshal())
-			return err
-		}); err != nil {
+		a, f := look(executables, r)
+		var rights []byte
+		if f != nil {
+			rights = unix.UnixRights(int(f.Fd()))
+		}
+		err = ignoringEINTR(func() error { return unix.Sendmsg(fd, a.marshal(), rights, nil, 0) })
+		if f != nil {
+			f.Close()
+		}
+		if err != nil {
 			return
 		}
 	}

@@ -18,6 +18,9 @@ func (m *Method) Doubts(p *peer.Process, state peer.Snapshot) bool {
 	if m.cfg.MaxHashBytes < 0 || state.ExecutableErr != nil {
 		return false // there is no hash
 	}
+	if _, ok := m.hashes.recall(state.Executable); ok {
+		return false // only steady ones are remembered, and what makes them so does not change without a trace
+	}
 	f, err := p.Executables().Pin(p.PID, p.UID)
 	if err != nil {
 		return true
