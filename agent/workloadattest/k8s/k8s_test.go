@@ -299,6 +299,62 @@ func TestWaitsForTheKubelet(t *testing.T) {
 	}
 }
 
+// Who may make a pod, or write its status, takes nothing from the pods of others, whatever is in it.
+func TestHostilePods(t *testing.T) {
+	many := object{}
+	for i := range maxLabels + 1 {
+		many[fmt.Sprint("l", i)] = "v"
+	}
+	owners := make([]object, maxOwners+1)
+	for i := range owners {
+		owners[i] = object{"kind": "Job", "name": fmt.Sprint(i), "uid": fmt.Sprint(i)}
+	}
+	statuses := make([]object, maxContainers+1)
+	for i := range statuses {
+		statuses[i] = running(fmt.Sprint(i), "")
+	}
+	for _, tt := range []struct {
+		name string
+		make func(pod object)
+		want string // what attestation of a process of the hostile pod says
+	}{
+		{"too many labels", func(p object) { p["metadata"].(object)["labels"] = many }, "too many labels"},
+		{"too many owners", func(p object) { p["metadata"].(object)["ownerReferences"] = owners }, "too many labels"},
+		{"too many containers", func(p object) { p["status"].(object)["containerStatuses"] = statuses }, "too many labels"},
+		{"as large as it can be", func(p object) { p["spec"].(object)["x"] = strings.Repeat("\x01", 3<<19) }, ""},
+		{"the container of another", func(p object) {
+			p["status"].(object)["containerStatuses"] = []object{running("web", id("a")), running("b", id("b"))}
+		}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			hostile := podObject(podB, "evil", "b", running("b", id("b")))
+			tt.make(hostile)
+			for _, order := range [][]object{{hostile, podObject(podA, "shop", "web", running("web", id("a")))}, {podObject(podA, "shop", "web", running("web", id("a"))), hostile}} {
+				n := newNode(t)
+				n.has(order...)
+				m := n.method()
+				got, err := m.selectors(within(t, 20*time.Second), in(podA, id("a")))
+				if err != nil || !slices.Contains(values(got), "ns:shop") || slices.Contains(values(got), "ns:evil") {
+					t.Errorf("the other pod: %q, %v", values(got), err)
+				}
+				got, err = m.selectors(within(t, 20*time.Second), in(podB, id("b")))
+				if tt.want == "" && (err != nil || !slices.Contains(values(got), "ns:evil")) || tt.want != "" && (err == nil || !says(err, tt.want) || len(got) > 0) {
+					t.Errorf("the hostile pod: %q, %v; want %q", values(got), err, tt.want)
+				}
+				// A container whose cgroup does not tell the pod is nobody's if two claim it.
+				got, err = m.selectors(within(t, 20*time.Second), in("", id("a")))
+				if strings.HasPrefix(tt.name, "the container") == (err == nil) || slices.Contains(values(got), "ns:evil") {
+					t.Errorf("without a pod: %q, %v", values(got), err)
+				}
+				if _, err := m.Pod(within(t, 20*time.Second), Reference{UID: podB}); (err == nil) != (tt.want == "") {
+					t.Errorf("by reference: %v", err)
+				}
+			}
+		})
+	}
+}
+
 func TestFaults(t *testing.T) {
 	endless := func(start, chunk string) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
@@ -326,12 +382,6 @@ func TestFaults(t *testing.T) {
 	good := podObject(podA, "shop", "web", running("web", id("a")))
 	elsewhere := podObject(podB, "shop", "other", running("x", id("b")))
 	elsewhere["spec"].(object)["nodeName"] = "node-2"
-	labels := object{}
-	for i := range maxLabels + 1 {
-		labels[fmt.Sprint("l", i)] = "v"
-	}
-	labelled := podObject(podA, "shop", "web", running("web", id("a")))
-	labelled["metadata"].(object)["labels"] = labels
 	for _, tt := range []struct {
 		name    string
 		handler http.HandlerFunc
@@ -354,7 +404,6 @@ func TestFaults(t *testing.T) {
 		{"a pod of another kind", text(`{"kind":"PodList","items":[7]}`), "not a PodList"},
 		{"a pod without a uid", text(podListOf(podObject("", "shop", "web"))), "no uid"},
 		{"a pod twice", text(podListOf(good, good)), "there twice"},
-		{"a container in two pods", text(podListOf(good, podObject(podB, "shop", "b", running("x", id("a"))))), "there twice"},
 		{"another node", text(podListOf(good, elsewhere)), "another node"},
 		{"a pod without end", endless(`{"kind":"PodList","items":[{"metadata":{"name":"`, "a"), "larger than|within 4s"},
 		{"pods without end", endless(`{"kind":"PodList","items":[`+podListItem(good), `,{"metadata":{"name":"a","namespace":"b","uid":"c"}}`), "there twice"},
@@ -362,7 +411,6 @@ func TestFaults(t *testing.T) {
 		{"something else without end", endless(`{"kind":"PodList","x":[`, `[],`), "larger than|within 4s"},
 		{"too deep", endless(`{"kind":"PodList","items":[`, `[`), "not a PodList|within 4s"},
 		{"too many pods", text(many(maxPods+1, func(i int) object { return podObject(fmt.Sprint(i), "n", fmt.Sprint(i)) })), "more than 4096 pods"},
-		{"too many labels", text(podListOf(labelled)), "too many labels"},
 		{"broken", status(http.StatusInternalServerError, "boom"), `answers 500: "boom"`},
 		{"tells our token", status(http.StatusInternalServerError, "bad "+ownToken), "[a text with the token in it]"},
 		{"not found", status(http.StatusNotFound, "404"), "answers 404"},

@@ -13,10 +13,10 @@ import (
 )
 
 const (
-	// maxListBytes bounds the kubelet's answer as a whole, and maxPodBytes one pod in it: etcd holds no larger objects than
-	// 1.5 MiB.
-	maxListBytes = 32 << 20
-	maxPodBytes  = 4 << 20
+	// maxListBytes bounds the kubelet's answer as a whole, and maxPodBytes one pod in it. Who may make a pod must not be able to
+	// hide those of others by it: etcd holds objects of up to 1.5 MiB, of which each byte may be six in JSON.
+	maxListBytes = 128 << 20
+	maxPodBytes  = 10 << 20
 	maxPods      = 4096
 	maxKeys      = 32 // of the list itself, which has four
 	// maxContainers, maxLabels and maxOwners bound what becomes selectors of one process.
@@ -34,6 +34,7 @@ type pod struct {
 	containers, inits        []member
 	ephemeral                []member
 	ended, deleted           bool
+	excess                   bool // it has more labels, owners or containers than are looked at, and so has no selectors
 }
 
 type owner struct{ kind, name, uid string }
@@ -63,6 +64,7 @@ type podList struct {
 	started time.Time
 	byUID   map[string]*pod
 	byID    map[string]place
+	twice   map[string]bool   // containers that several pods have, as it seems
 	byName  map[string][]*pod // by NAMESPACE/NAME
 }
 
@@ -72,10 +74,11 @@ type place struct {
 }
 
 func newPodList(started time.Time) *podList {
-	return &podList{started: started, byUID: map[string]*pod{}, byID: map[string]place{}, byName: map[string][]*pod{}}
+	return &podList{started: started, byUID: map[string]*pod{}, byID: map[string]place{}, twice: map[string]bool{}, byName: map[string][]*pod{}}
 }
 
-// add takes a pod. A list in which a uid or a container is there twice is none of a kubelet.
+// add takes a pod. A list in which a uid is there twice is none of a kubelet. But what containers a pod has is in its status,
+// which somebody in the cluster may have the right to write.
 func (l *podList) add(p *pod) error {
 	if len(l.byUID) == maxPods {
 		return fmt.Errorf("there are more than %d pods", maxPods)
@@ -90,8 +93,9 @@ func (l *podList) add(p *pod) error {
 		if m.id == "" {
 			continue
 		}
-		if _, twice := l.byID[m.id]; twice {
-			return fmt.Errorf("container %s is there twice", m.id)
+		if _, known := l.byID[m.id]; known {
+			l.twice[m.id] = true
+			continue
 		}
 		l.byID[m.id] = place{p, m}
 	}
@@ -103,13 +107,27 @@ func (l *podList) add(p *pod) error {
 // The pod that the container's cgroup is in must be the one that the kubelet says: else a kubelet that mixes things up would
 // give one pod the identity of another.
 func (l *podList) find(c container.Container) (*pod, *member, error) {
+	p, m, err := l.look(c)
+	if p != nil && p.excess {
+		return nil, nil, fmt.Errorf("%s: pod %.100q in namespace %.100q: %w", describe(c), p.name, p.namespace, errExcess)
+	}
+	return p, m, err
+}
+
+var errExcess = fmt.Errorf("it has too many labels (at most %d), owners (%d) or containers (%d), so that it has no selectors", maxLabels, maxOwners, maxContainers)
+
+func (l *podList) look(c container.Container) (*pod, *member, error) {
 	p := l.byUID[c.PodUID]
 	switch {
 	case c.ID != "":
-		at, known := l.byID[c.ID]
+		at, known := l.place(c.ID, p)
 		switch {
+		case known && c.PodUID == "" && l.twice[c.ID]:
+			return nil, nil, fmt.Errorf("%s: %w: the kubelet says that several pods have the container", describe(c), ErrMismatch)
 		case known && c.PodUID != "" && at.pod != p:
 			return nil, nil, fmt.Errorf("%s: %w: the kubelet says that the container is of pod %s", describe(c), ErrMismatch, at.pod.uid)
+		case !known && p != nil && p.excess:
+			return p, nil, nil
 		case !known && p != nil && p.ended:
 			return nil, nil, fmt.Errorf("%s: %w: the pod has ended", describe(c), ErrNotFound)
 		case !known:
@@ -135,6 +153,19 @@ func (l *podList) find(c container.Container) (*pod, *member, error) {
 		}
 	}
 	return nil, nil, nil
+}
+
+// place is where a container is: in p, if p says so.
+func (l *podList) place(id string, p *pod) (place, bool) {
+	if p != nil {
+		for m := range p.members {
+			if m.id == id {
+				return place{p, m}, true
+			}
+		}
+	}
+	at, known := l.byID[id]
+	return at, known
 }
 
 // podJSON is what is read of a pod.
@@ -306,13 +337,14 @@ func (j *podJSON) pod() (*pod, error) {
 	if m.UID == "" || m.Name == "" || m.Namespace == "" {
 		return nil, fmt.Errorf("pod %.100q in namespace %.100q has no name, no namespace or no uid", m.Name, m.Namespace)
 	}
-	if len(m.Labels) > maxLabels || len(m.OwnerReferences) > maxOwners || len(s.Containers)+len(s.Inits)+len(s.Ephemeral) > maxContainers {
-		return nil, fmt.Errorf("pod %.100q in namespace %.100q has too many labels, owners or containers", m.Name, m.Namespace)
+	excess := len(m.Labels) > maxLabels || len(m.OwnerReferences) > maxOwners || len(s.Containers)+len(s.Inits)+len(s.Ephemeral) > maxContainers
+	if excess {
+		m.Labels, m.OwnerReferences, s.Containers, s.Inits, s.Ephemeral = nil, nil, nil, nil, nil
 	}
 	p := &pod{
 		namespace: m.Namespace, name: m.Name, uid: m.UID, nodeName: j.Spec.NodeName, serviceAccount: j.Spec.ServiceAccountName, labels: m.Labels,
 		containers: members(s.Containers), inits: members(s.Inits), ephemeral: members(s.Ephemeral),
-		ended: s.Phase == "Succeeded" || s.Phase == "Failed", deleted: m.DeletionTimestamp != "",
+		ended: s.Phase == "Succeeded" || s.Phase == "Failed", deleted: m.DeletionTimestamp != "", excess: excess,
 	}
 	for _, o := range m.OwnerReferences {
 		p.owners = append(p.owners, owner{o.Kind, o.Name, o.UID})

@@ -37,7 +37,7 @@ func TestDecodeBounds(t *testing.T) {
 		{"blanks", `{"kind":"PodList","items":[`, " ", "one object in it is larger", 2 * maxPodBytes},
 		{"something else", `{"kind":"PodList","x":[[]`, ",[]", "one object in it is larger", 2 * maxPodBytes},
 		{"arrays in arrays", `{"kind":"PodList","items":[`, "[", "exceeded max depth", 2 * maxPodBytes},
-		{"pods", `{"kind":"PodList","items":[` + one, "," + one, "larger than 33554432 bytes", maxListBytes},
+		{"pods", `{"kind":"PodList","items":[` + one, "," + one, "larger than 134217728 bytes", maxListBytes},
 		{"keys", `{"x":1`, `,"x":1`, "more than 32 parts", maxPodBytes},
 	} {
 		r := &endless{start: strings.NewReader(tt.start), repeat: tt.repeat}

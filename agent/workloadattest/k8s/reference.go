@@ -77,6 +77,8 @@ func (l *podList) pod(r Reference) (*pod, error) {
 		return nil, fmt.Errorf("%s: %w", r, ErrNotFound)
 	case found.ended:
 		return nil, fmt.Errorf("%s: %w: it has ended", r, ErrNotFound)
+	case found.excess:
+		return nil, fmt.Errorf("%s: %w: %w", r, ErrNotFound, errExcess)
 	}
 	return found, nil
 }
