@@ -124,4 +124,3 @@ func TestWAPI_70_WITsNeedBothSwitches(t *testing.T) {
 		})
 	}
 }
-
