@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -22,17 +23,20 @@ const (
 // lastCapability bounds the search for those that the kernel knows.
 const lastCapability = 63
 
-// String returns a name such as CAP_SYS_PTRACE.
+// capabilityNames are those of capability.h, in the order of their numbers.
+var capabilityNames = strings.Fields(`
+	CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
+	NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE
+	SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE
+	AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF
+	CHECKPOINT_RESTORE`)
+
+// String returns a name such as CAP_SYS_PTRACE, and a number for what is newer than this program.
 func (c Capability) String() string {
-	switch c {
-	case DACOverride:
-		return "CAP_DAC_OVERRIDE"
-	case DACReadSearch:
-		return "CAP_DAC_READ_SEARCH"
-	case SysPtrace:
-		return "CAP_SYS_PTRACE"
+	if c < 0 || int(c) >= len(capabilityNames) {
+		return "capability " + strconv.Itoa(int(c))
 	}
-	return "capability " + strconv.Itoa(int(c))
+	return "CAP_" + capabilityNames[c]
 }
 
 // Held returns the capabilities that are in effect, in the order of their numbers.

@@ -313,3 +313,20 @@ func TestForeignArchitecture(t *testing.T) {
 		t.Errorf("the process ended with %v, want SIGSYS", err)
 	}
 }
+
+// Root without a sandbox holds all of them, and a log that numbers them is of no use to whoever reads it.
+func TestCapabilitiesHaveNames(t *testing.T) {
+	for c, want := range map[Capability]string{
+		unix.CAP_CHOWN: "CAP_CHOWN", DACOverride: "CAP_DAC_OVERRIDE", DACReadSearch: "CAP_DAC_READ_SEARCH", unix.CAP_SETPCAP: "CAP_SETPCAP",
+		unix.CAP_LINUX_IMMUTABLE: "CAP_LINUX_IMMUTABLE", unix.CAP_NET_RAW: "CAP_NET_RAW", unix.CAP_SYS_CHROOT: "CAP_SYS_CHROOT", SysPtrace: "CAP_SYS_PTRACE",
+		unix.CAP_SYS_ADMIN: "CAP_SYS_ADMIN", unix.CAP_MKNOD: "CAP_MKNOD", unix.CAP_SETFCAP: "CAP_SETFCAP", unix.CAP_SYSLOG: "CAP_SYSLOG",
+		unix.CAP_BPF: "CAP_BPF", unix.CAP_LAST_CAP: "CAP_CHECKPOINT_RESTORE", unix.CAP_LAST_CAP + 1: "capability 41", -1: "capability -1",
+	} {
+		if got := c.String(); got != want {
+			t.Errorf("Capability(%d).String() = %s, want %s", int(c), got, want)
+		}
+	}
+	if len(capabilityNames) != unix.CAP_LAST_CAP+1 {
+		t.Errorf("%d names of capabilities, want %d", len(capabilityNames), unix.CAP_LAST_CAP+1)
+	}
+}
