@@ -22,14 +22,5 @@ func (c *Cache) WatchBundles(ctx context.Context) (<-chan workloadapi.Update, er
 	w := newWatcher(workloadapi.Caller{}, false)
 	w.allBundles = true
 	c.subscribe(w)
-	started := c.start(func() {
-		defer close(w.out)
-		defer c.unsubscribe(w)
-		c.serve(ctx, w)
-	})
-	if !started {
-		c.unsubscribe(w)
-		return nil, errStopped
-	}
-	return w.out, nil
+	return c.sending(ctx, w)
 }

@@ -58,6 +58,11 @@ func (c *Cache) follow(ctx context.Context, w *watcher) (<-chan workloadapi.Upda
 		c.unsubscribe(w)
 		return nil, err
 	}
+	return c.sending(ctx, w)
+}
+
+// sending starts to send the updates of w, which has subscribed, until ctx ends.
+func (c *Cache) sending(ctx context.Context, w *watcher) (<-chan workloadapi.Update, error) {
 	started := c.start(func() {
 		defer close(w.out)
 		defer c.unsubscribe(w)

@@ -1,6 +1,7 @@
 package interop
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -14,15 +15,22 @@ import (
 func TestFederationBundles(t *testing.T) {
 	ctx := bounded(t, 2*time.Minute)
 	ca, a, _ := joined(t, ctx, "")
+	federates(t, ctx, ca, a)
+	must[string](t)(ca.spire(ctx, "bundle", "delete", "-id", "spiffe://partner.example"))
+}
+
+// federates gives a workload of agent a at the server the bundle of partner.example, changes it, and takes it away.
+func federates(t *testing.T, ctx context.Context, at *server, a *agent) {
+	t.Helper()
 	partner := spiffeid.RequireTrustDomainFromString("partner.example")
 	set := func(from *server) {
 		t.Helper()
-		bundle := writeFile(t, ca.dir+"/partner.pem", must[string](t)(from.signet(ctx, "bundle", "show", "--format", "pem")))
-		must[string](t)(ca.spire(ctx, "bundle", "set", "-id", partner.IDString(), "-path", bundle))
+		bundle := writeFile(t, at.dir+"/partner.pem", must[string](t)(from.signet(ctx, "bundle", "show", "--format", "pem")))
+		must[string](t)(at.spire(ctx, "bundle", "set", "-id", partner.IDString(), "-path", bundle))
 	}
 	first, second := startCA(t, ctx, ""), startCA(t, ctx, "")
 	set(first)
-	ca.entry(ctx, "/friend", "/node", "-selector", self(), "-federatesWith", partner.IDString())
+	at.entry(ctx, "/friend", "/node", "-selector", self(), "-federatesWith", partner.IDString())
 	a.serves(ctx, "/friend")
 	src := newWorkload(t, ctx, a, "/friend").x509
 	has := func(want string) {
@@ -58,8 +66,7 @@ func TestFederationBundles(t *testing.T) {
 		t.Errorf("an SVID of the other server's: %v", err)
 	}
 
-	web := entryID(t, ctx, ca, "/friend")
-	must[string](t)(ca.spire(ctx, "entry", "update", "-entryID", web, "-spiffeID", full("/friend"), "-parentID", full("/node"), "-selector", self()))
+	web := entryID(t, ctx, at, "/friend")
+	must[string](t)(at.spire(ctx, "entry", "update", "-entryID", web, "-spiffeID", full("/friend"), "-parentID", full("/node"), "-selector", self()))
 	has("")
-	must[string](t)(ca.spire(ctx, "bundle", "delete", "-id", partner.IDString()))
 }

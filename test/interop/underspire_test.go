@@ -2,7 +2,6 @@ package interop
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -10,8 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 )
@@ -272,49 +269,7 @@ func TestUnderSPIREFederation(t *testing.T) {
 	ctx := bounded(t, 2*time.Minute)
 	spire := startSPIREServer(t, ctx, "", "")
 	a, _ := underSPIRE(t, ctx, spire, nil, "/node", everySecond)
-	partner := spiffeid.RequireTrustDomainFromString("partner.example")
-	set := func(from *server) {
-		t.Helper()
-		bundle := writeFile(t, spire.dir+"/partner.pem", must[string](t)(from.signet(ctx, "bundle", "show", "--format", "pem")))
-		must[string](t)(spire.spire(ctx, "bundle", "set", "-id", partner.IDString(), "-path", bundle))
-	}
-	first, second := startCA(t, ctx, ""), startCA(t, ctx, "")
-	set(first)
-	spire.entry(ctx, "/friend", "/node", "-selector", self(), "-federatesWith", partner.IDString())
-	a.serves(ctx, "/friend")
-	src := newWorkload(t, ctx, a, "/friend").x509
-	has := func(want string) {
-		t.Helper()
-		if err := eventually(ctx, func() error {
-			b, err := src.GetX509BundleForTrustDomain(partner)
-			switch {
-			case want == "" && err == nil:
-				return errors.New("the workload still has the bundle")
-			case want == "":
-				return nil
-			case err != nil:
-				return err
-			}
-			if got := fmt.Sprintf("%x", b.X509Authorities()[0].SubjectKeyId); got != want || len(b.X509Authorities()) != 1 {
-				return fmt.Errorf("the workload has authority %s, want %s", got, want)
-			}
-			return nil
-		}); err != nil {
-			t.Error(err)
-		}
-	}
-	has(must[string](t)(first.active(ctx)))
-	set(second)
-	has(must[string](t)(second.active(ctx)))
-	dir := t.TempDir()
-	must[string](t)(second.signet(ctx, "svid", "mint", "x509", "--id", "/there", "--write", dir))
-	svid := must[x509SVID](t)(loadSVID(dir))
-	bundle := must[*x509bundle.Bundle](t)(src.GetX509BundleForTrustDomain(partner))
-	if _, err := svid.Certificates[0].Verify(verifyOptions(bundle)); err != nil {
-		t.Errorf("an SVID of the other server's: %v", err)
-	}
-	must[string](t)(spire.spire(ctx, "entry", "update", "-entryID", entryID(t, ctx, spire, "/friend"), "-spiffeID", full("/friend"), "-parentID", full("/node"), "-selector", self()))
-	has("")
+	federates(t, ctx, spire, a)
 }
 
 // TestServerOfAnotherKind swaps the server behind the agents' address while they run: a SPIRE server, signet's CA, and the SPIRE server
