@@ -34,7 +34,7 @@ type Broker struct {
 	// Listen serves the Broker API over TCP too, on host:port, such as 127.0.0.1:8083. Without a host it is the loopback
 	// interface.
 	Listen string `yaml:"listen"`
-	// AllowOtherHosts lets Listen be an address that other hosts reach. They can name pods, never processes.
+	// AllowOtherHosts allows an address that other hosts reach. They can name pods, never processes.
 	AllowOtherHosts bool `yaml:"allow_other_hosts"`
 	// Brokers are those who may call. There is no other way in.
 	Brokers []BrokerClient `yaml:"brokers"`

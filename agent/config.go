@@ -123,7 +123,8 @@ type AdminSocket struct {
 	// admin.
 	Open bool `yaml:"open"`
 	// AuthorizedDelegates are SPIFFE IDs, such as /node-proxy: a process that has one of them may use the Delegated Identity
-	// API there, which hands it the SVIDs of any workload of this node. It must reach the socket, by its user, Group or Open.
+	// API there, which hands it the SVIDs of any workload of this node. It must reach the socket, by its user, its group, or
+	// because the socket is open.
 	AuthorizedDelegates []string `yaml:"authorized_delegates"`
 
 	// AllowBesideSocket takes a Path in the directory of SocketPath: one that is private to a developer.

@@ -9,6 +9,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -70,8 +71,8 @@ not start. `+"`signet config check FILE`"+` checks a file without starting anyth
 	}
 }
 
-// A field is one key of a configuration file.
-type field struct{ key, typ, doc string }
+// A field is one key of a configuration file, with the field's name and comment.
+type field struct{ name, key, typ, doc string }
 
 // readStructs reads the structs with yaml tags of a package: each part of the configuration is beside what it configures.
 func readStructs(t *testing.T, folder string) map[string][]field {
@@ -119,20 +120,33 @@ func readFile(t *testing.T, file string, structs map[string][]field) {
 				doc = above // one comment for two fields
 			}
 			above = doc
-			structs[ts.Name.Name] = append(structs[ts.Name.Name], field{key: key, typ: typeName(fl.Type), doc: sentence(doc, name, key)})
+			structs[ts.Name.Name] = append(structs[ts.Name.Name], field{name: name, key: key, typ: typeName(fl.Type), doc: doc})
 		}
 		return false
 	})
 }
 
-// sentence makes a row's text of a field's comment: the field goes by its key.
-func sentence(doc, name, key string) string {
-	doc = strings.Join(strings.Fields(doc), " ")
-	doc = regexp.MustCompile(`\b`+name+`\b`).ReplaceAllString(doc, "`"+key+"`")
-	for _, ref := range []struct{ from, to string }{{"DataDir", "`data_dir`"}, {"KeyFile", "`key_file`"}, {"JoinTokenFile", "`join_token_file`"},
-		{"SVIDPrefix", "`svid_prefix`"}, {"NodeAttestation", "`node_attestation`"}} {
-		doc = regexp.MustCompile(`\b`+ref.from+`\b`).ReplaceAllString(doc, ref.to)
+// capitals is a word with two capitals, such as DataDir, TPM or MaxStreamsPerUID.
+var capitals = regexp.MustCompile(`\b[A-Z]\w*[A-Z]\w*\b`)
+
+// sentence makes a row's text of a field's comment: it begins with the key, and other fields go by theirs, those of the same
+// struct first. Names of one word and abbreviations are left alone, since they mean themselves as well (Broker, TPM).
+func (f field) sentence(structs map[string][]field, of string) string {
+	doc := strings.Join(strings.Fields(f.doc), " ")
+	if rest, ok := strings.CutPrefix(doc, f.name+" "); ok {
+		doc = "`" + f.key + "` " + rest
 	}
+	doc = capitals.ReplaceAllStringFunc(doc, func(name string) string {
+		if name == strings.ToUpper(name) {
+			return name
+		}
+		for _, s := range slices.Concat([]string{of}, slices.Sorted(maps.Keys(structs))) {
+			if i := slices.IndexFunc(structs[s], func(f field) bool { return f.name == name }); i >= 0 {
+				return "`" + structs[s][i].key + "`"
+			}
+		}
+		return name
+	})
 	return strings.ReplaceAll(doc, "|", "\\|")
 }
 
@@ -150,7 +164,7 @@ func typeName(e ast.Expr) string {
 		switch e.Sel.Name {
 		case "Duration":
 			return "time"
-		case "Secret":
+		case "Secret", "Mode":
 			return "string"
 		}
 		return e.Sel.Name
@@ -170,7 +184,7 @@ func writeStruct(b *strings.Builder, structs map[string][]field, name, prefix st
 				break
 			}
 		}
-		fmt.Fprintf(b, "| `%s%s` | %s | %s |\n", prefix, f.key, typ, f.doc)
+		fmt.Fprintf(b, "| `%s%s` | %s | %s |\n", prefix, f.key, typ, f.sentence(structs, name))
 	}
 	for _, f := range inner {
 		fmt.Fprintf(b, "\n%s `%s`\n", strings.Repeat("#", depth+2), prefix+f.key)
