@@ -332,12 +332,17 @@ func (c *Config) listen() (*socket, error) {
 			return s, err
 		}
 		c.Log.Warn("nothing is where the socket that was passed in should be: another one is made", "socket", c.SocketPath)
+		if s, err = listen(c.SocketPath, c.Mode, c.Log); err != nil {
+			return nil, fmt.Errorf("%w (the socket that was passed in is not there any more; systemctl restart signet-agent.socket makes it anew)", err)
+		}
+		return s, nil
 	}
 	return listen(c.SocketPath, c.Mode, c.Log)
 }
 
 // Run serves until ctx ends. Calls that wait for their first answer still get it; streams that had theirs end with
-// Unavailable, so that clients come back, and the socket is removed unless somebody else holds it too. Run returns when everything it started has ended: nil if that was because of ctx. It is called once.
+// Unavailable, so that clients come back, and the socket is removed unless somebody else holds it too. Run returns when
+// everything it started has ended: nil if that was because of ctx. It is called once.
 func (s *Server) Run(ctx context.Context) error {
 	s.health.Resume()
 	served := make(chan error, 1)

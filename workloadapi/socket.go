@@ -111,7 +111,7 @@ func adopt(path string, listening, lock *os.File, log *slog.Logger) (_ *socket, 
 		s.lock = os.NewFile(uintptr(fd), lock.Name())
 		return s, nil
 	}
-	if s.lock, err = lockFor(path); errors.Is(err, fs.ErrPermission) {
+	if s.lock, err = lockFor(path); errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
 		return s, nil // nobody but the manager can put another socket there
 	}
 	if err != nil {

@@ -156,3 +156,62 @@ func TestCloseWithoutRun(t *testing.T) {
 		t.Error("Run after Close returned nil")
 	}
 }
+
+// TestSocketOfTheServiceManager serves on a socket that somebody else made in a directory where the agent may write nothing, as the
+// agent's unit has it.
+func TestSocketOfTheServiceManager(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to mount a file system")
+	}
+	dir := openDir(t)
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k,mode=0755"); err != nil {
+		t.Skipf("mounting a tmpfs: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	path := filepath.Join(dir, "agent.sock")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	defer l.Close()
+	passed, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer passed.Close()
+	readOnly := func(flag uintptr) {
+		t.Helper()
+		if err := unix.Mount("", dir, "", unix.MS_REMOUNT|flag, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	readOnly(unix.MS_RDONLY)
+	a := newAuthority(t, "example.org", "k1")
+	src := newMemory(a, entry{match: everyone, identity: a.identity(t, "/web")})
+	take := func(c *workloadapi.Config) { c.Socket = passed }
+	e := serveAt(t, path, src, take)
+	if err := first(e.client(t).FetchX509SVID(spiffeCtx(t), &workload.X509SVIDRequest{})); err != nil {
+		t.Error(err)
+	}
+	e.stop()
+
+	// It was moved away: no other can be made there, and what to do about it is said.
+	readOnly(0)
+	if err := os.Rename(path, path+".old"); err != nil {
+		t.Fatal(err)
+	}
+	readOnly(unix.MS_RDONLY)
+	s, err := workloadapi.New(workloadapi.Config{Source: src, Attestor: byState{}, SocketPath: path, Socket: passed})
+	if err == nil {
+		s.Close()
+		t.Fatal("New makes a socket in a directory that is read-only")
+	}
+	if !strings.Contains(err.Error(), "restart signet-agent.socket") {
+		t.Errorf("error %q does not say what to do", err)
+	}
+}

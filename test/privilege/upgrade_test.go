@@ -73,6 +73,9 @@ func TestUpgradeWithStreamsOpen(t *testing.T) {
 	s.apply(fmt.Sprintf("{kind: Identity, name: web, spiffeID: /web, match: [\"unix:uid:%d\"]}\n", os.Getuid()))
 	p := s.place(agentUser, "sandbox: {landlock: auto, seccomp: require}\n")
 	path := filepath.Join(p.dir, "run", "agent.sock")
+	if err := os.Chown(filepath.Dir(path), 0, 0); err != nil { // as systemd makes it
+		t.Fatal(err)
+	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: path})
 	if err != nil {
 		t.Fatal(err)
