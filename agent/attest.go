@@ -36,6 +36,34 @@ func (n *node) remedy() string {
 	return "put a fresh join token of " + maker + " into join_token_file, or into join_token and reload"
 }
 
+// anchorRemedy says what a person can do about a CA that was made anew.
+func (n *node) anchorRemedy() string {
+	if n.attestor != nil {
+		return "put its authorities into the file of trust_bundle_path"
+	}
+	return n.remedy()
+}
+
+// otherAnchor says whether the configuration has something to verify the CA by, and to attest with, that is not what the
+// agent holds. Only that can find a CA that was made anew; nobody else passes for it.
+func (n *node) otherAnchor(held *nodeRecord) (bool, error) {
+	b := n.bootstrap.Load()
+	if n.attestor == nil {
+		token, err := b.joinToken()
+		if err != nil || token.IsZero() || token.Fingerprint() == held.token {
+			return false, err
+		}
+		if token.Pinned() {
+			return true, nil
+		}
+	}
+	if b.bundleFile == "" {
+		return false, nil
+	}
+	bundle, err := n.bundleFromFile(b)
+	return err == nil && !bundle.Equal(held.bundle), err
+}
+
 // attest attests this node: by its evidence, or with the configured join token if it is not the one by which the agent
 // came in before, or with the key of its last SVID. If seen is not the present SVID any more, another call has
 // succeeded meanwhile, and that is enough.

@@ -255,9 +255,43 @@ func (n *node) run(ctx context.Context) error {
 		if time.Since(began) > retryMax {
 			wait = retryMin
 		}
+		if u, ok := errors.AsType[*caclient.UnverifiedError](err); ok {
+			wait = n.unverified(ctx, u, wait)
+			continue
+		}
 		wait = n.denied(ctx, err, wait)
 	}
 	return nil
+}
+
+// unverified looks for the CA by what the configuration names to verify it, if the bundle that the agent holds does not:
+// it may have been made anew. It waits if that finds none.
+func (n *node) unverified(ctx context.Context, err error, wait time.Duration) time.Duration {
+	record := n.record.Load()
+	other, otherErr := n.otherAnchor(record)
+	if other {
+		if n.wonJustNow() {
+			n.sleep(ctx, spread(wait))
+		}
+		did, attestErr := n.attest(ctx, record.svid)
+		if did {
+			return min(2*wait, retryMax)
+		}
+		otherErr = attestErr
+	}
+	if ctx.Err() == nil {
+		delay := spread(wait)
+		n.log.Warn("no connection to the CA: the bundle that the agent holds does not verify it; if it was made anew, "+n.anchorRemedy(),
+			"server_address", n.config.ServerAddress, "retry_in", delay.Round(time.Millisecond), "err", errors.Join(err, otherErr))
+		n.sleep(ctx, delay)
+	}
+	return min(2*wait, retryMax)
+}
+
+// wonJustNow says that the node has attested a moment ago; doing it again and again would only burden the CA.
+func (n *node) wonJustNow() bool {
+	won := n.wonAt.Load()
+	return won != nil && time.Since(*won) < retryMax
 }
 
 // denied looks for a way back after the CA has refused the agent, and waits if it finds none.
@@ -279,8 +313,7 @@ func (n *node) denied(ctx context.Context, err error, wait time.Duration) time.D
 		return retryMax
 	}
 	n.setStatus(Refused, err.Error())
-	if won := n.wonAt.Load(); won != nil && time.Since(*won) < retryMax {
-		// What was won a moment ago is refused already: winning it again and again would only burden the CA.
+	if n.wonJustNow() {
 		delay := spread(wait)
 		n.log.Warn("the CA refuses the SVID that it has just issued", "retry_in", delay.Round(time.Millisecond), "err", err)
 		n.sleep(ctx, delay)

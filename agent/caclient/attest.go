@@ -70,7 +70,7 @@ func Attest(ctx context.Context, a Attestation) (*Attested, error) {
 		a.Now = time.Now
 	}
 	var pinned atomic.Pointer[x509.Certificate]
-	creds := clientTLS(a.TrustDomain, nil, a.Bundle, a.Now)
+	creds := clientTLS(a.TrustDomain, nil, a.Bundle, a.Now, nil)
 	if a.Bundle == nil {
 		if a.Pin == nil {
 			return nil, errors.New("nothing verifies the CA: set trust_bundle_path, or use a join token with an authority pin")

@@ -144,7 +144,8 @@ func New(c Config) (*Client, error) {
 }
 
 // Run keeps following the CA until ctx ends, which gives nil, or until the CA refuses this agent, which gives a
-// *DeniedError: then the caller decides how to become welcome again, and calls Run again. At most one Run at a time.
+// *DeniedError, or does not verify, which gives an *UnverifiedError: then the caller decides how to become welcome again or
+// by what else to verify the CA, waits, and calls Run again. At most one Run at a time.
 func (c *Client) Run(ctx context.Context) error {
 	var retiring sync.WaitGroup
 	defer retiring.Wait()
@@ -188,6 +189,11 @@ func (c *Client) Run(ctx context.Context) error {
 				return denied
 			}
 			continue // the SVID was renewed meanwhile; the new one has not been judged
+		}
+		if s != nil {
+			if failed := s.unverified.Load(); failed != nil && s.svid == c.config.Identity() {
+				return &UnverifiedError{*failed}
+			}
 		}
 		fresh = errors.Is(err, errOutOfStep)
 		if s != nil && s.inSync.Load() && time.Since(started) > wait {
@@ -276,6 +282,8 @@ type session struct {
 	local  string      // our end of the connection on which the server said that it has no Follow; else empty
 	spire  atomic.Bool // the server is one that is polled
 
+	unverified atomic.Pointer[error] // why the server did not verify, the last time that it did not
+
 	ended   chan struct{} // closed by end
 	endOnce sync.Once
 	endErr  error
@@ -297,11 +305,12 @@ func (c *Client) open() (*session, error) {
 	if svid == nil {
 		return nil, errors.New("the agent has no SVID yet")
 	}
-	conn, err := dial(c.config.Address, clientTLS(c.config.TrustDomain, svid, c.config.Bundles, c.config.Now))
-	if err != nil {
+	s := &session{svid: svid, ended: make(chan struct{})}
+	failed := func(err error) { s.unverified.Store(&err) }
+	var err error
+	if s.conn, err = dial(c.config.Address, clientTLS(c.config.TrustDomain, svid, c.config.Bundles, c.config.Now, failed)); err != nil {
 		return nil, err
 	}
-	s := &session{conn: conn, svid: svid, ended: make(chan struct{})}
 	s.out.init()
 	c.mu.Lock()
 	c.session = s

@@ -53,6 +53,14 @@ func (e *DeniedError) Error() string {
 	return fmt.Sprintf("the CA refuses this agent: %s (%q)", e.Reason, e.Message)
 }
 
+// An UnverifiedError says that somebody answers at the CA's address whom the bundle that is held does not verify: the clock
+// is wrong, it is not the CA, or the CA was made anew with other authorities.
+type UnverifiedError struct{ err error }
+
+func (e *UnverifiedError) Error() string { return "the CA does not verify: " + e.err.Error() }
+
+func (e *UnverifiedError) Unwrap() error { return e.err }
+
 // fromStatus turns the gRPC error of a call into one that callers can test for: *DeniedError where SPIRE's details say
 // why the agent is refused, else err itself.
 func fromStatus(err error) error {

@@ -22,14 +22,22 @@ func ServerID(td spiffeid.TrustDomain) spiffeid.ID {
 }
 
 // clientTLS verifies the CA against the bundle and its exact ID; host names play no part (X509-50). There are no session
-// tickets on either side, so that each connection judges the chain against the present bundle (X509-55).
-func clientTLS(td spiffeid.TrustDomain, svid *x509svid.SVID, bundles x509bundle.Source, now func() time.Time) grpc.DialOption {
+// tickets on either side, so that each connection judges the chain against the present bundle (X509-55). failed, if not
+// nil, is told when the CA does not verify.
+func clientTLS(td spiffeid.TrustDomain, svid *x509svid.SVID, bundles x509bundle.Source, now func() time.Time, failed func(error)) grpc.DialOption {
+	verify := spiffe.VerifyConnection(bundles, now, isServer(td))
 	config := &tls.Config{
 		MinVersion:             tls.VersionTLS13,
 		SessionTicketsDisabled: true,
 		Time:                   now,
 		InsecureSkipVerify:     true, // VerifyConnection verifies, by SPIFFE's rules instead of by host name
-		VerifyConnection:       spiffe.VerifyConnection(bundles, now, isServer(td)),
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			err := verify(cs)
+			if err != nil && failed != nil {
+				failed(err)
+			}
+			return err
+		},
 	}
 	if svid != nil {
 		cert := &tls.Certificate{PrivateKey: svid.PrivateKey}

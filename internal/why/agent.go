@@ -94,8 +94,11 @@ func (d *diagnosis) contact(text string) *Cause {
 		return cause(CAOtherTrustDomain, "what answers at %s is not the CA of %s: %s", at, s.GetTrustDomain(), text).
 			fix("# correct server_address or trust_domain in the agent's configuration")
 	case notTrusted.MatchString(text):
-		return cause(CANotTrusted, "the CA at %s is not verified by the bundle that the agent holds: it was made anew, or another one answers there: %s", at, text).
-			fix("# on the CA: signet bundle show --format pem, compare, and put it into trust_bundle_path on this node")
+		c := cause(CANotTrusted, "the CA at %s is not verified by the bundle that the agent holds: it was made anew, or another one answers there: %s", at, text)
+		if s.GetAttestor() == "join_token" {
+			return c.fix("# if it was made anew, on the CA: signet token create; put the token into join_token_file on this node")
+		}
+		return c.fix("# on the CA: signet bundle show --format pem, compare, and put it into trust_bundle_path on this node")
 	case notYetValid.MatchString(text):
 		return cause(ClockWrong, "the clocks of this node and of the CA disagree, or the CA's certificate has ended: %s", text).
 			fix("# set both clocks by NTP: timedatectl status; chronyc tracking")

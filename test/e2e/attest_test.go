@@ -186,7 +186,15 @@ func (l *life) serves(when string) {
 
 func TestNodeLifeByX509POP(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
+	rootFile, leafFile, keyFile := nodePKI(t, t.TempDir())
+	nodeLife(t, "x509pop", func(c *ca.Config) { c.NodeAttestors.X509POP = &ca.X509POP{CABundlePath: rootFile} }, func(c *agent.Config) {
+		c.NodeAttestation.X509POP = &agent.X509POP{CertificatePath: leafFile, PrivateKeyPath: keyFile}
+	})
+}
+
+// nodePKI makes the files of a PKI of nodes: its root, and a node's certificate and key.
+func nodePKI(t *testing.T, dir string) (rootFile, leafFile, keyFile string) {
+	t.Helper()
 	rootKey, nodeKey := p256(t), p256(t)
 	root := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "nodes"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
@@ -203,14 +211,12 @@ func TestNodeLifeByX509POP(t *testing.T) {
 		return path
 	}
 	rootDER, err := x509.CreateCertificate(rand.Reader, root, root, rootKey.Public(), rootKey)
-	rootFile := file("root.pem", "CERTIFICATE", rootDER, err)
+	rootFile = file("root.pem", "CERTIFICATE", rootDER, err)
 	leafDER, err := x509.CreateCertificate(rand.Reader, leaf, root, nodeKey.Public(), rootKey)
-	leafFile := file("node.pem", "CERTIFICATE", leafDER, err)
+	leafFile = file("node.pem", "CERTIFICATE", leafDER, err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(nodeKey)
-	keyFile := file("node.key", "PRIVATE KEY", keyDER, err)
-	nodeLife(t, "x509pop", func(c *ca.Config) { c.NodeAttestors.X509POP = &ca.X509POP{CABundlePath: rootFile} }, func(c *agent.Config) {
-		c.NodeAttestation.X509POP = &agent.X509POP{CertificatePath: leafFile, PrivateKeyPath: keyFile}
-	})
+	keyFile = file("node.key", "PRIVATE KEY", keyDER, err)
+	return rootFile, leafFile, keyFile
 }
 
 func p256(t *testing.T) *ecdsa.PrivateKey {

@@ -144,7 +144,7 @@ var agentSetups = []setup{
 		}
 		w.until("that the agent meets the new CA", func() bool { return strings.Contains(w.status().GetCa().GetError(), "x509") })
 		return pid(p)
-	}, want: why.CANotTrusted, says: "trust_bundle_path"},
+	}, want: why.CANotTrusted, says: "signet token create"},
 	{name: "clock of the node two hours fast", root: true, make: maker{Agent: noCache}, build: func(w *world) why.Target {
 		p, _ := w.server()
 		w.skew.Store(int64(2 * time.Hour))
