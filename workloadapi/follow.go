@@ -188,14 +188,13 @@ func Show[M any](m *M, ss interface{ Send(*M) error }) (Message, error) {
 // Before each message the subject is looked at again. A process that has become another program or user is attested
 // anew, and goes on with the identities of what it is now.
 func (d *Feed) Follow(ctx context.Context, subject Subject, st Stream) error {
-	f := &follower{Feed: d, Stream: st, subject: subject}
+	f := newFollower(d, subject, &st)
 	for idle := 0; idle < maxAttempts; idle++ {
 		f.progress = false
-		var err error
-		if f.caller, err = subject.Attest(ctx); err != nil {
+		if err := f.attest(ctx); err != nil {
 			return err
 		}
-		if err = f.subscription(ctx); !errors.Is(err, ErrSubjectChanged) {
+		if err := f.subscription(ctx); !errors.Is(err, ErrSubjectChanged) {
 			return err
 		}
 		if f.progress {
@@ -205,7 +204,8 @@ func (d *Feed) Follow(ctx context.Context, subject Subject, st Stream) error {
 	return errUnsteady
 }
 
-// A follower is one stream being served, by one goroutine.
+// A follower is one stream being served, by one goroutine. There may be ten thousand that wait, so what waits has small
+// frames and holds little: what is large is in functions that return first, and what is not needed any more is let go.
 type follower struct {
 	*Feed
 	Stream
@@ -216,71 +216,133 @@ type follower struct {
 	started    bool // a message has been sent
 	last       [sha256.Size]byte
 	identities [sha256.Size]byte // digest of the identities behind last
+
+	// Of the present subscription.
+	newest    Update // what the source said last, as long as it may have to be shown (again)
+	known     bool   // the source has said something
+	patience  *time.Timer
+	spread    *time.Timer // while spreading
+	spreading bool        // newest waits for its time
+}
+
+//go:noinline
+func newFollower(d *Feed, subject Subject, st *Stream) *follower {
+	return &follower{Feed: d, Stream: *st, subject: subject}
+}
+
+//go:noinline
+func (f *follower) attest(ctx context.Context) (err error) {
+	f.caller, err = f.subject.Attest(ctx)
+	return err
 }
 
 // subscription follows the source for one attested state of the caller.
 func (f *follower) subscription(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
+	updates, err := f.subscribe(ctx)
+	if err != nil {
+		cancel()
+		return fmt.Errorf("the caller's identities: %w", err)
+	}
+	defer drain(cancel, updates)
+	defer f.rest()
+	for {
+		due, err := f.wait(ctx, updates)
+		if err == nil && due {
+			err = f.push(ctx, updates)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func (f *follower) subscribe(ctx context.Context) (<-chan Update, error) {
 	watch := f.Source.Watch
 	if f.WIT != nil {
 		watch = f.WIT.WatchWIT
 	}
 	updates, err := watch(ctx, f.caller)
 	if err != nil {
-		cancel()
-		return fmt.Errorf("the caller's identities: %w", err)
+		return nil, err
 	}
-	defer drain(cancel, updates)
+	f.newest, f.known = Update{}, false
+	if !f.started {
+		f.patience = time.NewTimer(f.IssueWait)
+	}
+	return updates, nil
+}
 
-	patience := time.NewTimer(f.IssueWait)
-	defer patience.Stop()
-	spread := time.NewTimer(time.Hour)
-	spread.Stop()
-	defer spread.Stop()
-	spreading := false
+// rest stops the timers.
+func (f *follower) rest() {
+	for _, t := range []*time.Timer{f.patience, f.spread} {
+		if t != nil {
+			t.Stop()
+		}
+	}
+	f.patience, f.spread, f.spreading = nil, nil, false
+}
 
-	var u Update
-	known := false // u is what the source has said
-	for {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-f.subject.Done():
-			return peer.ErrGone
-		case <-patience.C:
-			if !f.started {
-				return errNothingYet
-			}
-			continue
-		case next, ok := <-updates:
-			if !ok {
-				if ctx.Err() != nil {
-					return context.Cause(ctx)
-				}
-				return errSourceEnded
-			}
-			u, known = f.narrow(next), true
-			if f.maySpread(u) {
-				if !spreading {
-					spreading = true
-					spread.Reset(rand.N(f.SpreadUpdates)) // the time of a message, not a secret
-				}
-				continue
-			}
-			spreading = false
-			spread.Stop()
-		case <-spread.C:
-			spreading = false
-		case <-f.Again:
-			if !known {
-				continue
-			}
-			spreading = false
-			spread.Stop()
+// wait waits for what happens next, and says whether newest is due to be shown.
+func (f *follower) wait(ctx context.Context, updates <-chan Update) (due bool, err error) {
+	var patience, spread <-chan time.Time
+	if f.patience != nil {
+		patience = f.patience.C
+	}
+	if f.spreading {
+		spread = f.spread.C
+	}
+	select {
+	case <-ctx.Done():
+		return false, context.Cause(ctx)
+	case <-f.subject.Done():
+		return false, peer.ErrGone
+	case <-patience:
+		f.patience = nil
+		if !f.started {
+			return false, errNothingYet
 		}
-		if u, err = f.push(ctx, u, updates); err != nil {
-			return err
+		return false, nil
+	case next, ok := <-updates:
+		if !ok {
+			if ctx.Err() != nil {
+				return false, context.Cause(ctx)
+			}
+			return false, errSourceEnded
 		}
+		return f.take(&next), nil
+	case <-spread:
+		f.calm()
+		return true, nil
+	case <-f.Again:
+		if f.known {
+			f.calm()
+		}
+		return f.known, nil
+	}
+}
+
+// take takes an update, and says whether it is due at once.
+//
+//go:noinline
+func (f *follower) take(next *Update) (due bool) {
+	f.newest, f.known = f.narrow(*next), true
+	if !f.maySpread(f.newest) {
+		f.calm()
+		return true
+	}
+	if !f.spreading {
+		f.spreading = true
+		f.spread = time.NewTimer(rand.N(f.SpreadUpdates)) // the time of a message, not a secret
+	}
+	return false
+}
+
+// calm ends the delay of an update.
+func (f *follower) calm() {
+	if f.spreading {
+		f.spread.Stop()
+		f.spread, f.spreading = nil, false
 	}
 }
 
@@ -302,8 +364,23 @@ func (f *follower) maySpread(u Update) bool {
 	return f.Spread && f.SpreadUpdates > 0 && f.started && identitiesDigest(u.Identities) == f.identities
 }
 
-// push sends u, or what has come after it meanwhile, if the client does not have it already. It returns what it took.
-func (f *follower) push(ctx context.Context, u Update, updates <-chan Update) (Update, error) {
+// push shows newest, and lets it go if nobody can ask for it again.
+func (f *follower) push(ctx context.Context, updates <-chan Update) (err error) {
+	if f.newest, err = f.send(ctx, f.newest, updates); err != nil {
+		return err
+	}
+	if f.Again == nil {
+		f.newest = Update{}
+	}
+	if f.started && f.patience != nil {
+		f.patience.Stop()
+		f.patience = nil
+	}
+	return nil
+}
+
+// send sends u, or what has come after it meanwhile, if the client does not have it already. It returns what it took.
+func (f *follower) send(ctx context.Context, u Update, updates <-chan Update) (Update, error) {
 	// The order matters: first the subject, then the newest word on what it may have, then the message.
 	if err := f.subject.Check(ctx, f.caller); err != nil {
 		return u, err

@@ -30,6 +30,10 @@ const (
 	// of audiences; an Envoy names in its first request each of its several hundred extensions.
 	maxRequestBytes = 256 << 10
 
+	// readBufferBytes is what a connection reads at once, into a buffer that it has only while something comes (peer's
+	// connections see to that). Callers send little.
+	readBufferBytes = 4 << 10
+
 	// maxHeaderBytes bounds the metadata of a call.
 	maxHeaderBytes = 16 << 10
 
@@ -211,6 +215,7 @@ func New(cfg Config) (*Server, error) {
 	s.grpc = grpc.NewServer(
 		grpc.Creds(greeting{peers.Credentials()}),
 		grpc.MaxRecvMsgSize(maxRequestBytes),
+		grpc.ReadBufferSize(readBufferBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerConnection),
 		grpc.ConnectionTimeout(handshakeTimeout),

@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"sync"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/mem"
 	grpcpeer "google.golang.org/grpc/peer"
 )
 
@@ -215,6 +218,39 @@ func (c *conn) peerPIDFD() (fd int, err error) {
 		return -1, ctlErr
 	}
 	return fd, err
+}
+
+// ReadOnReady reads into a buffer of the pool, which it takes when there is something to read. It is what gRPC asks of a
+// connection that is to cost no buffer while nothing comes.
+func (c *conn) ReadOnReady(size int, pool mem.BufferPool) (buf *[]byte, n int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, 0, err
+	}
+	var readErr error
+	err = raw.Read(func(fd uintptr) bool {
+		buf = pool.Get(size)
+		readErr = ignoringEINTR(func() (err error) {
+			n, err = syscall.Read(int(fd), *buf) // by syscall, as net does, whose view of it the race detector has
+			return err
+		})
+		if readErr == syscall.EAGAIN {
+			pool.Put(buf) // what wakes up may find nothing
+			buf = nil
+			return false
+		}
+		return true
+	})
+	if err = errors.Join(err, readErr); err == nil && n > 0 {
+		return buf, n, nil
+	}
+	if buf != nil {
+		pool.Put(buf)
+	}
+	if err == nil {
+		err = io.EOF
+	}
+	return nil, 0, err
 }
 
 // Close closes the connection. It may be called more than once.

@@ -13,10 +13,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/mem"
 )
 
 const pinChildEnv = "SIGNET_TEST_PIN"
@@ -437,3 +439,68 @@ func TestForeignSocketsAndProcessesRefused(t *testing.T) {
 		t.Error("a context without a connection has a process")
 	}
 }
+
+// TestReadOnReady: a buffer is taken when there is something to read, and given back when nothing was.
+func TestReadOnReady(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "pair")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends[i] = c.(*net.UnixConn)
+		defer c.Close()
+	}
+	c, pool := &conn{UnixConn: ends[0]}, &countingPool{}
+	var _ interface {
+		ReadOnReady(int, mem.BufferPool) (*[]byte, int, error)
+	} = c
+	type result struct {
+		buf *[]byte
+		n   int
+		err error
+	}
+	read := make(chan result)
+	go func() {
+		for range 3 {
+			buf, n, err := c.ReadOnReady(8, pool)
+			read <- result{buf, n, err}
+		}
+	}()
+	if _, err := ends[1].Write([]byte("hello, caller")); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"hello, c", "aller"} {
+		if r := <-read; r.err != nil || string((*r.buf)[:r.n]) != want {
+			t.Errorf("%+v, want %q", r, want)
+		}
+	}
+	ends[1].Close()
+	if r := <-read; r.err != io.EOF || r.buf != nil {
+		t.Errorf("at the end: %+v", r)
+	}
+	if out := pool.out.Load(); out != 2 {
+		t.Errorf("%d buffers are out, want the two that were handed on", out)
+	}
+	ends[0].Close()
+	if _, _, err := c.ReadOnReady(8, pool); err == nil || pool.out.Load() != 2 {
+		t.Errorf("closed: %v, %d buffers are out", err, pool.out.Load())
+	}
+}
+
+// A countingPool counts the buffers that were not put back.
+type countingPool struct{ out atomic.Int64 }
+
+func (p *countingPool) Get(n int) *[]byte {
+	p.out.Add(1)
+	b := make([]byte, n)
+	return &b
+}
+
+func (p *countingPool) Put(*[]byte) { p.out.Add(-1) }
