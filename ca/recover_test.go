@@ -99,6 +99,15 @@ func TestNodeKeyIsDeadAfterEvictAndBan(t *testing.T) {
 		}
 		if _, err := recovery(t.Context(), anon, a.id, a.key, csr(t, a.key)); code(err) != codes.PermissionDenied {
 			t.Errorf("after the %s: %v", kill, err)
+		} else if banned := strings.Contains(err.Error(), "banned"); banned != (kill == "ban") {
+			t.Errorf("after the %s its owner is told: %v", kill, err)
+		}
+		// A stranger learns of neither.
+		nobody := spiffeid.RequireFromPath(td, "/spire/agent/join_token/nobody")
+		_, known := recovery(t.Context(), anon, a.id, key(t), csr(t, a.key))
+		_, unknown := recovery(t.Context(), anon, nobody, key(t), csr(t, a.key))
+		if known == nil || unknown == nil || known.Error() != unknown.Error() {
+			t.Errorf("after the %s a stranger is told %v, and of a node that there is not %v", kill, known, unknown)
 		}
 	}
 }

@@ -43,15 +43,15 @@ func (a *API) attestByKey(s agentv1.Agent_AttestAgentServer, payload, csr []byte
 		if err != nil {
 			return nil, id, err
 		}
-		if node.Banned {
-			return nil, id, errBanned
-		}
 		switch {
 		case a.holds(node.Key, id, nonce, csr, sig):
 		case a.holds(node.NewKey, id, nonce, csr, sig): // the agent has the renewed one: this is its first use
 			node.Key, node.Serial, node.ExpiresAt = node.NewKey, node.NewSerial, node.NewExpiresAt
 		default:
 			return nil, id, errNoProof
+		}
+		if node.Banned { // only who has the key learns of it
+			return nil, id, errBanned
 		}
 		if node.CanReattest { // its evidence must hold still, which the key does not show
 			return nil, id, status.Errorf(codes.PermissionDenied, "failed to attest: the node attests by %s, again and again; its key alone is not enough", node.Attestation)
