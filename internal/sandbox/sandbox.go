@@ -46,7 +46,7 @@ type Policy struct {
 	// Files are the paths that may be used. One that does not exist is left out, and so can never be used.
 	Files []Access
 	// ConnectTCP are the ports that TCP connections may go to. No port may be listened on that is not already. Both take
-	// seccomp as well: Landlock does not see MPTCP, which reaches the same ports.
+	// seccomp as well: Landlock does not see MPTCP and TCP Fast Open, which reach the same ports, and who listens without bind.
 	ConnectTCP []uint16
 
 	// Seccomp says whether Syscalls is enforced.

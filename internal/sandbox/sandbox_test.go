@@ -191,10 +191,13 @@ func TestPorts(t *testing.T) {
 		}
 		return uint16(a.Port)
 	}
-	o := try(t, Policy{Landlock: Require, ConnectTCP: []uint16{port(addrs[0])}}, nil, "connect="+addrs[0], "connect="+addrs[1], "listen-tcp=127.0.0.1:0", "mptcp")
+	o := try(t, Policy{Landlock: Require, ConnectTCP: []uint16{port(addrs[0])}}, nil, "connect="+addrs[0], "connect="+addrs[1], "listen-tcp=127.0.0.1:0", "mptcp",
+		"fastopen="+addrs[1], "fastopen-msg="+addrs[1], "listen-unbound")
 	o.worked(t, "connect="+addrs[0])
 	o.refused(t, denied, "connect="+addrs[1], "listen-tcp=127.0.0.1:0")
-	o.refused(t, "protocol not supported", "mptcp") // Landlock would not see it
+	// Landlock would not see these.
+	o.refused(t, "protocol not supported", "mptcp")
+	o.refused(t, notPermitted, "fastopen="+addrs[1], "fastopen-msg="+addrs[1], "listen-unbound")
 	if !o.Report.PortsRestricted {
 		t.Errorf("report: %+v", o.Report)
 	}
@@ -220,8 +223,9 @@ func TestSyscalls(t *testing.T) {
 	dir := t.TempDir()
 	needRoot(t)
 	pid := other(t)
-	bad := []string{"exec=/bin/true", "fork", "ptrace", "readv", "mount=" + dir, "unshare", "setuid", "bpf", "io_uring", "userfaultfd", "kexec", "module", "keyring"}
-	good := []string{"thread", "read=/etc/passwd", "write=" + dir + "/f", "listen-unix=" + dir + "/s", "listen-tcp=127.0.0.1:0", "socket=unix", "socket=inet", "socket=inet6"}
+	bad := []string{"exec=/bin/true", "fork", "ptrace", "readv", "mount=" + dir, "unshare", "setuid", "bpf", "io_uring", "userfaultfd", "kexec", "module", "keyring",
+		"listen-unix=" + dir + "/s", "listen-tcp=127.0.0.1:0", "listen-unbound"}
+	good := []string{"thread", "read=/etc/passwd", "write=" + dir + "/f", "socket=unix", "socket=inet", "socket=inet6"}
 	o := try(t, Policy{Landlock: Off, Seccomp: Require, Keep: []Capability{SysPtrace}}, nil, slices.Concat(bad, good, []string{"socket=alg", "socket=packet", "socket=netlink", "future"})...)
 	if o.Err != "" || !o.Report.Seccomp {
 		t.Fatalf("%+v", o)

@@ -48,6 +48,8 @@ var refused = append([]uintptr{
 	// other users
 	unix.SYS_SETUID, unix.SYS_SETGID, unix.SYS_SETREUID, unix.SYS_SETREGID, unix.SYS_SETRESUID, unix.SYS_SETRESGID, unix.SYS_SETGROUPS,
 	unix.SYS_SETFSUID, unix.SYS_SETFSGID, unix.SYS_CAPSET, unix.SYS_PERSONALITY,
+	// further sockets that listen: without a bind before it Landlock does not see it
+	unix.SYS_LISTEN,
 	// the kernel itself, and interfaces of it that had many holes
 	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD, unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER, unix.SYS_IO_URING_REGISTER,
 	unix.SYS_INIT_MODULE, unix.SYS_FINIT_MODULE, unix.SYS_DELETE_MODULE, unix.SYS_KEXEC_LOAD, unix.SYS_KEXEC_FILE_LOAD, unix.SYS_REBOOT, unix.SYS_SYSLOG,
@@ -139,6 +141,13 @@ func (s Syscalls) program() []unix.SockFilter {
 		}
 		f.give(noProtocol)
 	})
+	// Landlock is asked about connect, and not about what connects with its first bytes (TCP Fast Open).
+	for _, send := range []struct {
+		call  uintptr
+		flags uint32
+	}{{unix.SYS_SENDTO, 3}, {unix.SYS_SENDMSG, 2}, {unix.SYS_SENDMMSG, 3}} {
+		f.argument(send.call, send.flags, func() { f.when(unix.BPF_JSET, unix.MSG_FASTOPEN, refuse); f.give(allow) })
+	}
 	f.argument(unix.SYS_IOCTL, 1, func() { f.when(unix.BPF_JEQ, unix.TIOCSTI, refuse); f.give(allow) })
 	calls := refused
 	if !s.Keyring {

@@ -61,6 +61,19 @@ func text(err error) string {
 	return err.Error()
 }
 
+func fastOpen(address string, send func(int, *unix.SockaddrInet4) error) error {
+	a, err := net.ResolveTCPAddr("tcp4", address)
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return send(fd, &unix.SockaddrInet4{Port: a.Port, Addr: [4]byte(a.IP.To4())})
+}
+
 func do(deed, arg string) error {
 	errno := func(_, _ uintptr, e unix.Errno) error {
 		if e != 0 {
@@ -104,6 +117,19 @@ func do(deed, arg string) error {
 			c.Close()
 		}
 		return err
+	case "fastopen": // connects with the first bytes, without connect(2)
+		return fastOpen(arg, func(fd int, to *unix.SockaddrInet4) error { return unix.Sendto(fd, []byte("x"), unix.MSG_FASTOPEN, to) })
+	case "fastopen-msg":
+		return fastOpen(arg, func(fd int, to *unix.SockaddrInet4) error {
+			return unix.Sendmsg(fd, []byte("x"), nil, to, unix.MSG_FASTOPEN)
+		})
+	case "listen-unbound": // the kernel chooses the port
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Listen(fd, 1)
 	case "connect-unix":
 		c, err := net.Dial("unix", arg)
 		if err == nil {
