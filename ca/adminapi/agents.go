@@ -185,7 +185,7 @@ func (a *API) BanAgent(ctx context.Context, req *agentv1.BanAgentRequest) (*empt
 }
 
 // UnbanAgent lifts a ban. The agent's SVID stays dead: the node attests again with its evidence, and one that has none to show
-// again, as after a join token, wins a new SVID with its last key. [docs/decisions/0004]
+// again, as after a join token, wins a new SVID with its last key. [docs/decisions/0004, 0017]
 func (a *API) UnbanAgent(ctx context.Context, req *adminv1.UnbanAgentRequest) (*adminv1.UnbanAgentResponse, error) {
 	id, err := spiffe.ParseWorkloadID(req.AgentId)
 	if err != nil {

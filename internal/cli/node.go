@@ -31,7 +31,7 @@ func (a *app) nodeCommand() *cobra.Command {
 				_, err := agentv1.NewAgentClient(c).BanAgent(ctx, &agentv1.BanAgentRequest{Id: id})
 				return err
 			}),
-		a.agentActCommand("unban", "Let banned agents attest again",
+		a.agentActCommand("unban", "Lift the ban of agents: they come back by themselves, with their evidence or their last key",
 			"unbanned", func(ctx context.Context, c *caConn, id *types.SPIFFEID) error {
 				_, err := adminv1.NewAdminClient(c).UnbanAgent(ctx, &adminv1.UnbanAgentRequest{AgentId: idString(id)})
 				return err
