@@ -565,6 +565,7 @@ func TestStrangersCannotFloodTheAuditLog(t *testing.T) {
 	h := start(t, config(t.TempDir()))
 	anon := entryv1.NewEntryClient(h.dial(nil, nil))
 	const n = 2000
+	began := time.Now()
 	for range n {
 		if _, err := anon.CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); code(err) != codes.PermissionDenied {
 			t.Fatal(err)
@@ -576,7 +577,8 @@ func TestStrangersCannotFloodTheAuditLog(t *testing.T) {
 	for _, r := range h.audit("call.refused.more") {
 		more += r["details"].(map[string]any)["count"].(float64)
 	}
-	if one == 0 || one > 1200 || float64(one)+more != n {
-		t.Errorf("%d records and %v counted, of %d refusals", one, more, n)
+	most := 500 + 50*time.Since(began).Seconds() // access.refusalBurst and refusalRate: a slow machine logs more of them
+	if one == 0 || float64(one) > most || float64(one)+more != n {
+		t.Errorf("%d records, at most %.0f are allowed, and %v counted, of %d refusals", one, most, more, n)
 	}
 }

@@ -101,16 +101,20 @@ func (m *TPM) Start(t testing.TB) {
 		_ = cmd.Wait() // killed
 		m.stop = nil
 	}
-	for deadline := time.Now().Add(20 * time.Second); ; {
-		conn, err := net.Dial("unix", m.Socket+".ctrl")
-		if err == nil {
-			conn.Close()
-			return
+	// It listens on one after the other: the commands' may be there and not listen yet.
+	deadline := time.Now().Add(20 * time.Second)
+	for _, path := range []string{m.Socket + ".ctrl", m.Socket} {
+		for {
+			conn, err := net.Dial("unix", path)
+			if err == nil {
+				conn.Close()
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("swtpm does not listen: %v", err)
+			}
+			<-time.After(10 * time.Millisecond)
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("swtpm does not listen on %s: %v", m.Socket, err)
-		}
-		<-time.After(10 * time.Millisecond)
 	}
 }
 
