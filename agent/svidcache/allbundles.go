@@ -22,5 +22,5 @@ func (c *Cache) WatchBundles(ctx context.Context) (<-chan workloadapi.Update, er
 	w := newWatcher(workloadapi.Caller{}, false)
 	w.allBundles = true
 	c.subscribe(w)
-	return c.sending(ctx, w)
+	return c.open(ctx, w)
 }

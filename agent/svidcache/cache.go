@@ -158,23 +158,25 @@ type Cache struct {
 
 	// mu makes a new state and its consequences for records and watchers one step. It is held for microseconds, never
 	// over a call to the CA.
-	mu       sync.Mutex
-	records  map[string]*record    // by entry id: those that watchers need, and the idle ones
-	wits     map[string]*witRecord // by entry id: those that streams show
-	idle     *list.List            // records without watchers: those used last, and then the newest entries
-	spare    map[string]*svid      // restored, by entry id, for entries that have no record
-	spareTil time.Time             // on the steady clock, when spare is given up; zero: not yet
-	due      [2]map[*record]struct{}
-	nextTick time.Time // on the steady clock
-	refill   bool      // idle has room that entries without a record may take
-	watchers map[*watcher]struct{}
-	byChan   map[<-chan workloadapi.Update]*watcher
-	bySel    map[spiffe.Selector]map[*watcher]struct{}
-	held     int
-	heldUID  map[uint32]int
-	handed   handedOn
-	inUse    map[string]int // X.509 authority id → SVIDs of it
-	toldUse  *[]string      // what the CA was told last; nil: nothing
+	mu         sync.Mutex
+	records    map[string]*record    // by entry id: those that watchers need, and the idle ones
+	wits       map[string]*witRecord // by entry id: those that streams show
+	idle       *list.List            // records without watchers: those used last, and then the newest entries
+	spare      map[string]*svid      // restored, by entry id, for entries that have no record
+	spareTil   time.Time             // on the steady clock, when spare is given up; zero: not yet
+	due        [2]map[*record]struct{}
+	nextTick   time.Time // on the steady clock
+	refill     bool      // idle has room that entries without a record may take
+	watchers   map[*watcher]struct{}
+	queue      []*watcher // those to be looked at again, by the one goroutine that is there while refreshing
+	refreshing bool
+	byChan     map[<-chan workloadapi.Update]*watcher
+	bySel      map[spiffe.Selector]map[*watcher]struct{}
+	held       int
+	heldUID    map[uint32]int
+	handed     handedOn
+	inUse      map[string]int // X.509 authority id → SVIDs of it
+	toldUse    *[]string      // what the CA was told last; nil: nothing
 
 	// offline is since when there has been no contact to the CA, zero while there is; told is what watchers are told of
 	// it, from tellAt on.
@@ -255,6 +257,17 @@ func (c *Cache) Run(ctx context.Context) error {
 	c.closing.Unlock()
 	c.tasks.Wait()
 	return nil
+}
+
+// enter counts a task that Run waits for, which ends with tasks.Done. It is false when Run has ended.
+func (c *Cache) enter() bool {
+	c.closing.Lock()
+	defer c.closing.Unlock()
+	if c.closed {
+		return false
+	}
+	c.tasks.Add(1)
+	return true
 }
 
 // start runs task in a goroutine that Run waits for. It is false when Run has ended.
@@ -365,7 +378,7 @@ func (c *Cache) takeChange(s *state, change change, epoch bool) {
 	c.prefetchAll(fresh, now)
 	for w := range affected {
 		c.rematch(w, s, now)
-		w.kick()
+		c.kick(w)
 	}
 	if change.own {
 		c.planWave(s.bundles[c.config.TrustDomain])
@@ -378,7 +391,7 @@ func (c *Cache) takeChange(s *state, change change, epoch bool) {
 	c.tellUse()
 	if change.own || change.foreign || change.policies {
 		for w := range c.watchers {
-			w.kick()
+			c.kick(w)
 		}
 	}
 	if c.refill {
@@ -409,7 +422,7 @@ func (c *Cache) tellOffline() {
 	}
 	c.told = c.offline
 	for w := range c.watchers {
-		w.kick()
+		c.kick(w)
 	}
 }
 

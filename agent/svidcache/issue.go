@@ -149,7 +149,7 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 		}
 		c.check(r, now)
 		for w := range r.watchers {
-			w.kick()
+			c.kick(w)
 		}
 	}
 	c.tellUse()
@@ -206,7 +206,7 @@ func (c *Cache) look(now time.Time, jumped bool) time.Duration {
 			}
 		} else if was != r.usable {
 			for w := range r.watchers {
-				w.kick()
+				c.kick(w)
 			}
 		}
 	}
@@ -218,7 +218,7 @@ func (c *Cache) look(now time.Time, jumped bool) time.Duration {
 	}
 	for w := range ended {
 		c.rematch(w, s, now)
-		w.kick()
+		c.kick(w)
 	}
 	c.sweepSpare()
 	if c.refill {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -29,18 +30,22 @@ type watcher struct {
 	holdsSVID  bool          // entries are issued and kept for it
 	wit        bool          // WIT-SVIDs too
 	allBundles bool          // it sees the bundles of all trust domains
-	wake       chan struct{} // one slot: look again
-	out        chan workloadapi.Update
+	wake       chan struct{} // one slot: for awaitEntry to look again
 
 	// Guarded by Cache.mu.
 	entries []*entry // what it matches now, the default first
+	open    bool     // out is to hold what it sees
+	queued  bool     // it is in Cache.queue
 
-	// Owned by serve.
+	// out has one slot, for the newest update. mu, which comes before Cache.mu, guards what is put there and what follows.
+	out       chan workloadapi.Update
+	mu        sync.Mutex
+	closed    bool
 	sent      *shown // what the last update showed
+	before    *shown // what the one before it showed, in case that it is withdrawn
 	unsettled time.Time
+	settle    *time.Timer // while unsettled
 }
-
-func (w *watcher) kick() { kick(w.wake) }
 
 var _ workloadapi.Source = (*Cache)(nil)
 
@@ -58,27 +63,71 @@ func (c *Cache) follow(ctx context.Context, w *watcher) (<-chan workloadapi.Upda
 		c.unsubscribe(w)
 		return nil, err
 	}
-	return c.sending(ctx, w)
+	return c.open(ctx, w)
 }
 
-// sending starts to send the updates of w, which has subscribed, until ctx ends.
-func (c *Cache) sending(ctx context.Context, w *watcher) (<-chan workloadapi.Update, error) {
-	started := c.start(func() {
-		defer close(w.out)
-		defer c.unsubscribe(w)
-		c.serve(ctx, w)
-	})
-	if !started {
+// open begins to put updates into w's slot, until ctx ends. Whoever changes what w may see kicks it.
+func (c *Cache) open(ctx context.Context, w *watcher) (<-chan workloadapi.Update, error) {
+	if !c.enter() {
 		c.unsubscribe(w)
 		return nil, errStopped
 	}
+	c.mu.Lock()
+	w.open = true
+	c.mu.Unlock()
+	c.refresh(w)
+	context.AfterFunc(ctx, func() {
+		defer c.tasks.Done()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		c.unsubscribe(w)
+		w.settled()
+		w.closed = true
+		close(w.out)
+	})
 	return w.out, nil
+}
+
+// kick has w looked at again. It is called with mu held.
+func (c *Cache) kick(w *watcher) {
+	kick(w.wake)
+	if !w.open || w.queued {
+		return
+	}
+	w.queued = true
+	c.queue = append(c.queue, w)
+	if !c.refreshing {
+		c.refreshing = true
+		c.tasks.Go(c.refreshAll) // Run has not returned: an open watcher is a task too
+	}
+}
+
+// refreshAll looks at the watchers in the queue until it is empty: one goroutine for all of them, so that those that
+// have nothing to hear of cost none.
+func (c *Cache) refreshAll() {
+	for {
+		c.mu.Lock()
+		queue := c.queue
+		c.queue = nil
+		for _, w := range queue {
+			w.queued = false
+		}
+		if len(queue) == 0 {
+			c.refreshing = false
+			c.mu.Unlock()
+			return
+		}
+		c.mu.Unlock()
+		for _, w := range queue {
+			c.refresh(w)
+		}
+	}
 }
 
 func newWatcher(caller workloadapi.Caller, holdsSVID bool) *watcher {
 	w := &watcher{
 		pid: caller.PID, uid: caller.UID, gid: caller.GID, selectors: make(map[spiffe.Selector]struct{}, len(caller.Selectors)), holdsSVID: holdsSVID,
-		wake: make(chan struct{}, 1), out: make(chan workloadapi.Update),
+		wake: make(chan struct{}, 1), out: make(chan workloadapi.Update, 1),
 	}
 	for _, s := range caller.Selectors {
 		w.selectors[s] = struct{}{}
@@ -103,6 +152,7 @@ func (c *Cache) subscribe(w *watcher) {
 func (c *Cache) unsubscribe(w *watcher) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	w.open = false
 	delete(c.watchers, w)
 	delete(c.byChan, w.out)
 	for s := range w.selectors {
@@ -206,7 +256,6 @@ func (c *Cache) awaitEntry(ctx context.Context, w *watcher) error {
 			select {
 			case <-w.wake:
 				if matched() {
-					w.kick() // for serve
 					return nil
 				}
 				continue
@@ -260,49 +309,61 @@ func (c *Cache) release(uid uint32) {
 	}
 }
 
-// serve sends updates until ctx ends.
-func (c *Cache) serve(ctx context.Context, w *watcher) {
-	settle := time.NewTimer(settleWait)
-	defer settle.Stop()
-	var pending *shown
-	for {
-		now, complete, lost := c.show(w)
-		out := chan<- workloadapi.Update(nil)
-		switch {
-		case now.same(w.sent):
-			pending = nil
-			w.unsettled = time.Time{}
-		case complete || lost || c.waitedEnough(w, settle):
-			pending = now
-			w.unsettled = time.Time{}
-			out = w.out
-		default:
-			pending = nil
-		}
-		var update workloadapi.Update
-		if pending != nil {
-			update = pending.update(c.config.TrustDomain)
-			c.offered(w, pending)
-		}
-		select {
-		case out <- update:
-			w.sent = pending
-			c.taken(w, pending)
-		case <-w.wake:
-		case <-settle.C:
-		case <-ctx.Done():
+// refresh makes w's slot hold what w sees now, unless it has been told already, or something is on its way that belongs to
+// it. An update that nobody has taken yet and that is no longer true does not stay.
+func (c *Cache) refresh(w *watcher) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return
+	}
+	now, complete, lost := c.show(w)
+	if now.same(w.sent) {
+		w.settled()
+		return
+	}
+	select {
+	case <-w.out: // as if it had never been there
+		w.sent = w.before
+		if now, complete, lost = c.show(w); now.same(w.sent) {
+			w.before = nil
+			w.settled()
 			return
 		}
+	default:
 	}
+	w.before = nil
+	if !complete && !lost && !c.waitedEnough(w) {
+		return
+	}
+	w.settled()
+	c.offered(w, now)
+	w.before, w.sent = w.sent, now
+	w.out <- now.update(c.config.TrustDomain) // there is room: nobody else puts anything there
+	c.taken(w, now)
 }
 
-// waitedEnough says whether w has waited long enough for SVIDs on their way; it starts the wait if it has not begun.
-func (c *Cache) waitedEnough(w *watcher, settle *time.Timer) bool {
+// waitedEnough says whether w has waited long enough for SVIDs on their way; it starts the wait if it has not begun. It is
+// called with w.mu held.
+func (c *Cache) waitedEnough(w *watcher) bool {
 	if w.unsettled.IsZero() {
 		w.unsettled = time.Now()
-		settle.Reset(settleWait)
+		w.settle = time.AfterFunc(settleWait, func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.kick(w)
+		})
 	}
 	return time.Since(w.unsettled) >= settleWait
+}
+
+// settled ends the wait. It is called with mu held.
+func (w *watcher) settled() {
+	w.unsettled = time.Time{}
+	if w.settle != nil {
+		w.settle.Stop()
+		w.settle = nil
+	}
 }
 
 // A shown is what an update shows, as parts that never change.

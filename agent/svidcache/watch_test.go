@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -418,6 +419,74 @@ func TestOfflineIsToldAfterAWhileWithTheTimeOfTheLoss(t *testing.T) {
 			if u := w.next(c, time.Millisecond); !u.Offline.IsZero() {
 				t.Errorf("after the CA is back the update says offline since %s", u.Offline)
 			}
+		}
+	})
+}
+
+// TestUntakenUpdateDoesNotOutliveItsTruth: what lies ready and is not true any more is withdrawn, also while an SVID is on its
+// way, and a loss that it told of is told all the same.
+func TestUntakenUpdateDoesNotOutliveItsTruth(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		hanging := make(chan struct{})
+		letGo := sync.OnceFunc(func() { close(hanging) })
+		defer letGo()
+		w.ca.fail = func(id string) error {
+			if id == "3" {
+				<-hanging
+			}
+			return nil
+		}
+		w.start(anEntry("1", "/a", "unix:uid:1"), anEntry("2", "/b", "unix:uid:1"))
+		updates, stop := w.watch(caller(1, "unix:uid:1"))
+		defer stop()
+		if got := ids(w.next(updates, 0)); got != "/a /b" {
+			t.Fatalf("the caller has %q", got)
+		}
+		w.change(&nodev1.FollowResponse{RemovedEntryIds: []string{"2"}})
+		synctest.Wait() // that /b is lost lies ready
+		w.change(&nodev1.FollowResponse{Entries: []*nodev1.Entry{anEntry("3", "/c", "unix:uid:1")}})
+		synctest.Wait() // that of 3 is on its way
+		u := w.next(updates, 0)
+		if ids(u) != "/a" || !u.Pending {
+			t.Errorf("the caller has %q, pending %t; want /a, and that another is on its way", ids(u), u.Pending)
+		}
+		letGo()
+		if got := ids(w.next(updates, 0)); got != "/a /c" {
+			t.Errorf("at last the caller has %q", got)
+		}
+		w.silent(updates, time.Minute)
+	})
+}
+
+// TestIncompleteStateWithdrawsTheOneBefore: an update that nobody took is not left there when more than it tells of is on its way.
+func TestIncompleteStateWithdrawsTheOneBefore(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		hanging := make(chan struct{})
+		letGo := sync.OnceFunc(func() { close(hanging) })
+		defer letGo()
+		w.ca.fail = func(id string) error {
+			if id == "3" {
+				<-hanging
+			}
+			return nil
+		}
+		w.start(anEntry("1", "/a", "unix:uid:1"))
+		updates, stop := w.watch(caller(1, "unix:uid:1"))
+		defer stop()
+		w.next(updates, 0)
+		w.change(&nodev1.FollowResponse{Entries: []*nodev1.Entry{anEntry("2", "/b", "unix:uid:1")}})
+		synctest.Wait() // /a /b lies ready
+		w.change(&nodev1.FollowResponse{Entries: []*nodev1.Entry{anEntry("3", "/c", "unix:uid:1")}})
+		synctest.Wait()
+		began := time.Now()
+		if got := ids(w.next(updates, settleWait+time.Second)); got != "/a /b" || time.Since(began) < settleWait-time.Millisecond {
+			t.Errorf("after %s the caller has %q", time.Since(began), got)
+		}
+		letGo()
+		if got := ids(w.next(updates, 0)); got != "/a /b /c" {
+			t.Errorf("at last the caller has %q", got)
 		}
 	})
 }

@@ -144,7 +144,7 @@ func (c *Cache) takeWIT() (batch []witJob, wait time.Duration) {
 	for _, r := range c.wits {
 		if usable := r.serves(own, now); usable != r.usable {
 			r.usable = usable
-			r.kick()
+			r.kick(c)
 		}
 		switch {
 		case !r.due(own, now):
@@ -159,9 +159,9 @@ func (c *Cache) takeWIT() (batch []witJob, wait time.Duration) {
 	return batch, wait
 }
 
-func (r *witRecord) kick() {
+func (r *witRecord) kick(c *Cache) {
 	for w := range r.watchers {
-		w.kick()
+		c.kick(w)
 	}
 }
 
@@ -219,7 +219,7 @@ func (c *Cache) issueWIT(ctx context.Context, batch []witJob) {
 		if errs[i] != nil {
 			failures, sample = failures+1, errs[i]
 		}
-		r.kick()
+		r.kick(c)
 	}
 	if failures > 0 && ctx.Err() == nil {
 		c.config.Log.Warn("WIT-SVIDs were not issued, retrying", "failed", failures, "asked", len(batch), "err", sample)
