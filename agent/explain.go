@@ -168,11 +168,14 @@ func (a *Agent) candidates(selectors []spiffe.Selector) []*agentv1.Candidate {
 		result nearmiss.Result
 	}
 	var near []ranked // the nearest first, no more than are shown
-	entries := a.cache.Entries(func(id string, _ spiffeid.ID, want []spiffe.Selector) bool {
+	entries := a.cache.Entries(func(id string, _ spiffeid.ID, want []spiffe.Selector, gone bool) bool {
 		r := subject.Compare(want)
 		if r.Cost == 0 {
 			results[id] = r
 			return true
+		}
+		if gone {
+			return false // it did not match when it was there: nothing can be mended in it
 		}
 		i, _ := slices.BinarySearchFunc(near, r, func(x ranked, r nearmiss.Result) int { return x.result.Order(r) })
 		if i >= maxCandidates {
@@ -250,7 +253,7 @@ func (a *Agent) explainID(id string, out *agentv1.ExplainResponse) {
 	if strings.HasPrefix(id, "/") {
 		id = a.config.trustDomain().IDString() + id
 	}
-	entries := a.cache.Entries(func(entryID string, spiffeID spiffeid.ID, _ []spiffe.Selector) bool {
+	entries := a.cache.Entries(func(entryID string, spiffeID spiffeid.ID, _ []spiffe.Selector, _ bool) bool {
 		return entryID == id || spiffeID.String() == id
 	})
 	named := map[string]bool{}

@@ -53,14 +53,15 @@ func (e *EntryState) Older(o *EntryState) bool {
 	return cmp.Or(cmp.Compare(e.CreatedAt, o.CreatedAt), cmp.Compare(e.ID, o.ID)) < 0
 }
 
-// Entries returns each entry that keep takes: those that are held and those that were lately. keep sees the selectors
-// only, so that a node of many entries is looked through quickly; it must not change them.
-func (c *Cache) Entries(keep func(id string, spiffeID spiffeid.ID, selectors []spiffe.Selector) bool) []EntryState {
+// Entries returns each entry that keep takes: those that are held and those that were lately (gone), of which the one that
+// went last comes first. keep sees the selectors only, so that a node of many entries is looked through quickly; it must not
+// change them.
+func (c *Cache) Entries(keep func(id string, spiffeID spiffeid.ID, selectors []spiffe.Selector, gone bool) bool) []EntryState {
 	s := c.state.Load()
 	now := c.config.Now()
 	var found []*entry
 	s.entries.all(func(_ string, e *entry) bool {
-		if keep(e.id, e.spiffeID, e.selectors) {
+		if keep(e.id, e.spiffeID, e.selectors, false) {
 			found = append(found, e)
 		}
 		return true
@@ -74,7 +75,7 @@ func (c *Cache) Entries(keep func(id string, spiffeID spiffeid.ID, selectors []s
 		all = append(all, c.describe(s, e, now))
 	}
 	for _, r := range slices.Backward(c.past.entries) {
-		if _, back := s.entries.get(r.entry.id); !back && keep(r.entry.id, r.entry.spiffeID, r.entry.selectors) {
+		if _, back := s.entries.get(r.entry.id); !back && keep(r.entry.id, r.entry.spiffeID, r.entry.selectors, true) {
 			gone := describeEntry(s, r.entry, now)
 			gone.RemovedAt = r.at
 			all = append(all, gone)

@@ -322,7 +322,7 @@ func (d *diagnosis) id(id string) Finding {
 	if rest, ok := strings.CutPrefix(id, "spiffe://"); ok {
 		if td, _, _ := strings.Cut(rest, "/"); td != d.status.GetTrustDomain() {
 			f.add(cause(OtherTrustDomain, "%s is of trust domain %s, and this agent of %s: its CA issues nothing of another trust domain; to verify its SVIDs, an entry must federate with %s", id, td, d.status.GetTrustDomain(), td).
-				fix("# on the CA, for the bundle: signet federation create, or signet bundle set --trust-domain %s FILE", quote(td)).
+				fix("# on the CA, for the bundle: signet federation create, or signet bundle set %s FILE", quote(td)).
 				fix("# then, for each service that talks to it: signet entry update ENTRY-ID --federates-with %s", quote(td)))
 			return f
 		}
@@ -387,7 +387,7 @@ func (d *diagnosis) entry(f *Finding, c *agentv1.Candidate) {
 	switch {
 	case len(c.GetMissingBundles()) > 0:
 		f.add(cause(BundleMissing, "%s federates with %s, and the CA has no bundle of it: SVIDs from there cannot be verified", c.GetSpiffeId(), strings.Join(c.GetMissingBundles(), ", ")).
-			fix("# on the CA: signet bundle set --trust-domain %s FILE, or signet federation create", quote(c.GetMissingBundles()[0])))
+			fix("# on the CA: signet bundle set %s FILE, or signet federation create", quote(c.GetMissingBundles()[0])))
 	case c.GetSvid() != nil && !c.GetSvid().GetValid(), c.GetIssuance().GetError() != "":
 		f.add(d.issue(c))
 	case d.agent() != nil:

@@ -259,7 +259,7 @@ func (d *diagnosis) matched(f *Finding, p *agentv1.Process, held []*agentv1.Cand
 		if len(c.GetMissingBundles()) > 0 {
 			f.add(cause(BundleMissing, "%s federates with %s, and the CA has no bundle of it: SVIDs from there cannot be verified",
 				c.GetSpiffeId(), strings.Join(c.GetMissingBundles(), ", ")).
-				fix("# on the CA: signet bundle set --trust-domain %s FILE, or signet federation create", quote(c.GetMissingBundles()[0])))
+				fix("# on the CA: signet bundle set %s FILE, or signet federation create", quote(c.GetMissingBundles()[0])))
 		}
 	}
 	if trouble := d.agent(); trouble != nil {
@@ -312,16 +312,27 @@ func (d *diagnosis) unmatched(f *Finding, p *agentv1.Process, expired, removed, 
 	if elsewhere != nil && !elsewhere.here {
 		f.add(elsewhere.cause)
 	}
-	for _, c := range removed {
-		if c.GetExpired() {
-			f.add(d.expired(c))
-		} else if elsewhere == nil || elsewhere.entryID != c.GetEntryId() {
-			f.add(d.deleted(c))
+	var nearest *Cause
+	if len(near) > 0 {
+		nearest = d.nearest(p, near)
+		if slices.ContainsFunc(removed, func(c *agentv1.Candidate) bool { return c.GetSpiffeId() == near[0].GetSpiffeId() }) {
+			f.add(nearest) // what was deleted was replaced by an entry with a mistake
+			nearest = nil
 		}
 	}
-	if len(near) > 0 {
-		f.add(d.nearest(p, near))
+	told := map[string]bool{} // of several with one ID and the same selectors only the one that was deleted last is of interest
+	for _, c := range removed {
+		what := c.GetSpiffeId() + "\n" + strings.Join(slices.Sorted(slices.Values(c.GetSelectors())), "\n")
+		switch {
+		case told[what]:
+		case c.GetExpired():
+			f.add(d.expired(c))
+		case elsewhere == nil || elsewhere.entryID != c.GetEntryId():
+			f.add(d.deleted(c))
+		}
+		told[what] = true
 	}
+	f.add(nearest)
 	f.add(trouble)
 	d.refusals(f, p)
 	if len(f.Causes) == 0 {
@@ -358,6 +369,6 @@ func (d *diagnosis) deleted(c *agentv1.Candidate) *Cause {
 	if d.ca.Err == nil && d.ca.entry(c.GetEntryId()) == nil {
 		out.Text = fmt.Sprintf("entry %s for %s matched, and was deleted at %s", c.GetEntryId(), c.GetSpiffeId(), clock(c.GetRemovedAt()))
 	}
-	return out.fix("# who did it: signet audit search --kind entry.delete").
+	return out.fix("# who did it: signet audit search --event entry.delete").
 		fix("%s", d.createEntry(c.GetSpiffeId(), c.GetSelectors()))
 }

@@ -63,6 +63,18 @@ var entrySetups = []setup{
 		w.deleteEntry(w.entry(entrySpec{selectors: s}))
 		return pid(p)
 	}, want: why.EntryDeleted, says: "was deleted at"},
+	{name: "entry deleted and made anew with a typo", root: true, build: func(w *world) why.Target {
+		p, s := w.server()
+		w.deleteEntry(w.entry(entrySpec{selectors: s}))
+		w.deleteEntry(w.entry(entrySpec{selectors: s}))
+		w.entry(entrySpec{selectors: []string{s[0], s[1] + "s"}})
+		return pid(p)
+	}, want: why.Typo, says: "signet entry update "},
+	{name: "only entry that came near is deleted", root: true, build: func(w *world) why.Target {
+		p, s := w.server()
+		w.deleteEntry(w.entry(entrySpec{selectors: []string{s[0], s[1] + "s"}}))
+		return pid(p)
+	}, want: why.NoEntry, says: "signet entry create "},
 	{name: "entry just deleted, and the CA cannot be asked", root: true, build: func(w *world) why.Target {
 		p, s := w.server()
 		w.deleteEntry(w.entry(entrySpec{selectors: s}))
