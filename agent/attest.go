@@ -102,7 +102,7 @@ func (n *node) attest(ctx context.Context, seen *x509svid.SVID) (bool, error) {
 		return false, errors.New("the join token carries no authority pin, so that nothing verifies the CA; " +
 			"use a token of signet token create, or set trust_bundle_path, for a SPIRE server to a file with the output of spire-server bundle show")
 	}
-	key, err := n.dir.pendingKey()
+	key, err := n.dir.pendingKey(false) // a token is spent with it
 	if err != nil {
 		return false, err
 	}
@@ -173,7 +173,7 @@ func (n *node) attestOnce(ctx context.Context, bundle *x509bundle.Bundle) (bool,
 			}
 		}()
 	}
-	key, err := n.dir.pendingKey()
+	key, err := n.dir.pendingKey(true)
 	if err != nil {
 		return false, err
 	}
@@ -187,7 +187,7 @@ func (n *node) attestOnce(ctx context.Context, bundle *x509bundle.Bundle) (bool,
 // recover wins the SVID back with the key of the present one, which the CA knows: after an expiry, a clock jump, or a
 // restore. What an operator evicted or banned is refused. Whether that works is the CA's to say, so it is always tried.
 func (n *node) recover(ctx context.Context, old *nodeRecord) (bool, error) {
-	key, err := n.dir.pendingKey()
+	key, err := n.dir.pendingKey(true)
 	if err != nil {
 		return false, err
 	}

@@ -58,6 +58,8 @@ type nodeDir struct {
 	path string
 	td   spiffeid.TrustDomain
 	lock *os.File
+
+	unsaved *ecdsa.PrivateKey // the pending key while there is no room for it; guarded by node.attesting
 }
 
 // openNodeDir makes the directory if need be and keeps other agents out of it.
@@ -81,6 +83,7 @@ func openNodeDir(path string, td spiffeid.TrustDomain) (*nodeDir, error) {
 func (d *nodeDir) close() error { return d.lock.Close() }
 
 func (d *nodeDir) recordPath() string  { return filepath.Join(d.path, "node.json") }
+func (d *nodeDir) sparePath() string   { return filepath.Join(d.path, "node.json.spare") }
 func (d *nodeDir) pendingPath() string { return filepath.Join(d.path, "attest.key") }
 
 // load returns the record, or nil if there is none. One that cannot be used is set aside, so that the agent can begin
@@ -126,12 +129,13 @@ func (d *nodeDir) save(r *nodeRecord) error {
 	if err != nil {
 		return fmt.Errorf("encoding the agent's record: %w", err)
 	}
-	return durable.WriteFile(d.recordPath(), data, 0o600)
+	return writeWithSpare(d.recordPath(), d.sparePath(), fillUp(data))
 }
 
 // pendingKey returns the key of an attestation that has not succeeded yet, and makes it the first time. It is on disk
-// before the CA sees it: if the reply gets lost, the same key gets in again.
-func (d *nodeDir) pendingKey() (*ecdsa.PrivateKey, error) {
+// before the CA sees it: if the reply gets lost, the same key gets in again. With inMemory it may be in memory alone if the
+// disk is full; what is spent with the key must not depend on that.
+func (d *nodeDir) pendingKey(inMemory bool) (*ecdsa.PrivateKey, error) {
 	text, err := durable.ReadSecret(d.pendingPath(), nodeattest.MaxKeyBytes)
 	if err == nil {
 		if key, err := nodeattest.ParseKey(text); err == nil {
@@ -140,21 +144,29 @@ func (d *nodeDir) pendingKey() (*ecdsa.PrivateKey, error) {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	key, err := nodeattest.NewKey()
-	if err != nil {
-		return nil, err
+	key := d.unsaved
+	if key == nil {
+		if key, err = nodeattest.NewKey(); err != nil {
+			return nil, err
+		}
 	}
 	if text, err = nodeattest.MarshalKey(key); err != nil {
 		return nil, err
 	}
 	if err := durable.WriteFile(d.pendingPath(), text, 0o600); err != nil {
-		return nil, err
+		if !inMemory || !noRoom(err) {
+			return nil, err
+		}
+		d.unsaved = key
 	}
 	return key, nil
 }
 
 // dropPendingKey forgets it after the record that holds it was saved.
-func (d *nodeDir) dropPendingKey() error { return durable.Remove(d.pendingPath()) }
+func (d *nodeDir) dropPendingKey() error {
+	d.unsaved = nil
+	return durable.Remove(d.pendingPath())
+}
 
 // parseNodeFile reads what save wrote. The error never repeats the key.
 func parseNodeFile(data []byte, td spiffeid.TrustDomain) (*nodeRecord, error) {
