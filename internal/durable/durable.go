@@ -205,10 +205,20 @@ func MkdirAll(path string, perm fs.FileMode) error {
 		}
 		return fmt.Errorf("making directory %s: %w", path, err)
 	}
-	if err := os.Chmod(path, perm.Perm()); err != nil { // Mkdir's mode passes through the umask
+	if err := setMode(path, perm.Perm()); err != nil { // Mkdir's mode passes through the umask
 		return fmt.Errorf("making directory %s: %w", path, err)
 	}
 	return SyncDir(parent)
+}
+
+// setMode gives a directory that was just made its permissions. Who may write to the directory above may have put something
+// else in its place, such as a link to a file that must not be opened up: that is an error.
+func setMode(path string, perm fs.FileMode) error {
+	d, err := openDirectory(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Chmod(perm), d.Close())
 }
 
 // MkdirPrivate is MkdirAll with 0700 for directories that hold secrets; an existing one that others may enter or that

@@ -5,14 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/signet-id/signet/internal/durable"
 )
 
 // A Signal tells a process by a signal that there are new files. Exactly one of PIDFile and PID is set.
@@ -71,14 +70,18 @@ func (s *Signal) Tell(context.Context, string) error {
 	pid, fd := s.PID, s.fd
 	var written time.Time
 	if s.PIDFile != "" {
-		var err error
-		if pid, written, err = readPIDFile(s.PIDFile); err != nil {
+		f, err := readPIDFile(s.PIDFile)
+		if err != nil {
 			return err
 		}
+		pid, written = f.pid, f.written
 		if fd, err = unix.PidfdOpen(pid, 0); err != nil {
 			return fmt.Errorf("process %d of %s: %w", pid, s.PIDFile, err)
 		}
 		defer unix.Close(fd)
+		if err := f.mayName(); err != nil {
+			return err
+		}
 	}
 	if s.Executable != "" {
 		program, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
@@ -104,23 +107,95 @@ func (s *Signal) Tell(context.Context, string) error {
 	return nil
 }
 
+// A pidFile is what a pid file says, and who can have made it say so.
+type pidFile struct {
+	path    string
+	pid     int
+	written time.Time
+	owner   uint32 // of the file, or of the link to it if that is neither root's nor ours
+}
+
 // readPIDFile reads a process id. Some programs write more lines below it.
-func readPIDFile(path string) (pid int, written time.Time, err error) {
+func readPIDFile(path string) (*pidFile, error) {
 	const most = 4096
-	info, err := os.Stat(path)
-	if err != nil {
-		return 0, written, fmt.Errorf("pid file: %w", err)
+	file := &pidFile{path: path}
+	linked := false
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, unix.ELOOP) {
+		var link unix.Stat_t
+		if err := unix.Lstat(path, &link); err != nil {
+			return nil, fmt.Errorf("pid file %s: %w", path, err)
+		}
+		file.owner, linked = link.Uid, !trusted(link.Uid)
+		f, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	}
-	data, err := durable.ReadFile(path, most)
 	if err != nil {
-		return 0, written, fmt.Errorf("pid file: %w", err)
+		return nil, fmt.Errorf("pid file: %w", err)
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, fmt.Errorf("pid file %s: %w", path, err)
+	}
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFREG:
+		return nil, fmt.Errorf("pid file %s is no file", path)
+	case st.Mode&0o022 != 0:
+		return nil, fmt.Errorf("pid file %s is writable by others than its owner (mode %04o), who could name any process there: chmod go-w %s", path, st.Mode&0o7777, path)
+	case !linked:
+		file.owner = st.Uid
+	}
+	data, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err != nil {
+		return nil, fmt.Errorf("pid file: %w", err)
+	}
+	if len(data) > most {
+		return nil, fmt.Errorf("pid file %s is longer than %d bytes", path, most)
 	}
 	first, _, _ := bytes.Cut(data, []byte("\n"))
 	n, err := strconv.ParseInt(strings.TrimSpace(string(first)), 10, 32)
 	if err != nil || n <= 1 {
-		return 0, written, fmt.Errorf("pid file %s holds no process id", path)
+		return nil, fmt.Errorf("pid file %s holds no process id", path)
 	}
-	return int(n), info.ModTime(), nil
+	file.pid, file.written = int(n), time.Unix(st.Mtim.Unix())
+	return file, nil
+}
+
+// trusted says whether a user may have us signal any process: root, and who we are.
+func trusted(uid uint32) bool { return uid == 0 || int(uid) == os.Geteuid() }
+
+// mayName refuses a process that the owner of the file may not send signals to himself. Otherwise whoever owns the file would
+// have root send them, as PostgreSQL's user owns its own.
+func (f *pidFile) mayName() error {
+	if trusted(f.owner) {
+		return nil
+	}
+	real, saved, err := usersOf(f.pid)
+	if err != nil {
+		return fmt.Errorf("looking at process %d: %w", f.pid, err)
+	}
+	if f.owner != real && f.owner != saved {
+		return fmt.Errorf("pid file %s is of uid %d, and process %d that it names is not (uid %d): it gets no signal", f.path, f.owner, f.pid, real)
+	}
+	return nil
+}
+
+// usersOf are the real and the saved user of a process, of which one must be who sends it a signal. [kill(2)]
+func usersOf(pid int) (real, saved uint32, err error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {
+			var effective, fs uint32
+			if _, err := fmt.Sscan(ids, &real, &effective, &saved, &fs); err != nil {
+				return 0, 0, fmt.Errorf("its line Uid: %w", err)
+			}
+			return real, saved, nil
+		}
+	}
+	return 0, 0, errors.New("its status has no line Uid")
 }
 
 // startOf is when a process was started, by the clock of now.

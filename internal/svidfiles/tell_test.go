@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -190,6 +191,75 @@ func TestSignal(t *testing.T) {
 	}
 }
 
+// A pid file that root reads and somebody else owns names processes of that user alone.
+func TestSignalByAnothersPIDFile(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, who may signal everybody")
+	}
+	const uid = 64125
+	mine, next := listener(t) // root's
+	theirs := exec.Command("/bin/sleep", "3600")
+	theirs.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	if err := theirs.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = theirs.Process.Kill(); _ = theirs.Wait() })
+	dir := t.TempDir()
+	make := func(name string, pid, owner int, mode os.FileMode) string {
+		t.Helper()
+		file := filepath.Join(dir, name)
+		if err := errors.Join(os.WriteFile(file, []byte(strconv.Itoa(pid)), 0o600), os.Chmod(file, mode), os.Lchown(file, owner, owner)); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	link := func(name, to string, owner int) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.Symlink(to, path), os.Lchown(path, owner, owner)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	roots := make("root", mine.Process.Pid, 0, 0o644)
+	bash, err := filepath.EvalSymlinks("/bin/bash")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		file, exe, want string
+	}{
+		{make("theirs", mine.Process.Pid, uid, 0o644), "", "it gets no signal"},
+		{make("theirs-exe", mine.Process.Pid, uid, 0o644), bash, "it gets no signal"},
+		{link("their-link", roots, uid), "", "it gets no signal"},
+		{make("open", mine.Process.Pid, 0, 0o666), "", "writable by others"},
+		{make("group", mine.Process.Pid, 0, 0o664), "", "writable by others"},
+		{dir, "", "is no file"},
+		{link("our-link", roots, 0), "", ""},
+		{roots, "", ""},
+		{make("their-own", theirs.Process.Pid, uid, 0o644), "", ""},
+	} {
+		err := (&Signal{Signal: unix.SIGHUP, PIDFile: tt.file, Executable: tt.exe}).Tell(t.Context(), Renewed)
+		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", filepath.Base(tt.file), err, tt.want)
+		}
+	}
+	for range 2 { // the two that root's own files sent, and no more before them
+		if got := next(); got != "HUP" {
+			t.Errorf("the process got %q", got)
+		}
+	}
+	if err := mine.Process.Signal(unix.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	if got := next(); got != "USR1" {
+		t.Errorf("the process got %q as well", got)
+	}
+	if err := theirs.Wait(); err == nil || theirs.ProcessState.Sys().(syscall.WaitStatus).Signal() != unix.SIGHUP {
+		t.Errorf("the owner's own process ended with %v", err)
+	}
+}
+
 func TestParseSignal(t *testing.T) {
 	for name, want := range map[string]unix.Signal{"HUP": unix.SIGHUP, "sighup": unix.SIGHUP, "USR2": unix.SIGUSR2, "KILL": 0, "": 0, "9": 0} {
 		got, err := ParseSignal(name)
@@ -207,8 +277,8 @@ func FuzzPIDFile(f *testing.F) {
 		if err := os.WriteFile(path, b, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if pid, _, err := readPIDFile(path); err == nil && (pid <= 1 || len(b) > 4096) {
-			t.Fatalf("%q is process %d", b, pid)
+		if file, err := readPIDFile(path); err == nil && (file.pid <= 1 || len(b) > 4096) {
+			t.Fatalf("%q is process %d", b, file.pid)
 		}
 	})
 }
