@@ -44,29 +44,29 @@ func (s *Server) checkHeader(ctx context.Context, method string) error {
 	return nil
 }
 
-// enter lets a call in. The context it returns ends with the call, with the server, and with the calling process. leave
-// is never nil.
-func (s *Server) enter(ctx context.Context, method string) (_ context.Context, leave func(), err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
+// enter lets a call in. The context it returns ends with the call, with the server, with the calling process, and with
+// cancel. leave is never nil.
+func (s *Server) enter(ctx context.Context, method string) (_ context.Context, cancel context.CancelCauseFunc, leave func(), err error) {
+	ctx, cancel = context.WithCancelCause(ctx)
 	leave = func() { cancel(nil) }
 	if err := s.checkHeader(ctx, method); err != nil {
-		return ctx, leave, err
+		return ctx, cancel, leave, err
 	}
 	info, err := peer.InfoFromContext(ctx)
 	if err != nil {
-		return ctx, leave, err
+		return ctx, cancel, leave, err
 	}
 	if info.Err != nil && !strings.HasPrefix(method, exempt[0]) { // health says nothing about anybody
-		return ctx, leave, info.Err
+		return ctx, cancel, leave, info.Err
 	}
 	if err := s.pace(info); err != nil {
-		return ctx, leave, err
+		return ctx, cancel, leave, err
 	}
 	if err := s.calls.Take(uidKey(info.UID)); err != nil {
-		return ctx, leave, err
+		return ctx, cancel, leave, err
 	}
 	unhook := context.AfterFunc(s.stopping, func() { cancel(ErrStopping) })
-	return ctx, func() {
+	return ctx, cancel, func() {
 		unhook()
 		cancel(nil)
 		s.calls.Put(uidKey(info.UID))
@@ -75,7 +75,7 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, l
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	start := time.Now()
-	ctx, leave, err := s.enter(ctx, info.FullMethod)
+	ctx, _, leave, err := s.enter(ctx, info.FullMethod)
 	defer leave()
 	var resp any
 	if err == nil {
@@ -89,12 +89,9 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	start := time.Now()
-	ctx, leave, err := s.enter(ss.Context(), info.FullMethod)
+	ctx, cancel, leave, err := s.enter(ss.Context(), info.FullMethod)
 	defer leave()
 	if err == nil {
-		var cancel context.CancelCauseFunc
-		ctx, cancel = context.WithCancelCause(ctx)
-		defer cancel(nil)
 		call := &stream{ServerStream: ss, ctx: ctx, server: s}
 		call.end = func() { cancel(ErrStopping) }
 		unhook := context.AfterFunc(s.leaving, call.leave)

@@ -27,15 +27,15 @@ type watcher struct {
 	pid        int32
 	uid, gid   uint32
 	selectors  map[spiffe.Selector]struct{}
-	holdsSVID  bool          // entries are issued and kept for it
-	wit        bool          // WIT-SVIDs too
-	allBundles bool          // it sees the bundles of all trust domains
-	wake       chan struct{} // one slot: for awaitEntry to look again
+	holdsSVID  bool // entries are issued and kept for it
+	wit        bool // WIT-SVIDs too
+	allBundles bool // it sees the bundles of all trust domains
 
 	// Guarded by Cache.mu.
-	entries []*entry // what it matches now, the default first
-	open    bool     // out is to hold what it sees
-	queued  bool     // it is in Cache.queue
+	wake    chan struct{} // one slot: for awaitEntry to look again; nil before
+	entries []*entry      // what it matches now, the default first
+	open    bool          // out is to hold what it sees
+	queued  bool          // it is in Cache.queue
 
 	// out has one slot, for the newest update. mu, which comes before Cache.mu, guards what is put there and what follows.
 	out       chan workloadapi.Update
@@ -127,7 +127,7 @@ func (c *Cache) refreshAll() {
 func newWatcher(caller workloadapi.Caller, holdsSVID bool) *watcher {
 	w := &watcher{
 		pid: caller.PID, uid: caller.UID, gid: caller.GID, selectors: make(map[spiffe.Selector]struct{}, len(caller.Selectors)), holdsSVID: holdsSVID,
-		wake: make(chan struct{}, 1), out: make(chan workloadapi.Update, 1),
+		out: make(chan workloadapi.Update, 1),
 	}
 	for _, s := range caller.Selectors {
 		w.selectors[s] = struct{}{}
@@ -252,9 +252,10 @@ func (c *Cache) awaitEntry(ctx context.Context, w *watcher) error {
 		defer c.release(w.uid)
 		timer := time.NewTimer(c.config.RegistrationWait)
 		defer timer.Stop()
+		wake := c.waking(w)
 		for {
 			select {
-			case <-w.wake:
+			case <-wake:
 				if matched() {
 					return nil
 				}
@@ -271,6 +272,15 @@ func (c *Cache) awaitEntry(ctx context.Context, w *watcher) error {
 	}
 	c.refuse(w)
 	return workloadapi.ErrNoIdentity
+}
+
+// waking returns the slot that w is woken by, which is full at first.
+func (c *Cache) waking(w *watcher) <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	w.wake = make(chan struct{}, 1)
+	kick(w.wake)
+	return w.wake
 }
 
 // awaitState holds the first callers after a start until the agent has heard from its CA.
