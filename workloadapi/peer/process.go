@@ -91,6 +91,17 @@ func (s Snapshot) Equal(o Snapshot) bool {
 // Errors: ErrGone; ErrUserChanged if it is another user or group than it connected as, since a connection opened by one must
 // not serve another; and those of reading /proc.
 func (p *Process) Snapshot() (Snapshot, error) {
+	s, err := p.pin.looks.share(p.read)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	if !p.mayBe(s) {
+		return Snapshot{}, fmt.Errorf("process %d connected as uid %d, gid %d and is uid %d, gid %d now: %w", p.PID, p.UID, p.GID, s.EffectiveUID, s.EffectiveGID, ErrUserChanged)
+	}
+	return s, nil
+}
+
+func (p *Process) read() (Snapshot, error) {
 	if err := p.Alive(); err != nil {
 		return Snapshot{}, err
 	}
@@ -105,9 +116,6 @@ func (p *Process) Snapshot() (Snapshot, error) {
 	}
 	if start == 0 {
 		p.pin.start.Store(s.StartTime)
-	}
-	if !p.mayBe(s) {
-		return Snapshot{}, fmt.Errorf("process %d connected as uid %d, gid %d and is uid %d, gid %d now: %w", p.PID, p.UID, p.GID, s.EffectiveUID, s.EffectiveGID, ErrUserChanged)
 	}
 	return s, nil
 }

@@ -91,6 +91,7 @@ type pin struct {
 	pid  int32
 	gone chan struct{} // closed once, when the process has ended or the pin is given up
 
+	looks looks
 	start atomic.Uint64 // the process's start time, 0 until it was read while the process was known to live
 
 	// users and conns are guarded by Table.mu.
