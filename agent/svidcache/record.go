@@ -156,6 +156,8 @@ func (s *svid) stale(e *entry, own *bundle, now time.Time) string {
 	switch {
 	case s.entryRevision < e.revision:
 		return "the entry has changed"
+	case s.id != e.spiffeID: // of a newer revision than the one that is known: until that comes, nobody gets it
+		return "it is for another ID"
 	case own != nil && s.signer != "" && !has(own.signers, s.signer) && !has(own.tainted, s.signer):
 		return "its authority is gone"
 	case !now.Before(s.renewAt):

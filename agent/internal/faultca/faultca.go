@@ -55,6 +55,8 @@ type CA struct {
 	Lose bool
 	// Follow is the whole of a Follow stream; serial is that of the agent's SVID.
 	Follow func(stream nodev1.Node_FollowServer, serial string) error
+	// Held are the entries that Answer sends.
+	Held []*nodev1.Entry
 	// Issue replaces the answers of IssueX509SVIDs.
 	Issue func(*nodev1.IssueX509SVIDsRequest) (*nodev1.IssueX509SVIDsResponse, error)
 	// IssueJWT replaces the answers of IssueJWTSVIDs.
@@ -305,14 +307,14 @@ func (n *nodeServer) IssueJWTSVIDs(ctx context.Context, r *nodev1.IssueJWTSVIDsR
 // Stop cuts all connections and listens no more.
 func (ca *CA) Stop() { ca.server.Stop() }
 
-// Answer is a Follow that sends a snapshot of revision 1 without entries and answers every Sync.
+// Answer is a Follow that sends a snapshot of revision 1 with the entries Held and answers every Sync.
 func (ca *CA) Answer(stream nodev1.Node_FollowServer) error {
 	hello, err := stream.Recv()
 	if err != nil {
 		return err
 	}
 	if hello.GetHello().GetRevision() != 1 || hello.GetHello().GetEpoch() != "e" {
-		m := &nodev1.FollowResponse{Format: 1, Epoch: "e", To: 1, Snapshot: true, Complete: true, Bundles: []*nodev1.Bundle{ca.Bundle()}}
+		m := &nodev1.FollowResponse{Format: 1, Epoch: "e", To: 1, Snapshot: true, Complete: true, Bundles: []*nodev1.Bundle{ca.Bundle()}, Entries: ca.Held}
 		if err := stream.Send(m); err != nil {
 			return err
 		}
