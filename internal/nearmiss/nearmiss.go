@@ -159,6 +159,10 @@ func contradictions(want []spiffe.Selector) map[string]bool {
 // difference says in which way w does not hold.
 func (s *Subject) difference(w spiffe.Selector) Difference {
 	if !s.types[w.Type] {
+		lower := spiffe.Selector{Type: strings.ToLower(w.Type), Value: w.Value}
+		if slices.Contains(s.byKey[keyOf(lower)], lower) {
+			return Difference{Want: w, Kind: Case, Have: []spiffe.Selector{lower}}
+		}
 		return Difference{Want: w, Kind: TypeAbsent}
 	}
 	key := keyOf(w)

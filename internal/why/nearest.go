@@ -64,6 +64,9 @@ func (d *diagnosis) explain(p *agentv1.Process, c *agentv1.Candidate, x *agentv1
 	label := strings.Contains(kind, "label")
 	switch nearmiss.Kind(x.GetKind()) {
 	case nearmiss.TypeAbsent:
+		if !slices.Contains([]string{"systemd", "docker", "k8s"}, typ) {
+			return TypeNotAttested, fmt.Sprintf("it wants %s, and no attestor makes selectors of the type %s; there are unix, systemd, docker and k8s", want, typ)
+		}
 		return TypeNotAttested, fmt.Sprintf("it wants %s, and this agent does not attest %s: set workload_attestation.%s in its configuration", want, typ, typ)
 	case nearmiss.Contradiction:
 		return SelectorsTwoOfOne, fmt.Sprintf("it wants %s and another value of the same, and all selectors of an entry must hold at once: no process has both; make an entry for each", want)

@@ -109,6 +109,8 @@ var selectorSetups = []setup{
 		w.entry(entrySpec{selectors: []string{"unix:path:" + a, "unix:path:" + b}})
 		return pid(w.run(a, as(4711, 4711)))
 	}, want: why.SelectorsTwoOfOne, says: "no process has both"},
+	{name: "wrong case in the type", root: true, build: withSelector("Unix:uid:4711", as(4711, 4711)), want: why.WrongCase, says: "--selector unix:uid:4711"},
+	{name: "type that nobody attests", root: true, build: withSelector("unxi:uid:4711", as(4711, 4711)), want: why.TypeNotAttested, says: "there are unix, systemd, docker and k8s"},
 	{name: "selector of a type that this agent does not attest", root: true, build: withSelector("k8s:ns:prod", as(4711, 4711)), want: why.TypeNotAttested, says: "workload_attestation.k8s"},
 	{name: "no entry at all", root: true, build: func(w *world) why.Target { return pid(w.run(w.program("web/server"), as(4711, 4711))) },
 		want: why.NoEntry, says: "signet entry create --spiffe-id /server --parent-id spiffe://example.org/spire/agent/"},
