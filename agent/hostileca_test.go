@@ -43,6 +43,14 @@ func TestHostileCA(t *testing.T) {
 			}
 			return [][]byte{der}
 		},
+		"of a root that nobody knows": func(_ *faultca.CA, key any) [][]byte {
+			der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{SerialNumber: big.NewInt(9), NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
+				KeyUsage: x509.KeyUsageDigitalSignature, BasicConstraintsValid: true, URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org", Path: "/web"}}}, &x509.Certificate{}, key, otherKey)
+			if err != nil {
+				t.Error(err)
+			}
+			return [][]byte{der}
+		},
 		"another workload's": func(ca *faultca.CA, key any) [][]byte { return [][]byte{sign(ca, "/db", key, time.Hour)} },
 		"for another key":    func(ca *faultca.CA, _ any) [][]byte { return [][]byte{sign(ca, "/web", otherKey.Public(), time.Hour)} },
 		"over":               func(ca *faultca.CA, key any) [][]byte { return [][]byte{sign(ca, "/web", key, -time.Second)} },

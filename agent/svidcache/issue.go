@@ -99,6 +99,7 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 		answers = c.config.CA.IssueX509(ctx, requests)
 	}
 	svids, errs := make([]*svid, len(batch)), make([]error, len(batch))
+	authorities := c.state.Load().bundles[c.config.TrustDomain]
 	for i, j := range batch {
 		switch {
 		case err != nil:
@@ -108,7 +109,7 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 		case answers[i].Err != nil:
 			errs[i] = answers[i].Err
 		default:
-			svids[i], errs[i] = readSVID(j.entry, j.key, answers[i], c.config.Now())
+			svids[i], errs[i] = readSVID(j.entry, j.key, answers[i], authorities, c.config.Now())
 		}
 	}
 

@@ -1,6 +1,7 @@
 package svidcache
 
 import (
+	"bytes"
 	"container/list"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -91,12 +92,44 @@ func newKey() (*key, error) {
 }
 
 // readSVID checks what the CA issued for e and k. A caller gets it only if any verifier would take it for e's ID.
-func readSVID(e *entry, k *key, a X509Answer, now time.Time) (*svid, error) {
+func readSVID(e *entry, k *key, a X509Answer, own *bundle, now time.Time) (*svid, error) {
 	revision := a.EntryRevision
 	if revision == 0 {
 		revision = e.revision
 	}
-	return newSVID(e, k, revision, a.Chain, now)
+	s, err := newSVID(e, k, revision, a.Chain, now)
+	if err != nil {
+		return nil, err
+	}
+	return s, checkSigned(a.Chain, own)
+}
+
+// checkSigned says whether each certificate of a chain is signed by the next, and the last by an authority of the bundle that
+// the workload gets with it.
+func checkSigned(chain [][]byte, own *bundle) error {
+	if own == nil {
+		return errors.New("there is no bundle to verify it with")
+	}
+	certs := make([]*x509.Certificate, len(chain))
+	for i, der := range chain {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("certificate %d: %w", i, err)
+		}
+		certs[i] = cert
+		if i > 0 {
+			if err := certs[i-1].CheckSignatureFrom(cert); err != nil {
+				return fmt.Errorf("certificate %d is not signed by the next: %w", i-1, err)
+			}
+		}
+	}
+	last := certs[len(certs)-1]
+	for _, root := range own.x509 {
+		if bytes.Equal(root.SubjectKeyId, last.AuthorityKeyId) && last.CheckSignatureFrom(root) == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("it is signed by an authority that is not in the bundle of %q", own.trustDomain.Name())
 }
 
 // newSVID makes an svid for e of a chain in DER, leaf first, that is for k.
