@@ -3,7 +3,7 @@
 #   make demo      the main job in front of your eyes
 #   make test      all tests
 #   make check     about two minutes, before every commit
-#   make interop   real SPIRE programs, which you bring along (docs/interop.md)
+#   make interop   real SPIRE programs and Envoy, which you bring along (docs/interop.md), nginx, Docker and others where installed
 #   make           the programs, in bin/
 
 .POSIX:
@@ -44,7 +44,7 @@ test: tools/installed
 # is not named is skipped, and says so. INTEROP=TestMove runs one test.
 INTEROP = .
 interop:
-	go test -count=1 -timeout 30m -v -run '$(INTEROP)' ./test/interop
+	go test -count=1 -timeout 30m -v -p 1 -run '$(INTEROP)' ./test/interop ./test/envoy ./test/files ./agent/workloadattest/docker
 
 # Containers of real engines, Docker and Podman, as root; make test tries them where they are installed already.
 interop-containers:
