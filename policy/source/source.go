@@ -232,7 +232,7 @@ func (s *Source) watch(ctx context.Context) (received bool, err error) {
 		received = true
 		if err := s.take(response); err != nil {
 			// The old policies stay, and so does the stream: the next set may be one that can be read.
-			s.options.Log.Error("policies of the agent refused; the last ones stay in force for now", "err", err, "max_offline", s.maxOffline(response))
+			s.options.Log.Error("policies of the agent refused; the last ones stay in force until max_offline or better ones", "err", err, "max_offline", s.maxOffline(response))
 			s.refuse(err)
 			s.contact(response)
 		}

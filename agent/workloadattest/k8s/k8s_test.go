@@ -495,15 +495,21 @@ func TestKubeletDown(t *testing.T) {
 
 func TestClosed(t *testing.T) {
 	n := newNode(t)
-	n.says(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	asked := make(chan struct{}, 16)
+	n.says(func(_ http.ResponseWriter, r *http.Request) {
+		asked <- struct{}{}
+		<-r.Context().Done()
+	})
 	m := n.method()
 	waits := make(chan error, 1)
 	go func() {
 		_, err := m.selectors(t.Context(), in(podA, id("a")))
 		waits <- err
 	}()
-	for n.lists.Load() == 0 {
-		time.Sleep(time.Millisecond)
+	select {
+	case <-asked:
+	case <-within(t, 20*time.Second).Done():
+		t.Fatal("the kubelet was not asked")
 	}
 	if err := m.Close(); err != nil {
 		t.Error(err)
