@@ -159,10 +159,12 @@ const (
 	DefaultAdminSocket = "/run/signet-agent/admin.sock"
 	defaultPort        = "8081"
 	maxSocketBytes     = 107
-	maxWait            = 30 * time.Second
-	minPoll            = time.Second
-	maxPoll            = 5 * time.Minute
-	maxLeeway          = time.Minute
+	// maxCallsPerSecond is more than a node can answer.
+	maxCallsPerSecond = 1_000_000
+	maxWait           = 30 * time.Second
+	minPoll           = time.Second
+	maxPoll           = 5 * time.Minute
+	maxLeeway         = time.Minute
 
 	defaultMaxOffline = 24 * time.Hour
 	leastMaxOffline   = time.Minute
@@ -341,6 +343,9 @@ func (c *Config) checkLimits(bad func(field, format string, args ...any)) {
 	}
 	if c.MaxStreamsPerUID < 0 {
 		bad("max_streams_per_uid", "%d is negative", c.MaxStreamsPerUID)
+	}
+	if c.MaxCallsPerSecond < -1 || c.MaxCallsPerSecond > maxCallsPerSecond {
+		bad("max_calls_per_second", "%d is not 1 to %d, 0 for the default of 1000, or -1 for no bound", c.MaxCallsPerSecond, maxCallsPerSecond)
 	}
 	if c.JWTLeeway < 0 || c.JWTLeeway > maxLeeway {
 		bad("jwt_leeway", "%s is not between 0 and %s", c.JWTLeeway, maxLeeway)
