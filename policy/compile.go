@@ -22,6 +22,8 @@ type Policies struct {
 	stale    bool
 	exact    map[string]*group // by the full ID of a service
 	patterns *trie[group]      // by patterns with wildcards; nil if there are none
+
+	revocations *Revocations
 }
 
 // Compile prepares a set for decisions. It copies set.

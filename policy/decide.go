@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"crypto/x509"
 	"slices"
 	"strings"
 
@@ -32,13 +33,25 @@ type Request struct {
 	Path string
 	// ContentTypes are all lines of the header Content-Type.
 	ContentTypes []string
+	// Headers has the headers of the request, for conditions; an http.Header is one. Nil: none.
+	Headers Headers
 	// HasMethodOverride says that X-HTTP-Method-Override, X-HTTP-Method or X-Method-Override is present; see
 	// IsMethodOverride.
 	HasMethodOverride bool
 
+	// Certificate is the peer's X509-SVID, verified, so that a revocation of it is seen. Nil: only the ID is known.
+	Certificate *x509.Certificate
 	// Token is the caller's JWT-SVID, validated for an audience of Policies.Audiences. Nil if there is none or it is
 	// not valid.
 	Token *Token
+	// User is the validated token of the user for whom the caller asks. Nil if there is none or it is not valid.
+	User *User
+}
+
+// Headers are those of a request.
+type Headers interface {
+	// Values returns all lines of a header; its name is in lower case and found whatever the case on the wire.
+	Values(name string) []string
 }
 
 // A Token is what a validated JWT-SVID says.
@@ -47,6 +60,16 @@ type Token struct {
 	ID spiffeid.ID
 	// Audience are all its audiences.
 	Audience []string
+	// Claims are all its claims, numbers as json.Number.
+	Claims map[string]any
+}
+
+// A User is what a validated user token says.
+type User struct {
+	// Issuer is its iss, the one of a UserIssuer of the policies.
+	Issuer string
+	// Claims are all its claims, numbers as json.Number.
+	Claims map[string]any
 }
 
 // IsMethodOverride reports whether a header of this name asks an application to take another method for the request's.
@@ -84,6 +107,10 @@ func (p *Policies) decide(s *scan) Decision {
 		return d
 	case s.r.Peer.Path() == "":
 		d.Reason = ReasonInvalidPeer
+		return d
+	}
+	if name, found := p.revoked(s.r); found {
+		d.Reason, d.Revocation = ReasonRevoked, name
 		return d
 	}
 	p.find(s.r.Service, s)

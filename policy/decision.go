@@ -3,6 +3,7 @@ package policy
 import (
 	"log/slog"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -43,6 +44,8 @@ const (
 	ReasonInvalidSVID
 	// ReasonTooManyPatterns: so many patterns with "*" in different places fit the call that not all were looked at.
 	ReasonTooManyPatterns
+	// ReasonRevoked: the peer's SVID is revoked.
+	ReasonRevoked
 )
 
 func (r Reason) String() string {
@@ -79,6 +82,8 @@ func (r Reason) String() string {
 		return "invalid_svid"
 	case ReasonTooManyPatterns:
 		return "too_many_patterns"
+	case ReasonRevoked:
+		return "revoked"
 	}
 	return "unknown"
 }
@@ -94,7 +99,7 @@ func (r Reason) Public() string {
 		return "path_refused"
 	case ReasonMethodOverride:
 		return "method_override_refused"
-	case ReasonInvalidPeer, ReasonInvalidSVID:
+	case ReasonInvalidPeer, ReasonInvalidSVID, ReasonRevoked:
 		return "svid_refused"
 	case ReasonUnknownPolicy, ReasonStalePolicy:
 		return "policy_unavailable"
@@ -139,6 +144,8 @@ type Decision struct {
 	// Epoch and Revision name the policies that decided.
 	Epoch    string `json:"epoch,omitempty"`
 	Revision int64  `json:"revision,omitempty"`
+	// Revocation is the name of the revocation that refused the call.
+	Revocation string `json:"revocation,omitempty"`
 }
 
 // ShadowDiffers reports whether enforcing what only reports would change the answer.
@@ -149,6 +156,9 @@ func (d Decision) ShadowDiffers() bool {
 // LogValue puts the decision into a log record as a group.
 func (d Decision) LogValue() slog.Value {
 	attrs := []slog.Attr{slog.Bool("allowed", d.Allowed), slog.String("reason", d.Reason.String()), slog.Int64("revision", d.Revision)}
+	if d.Revocation != "" {
+		attrs = append(attrs, slog.String("revocation", d.Revocation))
+	}
 	if d.Rule.Policy != "" {
 		attrs = append(attrs, slog.String("policy", d.Rule.Policy), slog.Int("rule", d.Rule.Index), slog.String("file", d.Rule.File), slog.Int64("line", int64(d.Rule.Line)))
 	}
@@ -163,8 +173,47 @@ func (d Decision) LogValue() slog.Value {
 type Judgement struct {
 	// ID is the decision id: 128 random bits in base32.
 	ID            string
+	Time          time.Time
 	Service, Peer spiffeid.ID
 	Decision      Decision
+	// Point is the kind of enforcement point that decided: tls, http, grpc, ext_authz or proxy.
+	Point string
+	// Call is what was asked for.
+	Call Call
+}
+
+// A Call is what of a request may be written down: no query, no header, no claim.
+type Call struct {
+	Protocol Protocol
+	// GRPC says that the request is a gRPC call.
+	GRPC         bool
+	Method, Path string
+}
+
+// CallOf returns what of a request may be written down.
+func CallOf(r *Request) Call {
+	s := newScan(r)
+	return Call{Protocol: r.Protocol, GRPC: s.grpc, Method: clip(r.Method, maxCallMethod), Path: clip(s.path, maxCallPath)}
+}
+
+// What of a call is written down, in bytes.
+const (
+	maxCallMethod = 64
+	maxCallPath   = 256
+)
+
+func clip(s string, most int) string {
+	if len(s) > most {
+		return s[:most]
+	}
+	return s
+}
+
+// An Observer is told of every decision. A source of policies that is one, such as a source.Source, is told by the
+// enforcement points that use it.
+type Observer interface {
+	// Observe must not block.
+	Observe(Judgement)
 }
 
 // A DeniedError is the refusal of a call, for the service's own eyes: its text names the rule. Tell the caller

@@ -65,7 +65,7 @@ func TestExplainNeverMovesTheCursor(t *testing.T) {
 	p := compile(t, docs)
 	r := call(t, "/trusty-service", "/documents-service", "tls")
 	r.Protocol, r.Method, r.Path = ProtocolHTTP, "GET\x1b[1A", "/\x1b]0;x\x07"
-	r.Token = &Token{r.Peer, []string{"\x1b"}}
+	r.Token = &Token{ID: r.Peer, Audience: []string{"\x1b"}}
 	if s := p.Explain(r).String(); strings.ContainsAny(s, "\x1b\x07\r") {
 		t.Errorf("control bytes in %q", s)
 	}

@@ -292,12 +292,12 @@ allow:
 		token *Token
 		want  Reason
 	}{
-		{"the peer's own", a, &Token{a, []string{"x", "docs"}}, ReasonAllowed},
-		{"another audience", a, &Token{a, []string{"x"}}, ReasonToken},
-		{"another subject", a, &Token{b, []string{"docs"}}, ReasonToken},
+		{"the peer's own", a, &Token{ID: a, Audience: []string{"x", "docs"}}, ReasonAllowed},
+		{"another audience", a, &Token{ID: a, Audience: []string{"x"}}, ReasonToken},
+		{"another subject", a, &Token{ID: b, Audience: []string{"docs"}}, ReasonToken},
 		{"none", a, nil, ReasonToken},
-		{"any subject", b, &Token{a, []string{"docs"}}, ReasonAllowed},
-		{"no subject", b, &Token{spiffeid.ID{}, []string{"docs"}}, ReasonToken},
+		{"any subject", b, &Token{ID: a, Audience: []string{"docs"}}, ReasonAllowed},
+		{"no subject", b, &Token{ID: spiffeid.ID{}, Audience: []string{"docs"}}, ReasonToken},
 	} {
 		r := &Request{Service: id(t, "/s"), Peer: tt.peer, Protocol: ProtocolHTTP, Method: "GET", Path: "/", Token: tt.token}
 		if d := p.Decide(r); d.Reason != tt.want {
@@ -402,7 +402,7 @@ func TestDecideFailsClosedOnWhatItDoesNotKnow(t *testing.T) {
 			}
 		}
 		r := call(t, "/b", "/s", "GET /")
-		r.Token = &Token{r.Peer, []string{"x"}}
+		r.Token = &Token{ID: r.Peer, Audience: []string{"x"}}
 		if d := p.Decide(r); tt.name == "subject unknown" && d.Allowed {
 			t.Errorf("%s: allowed", tt.name)
 		}

@@ -54,7 +54,7 @@ type Authorizer struct{ point *enforce.Point }
 
 // New returns an Authorizer. The error names the field that is wrong.
 func New(c Config) (*Authorizer, error) {
-	point, err := enforce.New(enforce.Config{Policies: c.Policies, Service: c.Service, JWTBundles: c.JWTBundles, Log: c.Log, OnDecision: c.OnDecision, Now: c.Now})
+	point, err := enforce.New(enforce.Config{Policies: c.Policies, Service: c.Service, JWTBundles: c.JWTBundles, Log: c.Log, OnDecision: c.OnDecision, Now: c.Now, Point: "grpc"})
 	if err != nil {
 		return nil, fmt.Errorf("grpcauthz: %w", err)
 	}
@@ -119,12 +119,19 @@ func (a *Authorizer) decide(ctx context.Context, method string) (policy.Judgemen
 	}
 	md, _ := metadata.FromIncomingContext(ctx)
 	// The wire's method is POST, or grpc would not have come so far.
-	request := &policy.Request{Peer: id, Protocol: policy.ProtocolHTTP, Method: "POST", Path: method, ContentTypes: md["content-type"]}
+	request := &policy.Request{Peer: id, Protocol: policy.ProtocolHTTP, Method: "POST", Path: method, ContentTypes: md["content-type"],
+		Headers: headers(md), Certificate: info.State.PeerCertificates[0]}
 	for name := range md {
 		request.HasMethodOverride = request.HasMethodOverride || policy.IsMethodOverride(name)
 	}
 	return a.point.Judge(ctx, request, md["authorization"])
 }
+
+// headers are the metadata of an RPC as policies ask for them.
+type headers metadata.MD
+
+// Values returns all values under a name, which is in lower case, as all names of metadata are.
+func (h headers) Values(name string) []string { return h[name] }
 
 // refusal is what the caller is told: PermissionDenied with the decision id, and nothing about the rules.
 func refusal(j policy.Judgement) error {

@@ -60,7 +60,7 @@ func New(c Config) (*Authorizer, error) {
 }
 
 func (c Config) common() enforce.Config {
-	return enforce.Config{Policies: c.Policies, Service: c.Service, JWTBundles: c.JWTBundles, Log: c.Log, OnDecision: c.OnDecision, Now: c.Now}
+	return enforce.Config{Policies: c.Policies, Service: c.Service, JWTBundles: c.JWTBundles, Log: c.Log, OnDecision: c.OnDecision, Now: c.Now, Point: "http"}
 }
 
 // TLSConfig returns a TLS configuration for the server: it identifies itself by svid, verifies its peers against bundles
@@ -113,6 +113,8 @@ func (a *Authorizer) judge(r *http.Request) (policy.Judgement, error) {
 		Method:       r.Method,
 		Path:         r.RequestURI,
 		ContentTypes: r.Header["Content-Type"],
+		Headers:      r.Header,
+		Certificate:  r.TLS.PeerCertificates[0],
 	}
 	if r.Method == http.MethodConnect && r.URL.Path == "" {
 		// Over HTTP/2 RequestURI is the authority, which may begin with a slash: it is no path for all that.

@@ -68,5 +68,5 @@ func ServerConfig(c Config, svid x509svid.Source, bundles x509bundle.Source) (*t
 }
 
 func (c Config) point() (*enforce.Point, error) {
-	return enforce.New(enforce.Config{Policies: c.Policies, Service: c.Service, Log: c.Log, OnDecision: c.OnDecision, Now: c.Now})
+	return enforce.New(enforce.Config{Policies: c.Policies, Service: c.Service, Log: c.Log, OnDecision: c.OnDecision, Now: c.Now, Point: "tls"})
 }

@@ -38,6 +38,8 @@ type Config struct {
 	Log        *slog.Logger
 	OnDecision func(policy.Judgement)
 	Now        func() time.Time
+	// Point is the kind of enforcement point, for judgements: tls, http, grpc, ext_authz or proxy.
+	Point string
 }
 
 // A Point decides calls to one service. It is safe for concurrent use.
@@ -66,12 +68,17 @@ func New(c Config) (*Point, error) {
 // Prefilter returns an authorizer that admits the peers that some rule might allow, and notes their SVIDs as verified.
 func (p *Point) Prefilter() tlsconfig.Authorizer {
 	return func(id spiffeid.ID, chains [][]*x509.Certificate) error {
-		d := p.config.Policies.Policies().MightAllow(p.config.Service, id)
+		policies := p.config.Policies.Policies()
+		d := policies.MightAllow(p.config.Service, id)
 		if !d.Allowed {
 			return p.Tell(context.Background(), id, d, slog.String("call", "TLS handshake"))
 		}
 		if len(chains) == 0 || len(chains[0]) == 0 {
 			return errors.New("the TLS configuration handed on no verified chain of the peer")
+		}
+		if name, found := policies.Revocations().X509SVID(chains[0][0]); found {
+			d.Outcome, d.Revocation = policy.Outcome{Reason: policy.ReasonRevoked}, name
+			return p.Tell(context.Background(), id, d, slog.String("call", "TLS handshake"))
 		}
 		p.verified.add(chains[0][0], p.config.Now())
 		return nil
@@ -80,8 +87,11 @@ func (p *Point) Prefilter() tlsconfig.Authorizer {
 
 // Final returns an authorizer that decides by the peer's ID alone.
 func (p *Point) Final() tlsconfig.Authorizer {
-	return func(id spiffeid.ID, _ [][]*x509.Certificate) error {
-		d := p.config.Policies.Policies().Decide(&policy.Request{Service: p.config.Service, Peer: id})
+	return func(id spiffeid.ID, chains [][]*x509.Certificate) error {
+		if len(chains) == 0 || len(chains[0]) == 0 {
+			return errors.New("the TLS configuration handed on no verified chain of the peer")
+		}
+		d := p.config.Policies.Policies().Decide(&policy.Request{Service: p.config.Service, Peer: id, Certificate: chains[0][0]})
 		return p.Tell(context.Background(), id, d, slog.String("call", "TLS handshake"))
 	}
 }
@@ -141,29 +151,32 @@ func (p *Point) Judge(ctx context.Context, r *policy.Request, authorization []st
 	attrs := []slog.Attr{slog.String("method", excerpt(r.Method)), slog.String("path", excerpt(r.Path))}
 	if audiences := policies.Audiences(r.Service, r.Peer); len(audiences) > 0 {
 		var err error
-		if r.Token, err = p.token(authorization, audiences); err != nil {
+		if r.Token, err = p.token(policies.Revocations(), authorization, audiences); err != nil {
 			attrs = append(attrs, slog.String("token", err.Error()))
 		}
 	}
-	return p.tell(ctx, r.Peer, policies.Decide(r), attrs...)
+	return p.tell(ctx, r.Peer, policy.CallOf(r), policies.Decide(r), attrs...)
 }
 
 // RefuseSVID is the judgement on a call whose peer is not known for sure.
 func (p *Point) RefuseSVID(ctx context.Context, id spiffeid.ID, why error) (policy.Judgement, error) {
 	epoch, revision := p.config.Policies.Policies().Revision()
 	d := policy.Decision{Outcome: policy.Outcome{Reason: policy.ReasonInvalidSVID}, Epoch: epoch, Revision: revision}
-	return p.tell(ctx, id, d, slog.Any("err", why))
+	return p.tell(ctx, id, policy.Call{}, d, slog.Any("err", why))
 }
 
 // Tell is tell for those that need only the error.
 func (p *Point) Tell(ctx context.Context, peer spiffeid.ID, d policy.Decision, attrs ...slog.Attr) error {
-	_, err := p.tell(ctx, peer, d, attrs...)
+	_, err := p.tell(ctx, peer, policy.Call{}, d, attrs...)
 	return err
 }
 
 // tell gives a decision its id, logs it and reports it. The error is a *policy.DeniedError if it is a denial.
-func (p *Point) tell(ctx context.Context, peer spiffeid.ID, d policy.Decision, attrs ...slog.Attr) (policy.Judgement, error) {
-	j := policy.Judgement{ID: rand.Text(), Service: p.config.Service, Peer: peer, Decision: d}
+func (p *Point) tell(ctx context.Context, peer spiffeid.ID, call policy.Call, d policy.Decision, attrs ...slog.Attr) (policy.Judgement, error) {
+	j := policy.Judgement{ID: rand.Text(), Time: p.config.Now(), Service: p.config.Service, Peer: peer, Decision: d, Point: p.config.Point, Call: call}
+	if o, ok := p.config.Policies.(policy.Observer); ok {
+		o.Observe(j)
+	}
 	if p.config.OnDecision != nil {
 		p.config.OnDecision(j)
 	}
@@ -186,7 +199,7 @@ func (p *Point) tell(ctx context.Context, peer spiffeid.ID, d policy.Decision, a
 }
 
 // token validates the bearer token of a request.
-func (p *Point) token(authorization, audiences []string) (*policy.Token, error) {
+func (p *Point) token(revocations *policy.Revocations, authorization, audiences []string) (*policy.Token, error) {
 	switch {
 	case len(authorization) == 0:
 		return nil, errors.New("none")
@@ -203,7 +216,10 @@ func (p *Point) token(authorization, audiences []string) (*policy.Token, error) 
 	if err != nil {
 		return nil, err
 	}
-	return &policy.Token{ID: svid.ID, Audience: svid.Audience}, nil
+	if name, found := revocations.JWTSVID(svid.ID, svid.JTI, svid.IssuedAt); found {
+		return nil, fmt.Errorf("the JWT-SVID is revoked by %q", name)
+	}
+	return &policy.Token{ID: svid.ID, Audience: svid.Audience, Claims: svid.Claims}, nil
 }
 
 func excerpt(s string) string {

@@ -80,6 +80,95 @@ func (AuthorityState) EnumDescriptor() ([]byte, []int) {
 	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{0}
 }
 
+type ReportObservationsRequest struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Observations []*v1.Observation      `protobuf:"bytes,1,rep,name=observations,proto3" json:"observations,omitempty"`
+	// How many more there were since the last report that were not kept.
+	Dropped       uint64 `protobuf:"varint,2,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportObservationsRequest) Reset() {
+	*x = ReportObservationsRequest{}
+	mi := &file_signet_node_v1_node_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportObservationsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportObservationsRequest) ProtoMessage() {}
+
+func (x *ReportObservationsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_node_v1_node_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportObservationsRequest.ProtoReflect.Descriptor instead.
+func (*ReportObservationsRequest) Descriptor() ([]byte, []int) {
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ReportObservationsRequest) GetObservations() []*v1.Observation {
+	if x != nil {
+		return x.Observations
+	}
+	return nil
+}
+
+func (x *ReportObservationsRequest) GetDropped() uint64 {
+	if x != nil {
+		return x.Dropped
+	}
+	return 0
+}
+
+type ReportObservationsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportObservationsResponse) Reset() {
+	*x = ReportObservationsResponse{}
+	mi := &file_signet_node_v1_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportObservationsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportObservationsResponse) ProtoMessage() {}
+
+func (x *ReportObservationsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_node_v1_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportObservationsResponse.ProtoReflect.Descriptor instead.
+func (*ReportObservationsResponse) Descriptor() ([]byte, []int) {
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{1}
+}
+
 type IssueX509SVIDsRequest struct {
 	state         protoimpl.MessageState        `protogen:"open.v1"`
 	Items         []*IssueX509SVIDsRequest_Item `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
@@ -89,7 +178,7 @@ type IssueX509SVIDsRequest struct {
 
 func (x *IssueX509SVIDsRequest) Reset() {
 	*x = IssueX509SVIDsRequest{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[0]
+	mi := &file_signet_node_v1_node_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -101,7 +190,7 @@ func (x *IssueX509SVIDsRequest) String() string {
 func (*IssueX509SVIDsRequest) ProtoMessage() {}
 
 func (x *IssueX509SVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[0]
+	mi := &file_signet_node_v1_node_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -114,7 +203,7 @@ func (x *IssueX509SVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueX509SVIDsRequest.ProtoReflect.Descriptor instead.
 func (*IssueX509SVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{0}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *IssueX509SVIDsRequest) GetItems() []*IssueX509SVIDsRequest_Item {
@@ -133,7 +222,7 @@ type IssueX509SVIDsResponse struct {
 
 func (x *IssueX509SVIDsResponse) Reset() {
 	*x = IssueX509SVIDsResponse{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[1]
+	mi := &file_signet_node_v1_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -145,7 +234,7 @@ func (x *IssueX509SVIDsResponse) String() string {
 func (*IssueX509SVIDsResponse) ProtoMessage() {}
 
 func (x *IssueX509SVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[1]
+	mi := &file_signet_node_v1_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -158,7 +247,7 @@ func (x *IssueX509SVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueX509SVIDsResponse.ProtoReflect.Descriptor instead.
 func (*IssueX509SVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{1}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *IssueX509SVIDsResponse) GetResults() []*IssueX509SVIDsResponse_Result {
@@ -177,7 +266,7 @@ type IssueJWTSVIDsRequest struct {
 
 func (x *IssueJWTSVIDsRequest) Reset() {
 	*x = IssueJWTSVIDsRequest{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[2]
+	mi := &file_signet_node_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -189,7 +278,7 @@ func (x *IssueJWTSVIDsRequest) String() string {
 func (*IssueJWTSVIDsRequest) ProtoMessage() {}
 
 func (x *IssueJWTSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[2]
+	mi := &file_signet_node_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -202,7 +291,7 @@ func (x *IssueJWTSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*IssueJWTSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *IssueJWTSVIDsRequest) GetItems() []*IssueJWTSVIDsRequest_Item {
@@ -221,7 +310,7 @@ type IssueJWTSVIDsResponse struct {
 
 func (x *IssueJWTSVIDsResponse) Reset() {
 	*x = IssueJWTSVIDsResponse{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[3]
+	mi := &file_signet_node_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -233,7 +322,7 @@ func (x *IssueJWTSVIDsResponse) String() string {
 func (*IssueJWTSVIDsResponse) ProtoMessage() {}
 
 func (x *IssueJWTSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[3]
+	mi := &file_signet_node_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -246,7 +335,7 @@ func (x *IssueJWTSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*IssueJWTSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *IssueJWTSVIDsResponse) GetResults() []*IssueJWTSVIDsResponse_Result {
@@ -270,7 +359,7 @@ type FollowRequest struct {
 
 func (x *FollowRequest) Reset() {
 	*x = FollowRequest{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[4]
+	mi := &file_signet_node_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -282,7 +371,7 @@ func (x *FollowRequest) String() string {
 func (*FollowRequest) ProtoMessage() {}
 
 func (x *FollowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[4]
+	mi := &file_signet_node_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -295,7 +384,7 @@ func (x *FollowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRequest.ProtoReflect.Descriptor instead.
 func (*FollowRequest) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *FollowRequest) GetMessage() isFollowRequest_Message {
@@ -375,13 +464,25 @@ type FollowResponse struct {
 	// Bundles of the own and of federated trust domains.
 	Bundles        []*Bundle `protobuf:"bytes,13,rep,name=bundles,proto3" json:"bundles,omitempty"`
 	RemovedBundles []string  `protobuf:"bytes,14,rep,name=removed_bundles,json=removedBundles,proto3" json:"removed_bundles,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Every agent receives all revocations.
+	Revocations []*v1.Revocation `protobuf:"bytes,15,rep,name=revocations,proto3" json:"revocations,omitempty"`
+	// By name.
+	RemovedRevocations []string `protobuf:"bytes,16,rep,name=removed_revocations,json=removedRevocations,proto3" json:"removed_revocations,omitempty"`
+	// CRLs of the own trust domain's X.509 authorities, if the CA issues them.
+	Crls []*CRL `protobuf:"bytes,17,rep,name=crls,proto3" json:"crls,omitempty"`
+	// By authority_id.
+	RemovedCrls []string `protobuf:"bytes,18,rep,name=removed_crls,json=removedCrls,proto3" json:"removed_crls,omitempty"`
+	// For conditions of policies; all of them go to every agent that receives a policy.
+	UserIssuers []*v1.UserIssuer `protobuf:"bytes,19,rep,name=user_issuers,json=userIssuers,proto3" json:"user_issuers,omitempty"`
+	// By name.
+	RemovedUserIssuers []string `protobuf:"bytes,20,rep,name=removed_user_issuers,json=removedUserIssuers,proto3" json:"removed_user_issuers,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *FollowResponse) Reset() {
 	*x = FollowResponse{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[5]
+	mi := &file_signet_node_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -393,7 +494,7 @@ func (x *FollowResponse) String() string {
 func (*FollowResponse) ProtoMessage() {}
 
 func (x *FollowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[5]
+	mi := &file_signet_node_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -406,7 +507,7 @@ func (x *FollowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowResponse.ProtoReflect.Descriptor instead.
 func (*FollowResponse) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *FollowResponse) GetFormat() uint32 {
@@ -507,6 +608,119 @@ func (x *FollowResponse) GetRemovedBundles() []string {
 	return nil
 }
 
+func (x *FollowResponse) GetRevocations() []*v1.Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetRemovedRevocations() []string {
+	if x != nil {
+		return x.RemovedRevocations
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetCrls() []*CRL {
+	if x != nil {
+		return x.Crls
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetRemovedCrls() []string {
+	if x != nil {
+		return x.RemovedCrls
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetUserIssuers() []*v1.UserIssuer {
+	if x != nil {
+		return x.UserIssuers
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetRemovedUserIssuers() []string {
+	if x != nil {
+		return x.RemovedUserIssuers
+	}
+	return nil
+}
+
+// A CRL lists the revoked X509-SVIDs of one authority. [RFC 5280 §5]
+type CRL struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	Revision    int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// DER.
+	Crl []byte `protobuf:"bytes,3,opt,name=crl,proto3" json:"crl,omitempty"`
+	// Unix seconds.
+	NextUpdate    int64 `protobuf:"varint,4,opt,name=next_update,json=nextUpdate,proto3" json:"next_update,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CRL) Reset() {
+	*x = CRL{}
+	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CRL) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CRL) ProtoMessage() {}
+
+func (x *CRL) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CRL.ProtoReflect.Descriptor instead.
+func (*CRL) Descriptor() ([]byte, []int) {
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *CRL) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *CRL) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *CRL) GetCrl() []byte {
+	if x != nil {
+		return x.Crl
+	}
+	return nil
+}
+
+func (x *CRL) GetNextUpdate() int64 {
+	if x != nil {
+		return x.NextUpdate
+	}
+	return 0
+}
+
 // An Entry is a registration entry as far as its agent needs it.
 type Entry struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -532,7 +746,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[6]
+	mi := &file_signet_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -544,7 +758,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[6]
+	mi := &file_signet_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -557,7 +771,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Entry) GetId() string {
@@ -663,7 +877,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[7]
+	mi := &file_signet_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -675,7 +889,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[7]
+	mi := &file_signet_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -688,7 +902,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -760,7 +974,7 @@ type X509Authority struct {
 
 func (x *X509Authority) Reset() {
 	*x = X509Authority{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	mi := &file_signet_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -772,7 +986,7 @@ func (x *X509Authority) String() string {
 func (*X509Authority) ProtoMessage() {}
 
 func (x *X509Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	mi := &file_signet_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -785,7 +999,7 @@ func (x *X509Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Authority.ProtoReflect.Descriptor instead.
 func (*X509Authority) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *X509Authority) GetCertificate() []byte {
@@ -823,7 +1037,7 @@ type JWTAuthority struct {
 
 func (x *JWTAuthority) Reset() {
 	*x = JWTAuthority{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[9]
+	mi := &file_signet_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -835,7 +1049,7 @@ func (x *JWTAuthority) String() string {
 func (*JWTAuthority) ProtoMessage() {}
 
 func (x *JWTAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[9]
+	mi := &file_signet_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -848,7 +1062,7 @@ func (x *JWTAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTAuthority.ProtoReflect.Descriptor instead.
 func (*JWTAuthority) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *JWTAuthority) GetKeyId() string {
@@ -890,7 +1104,7 @@ type IssueX509SVIDsRequest_Item struct {
 
 func (x *IssueX509SVIDsRequest_Item) Reset() {
 	*x = IssueX509SVIDsRequest_Item{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[10]
+	mi := &file_signet_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -902,7 +1116,7 @@ func (x *IssueX509SVIDsRequest_Item) String() string {
 func (*IssueX509SVIDsRequest_Item) ProtoMessage() {}
 
 func (x *IssueX509SVIDsRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[10]
+	mi := &file_signet_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -915,7 +1129,7 @@ func (x *IssueX509SVIDsRequest_Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueX509SVIDsRequest_Item.ProtoReflect.Descriptor instead.
 func (*IssueX509SVIDsRequest_Item) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{0, 0}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2, 0}
 }
 
 func (x *IssueX509SVIDsRequest_Item) GetEntryId() string {
@@ -950,7 +1164,7 @@ type IssueX509SVIDsResponse_Result struct {
 
 func (x *IssueX509SVIDsResponse_Result) Reset() {
 	*x = IssueX509SVIDsResponse_Result{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[11]
+	mi := &file_signet_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -962,7 +1176,7 @@ func (x *IssueX509SVIDsResponse_Result) String() string {
 func (*IssueX509SVIDsResponse_Result) ProtoMessage() {}
 
 func (x *IssueX509SVIDsResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[11]
+	mi := &file_signet_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -975,7 +1189,7 @@ func (x *IssueX509SVIDsResponse_Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueX509SVIDsResponse_Result.ProtoReflect.Descriptor instead.
 func (*IssueX509SVIDsResponse_Result) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{1, 0}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{3, 0}
 }
 
 func (x *IssueX509SVIDsResponse_Result) GetCode() int32 {
@@ -1031,7 +1245,7 @@ type IssueJWTSVIDsRequest_Item struct {
 
 func (x *IssueJWTSVIDsRequest_Item) Reset() {
 	*x = IssueJWTSVIDsRequest_Item{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[12]
+	mi := &file_signet_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1043,7 +1257,7 @@ func (x *IssueJWTSVIDsRequest_Item) String() string {
 func (*IssueJWTSVIDsRequest_Item) ProtoMessage() {}
 
 func (x *IssueJWTSVIDsRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[12]
+	mi := &file_signet_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1056,7 +1270,7 @@ func (x *IssueJWTSVIDsRequest_Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTSVIDsRequest_Item.ProtoReflect.Descriptor instead.
 func (*IssueJWTSVIDsRequest_Item) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{2, 0}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4, 0}
 }
 
 func (x *IssueJWTSVIDsRequest_Item) GetEntryId() string {
@@ -1089,7 +1303,7 @@ type IssueJWTSVIDsResponse_Result struct {
 
 func (x *IssueJWTSVIDsResponse_Result) Reset() {
 	*x = IssueJWTSVIDsResponse_Result{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[13]
+	mi := &file_signet_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1315,7 @@ func (x *IssueJWTSVIDsResponse_Result) String() string {
 func (*IssueJWTSVIDsResponse_Result) ProtoMessage() {}
 
 func (x *IssueJWTSVIDsResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[13]
+	mi := &file_signet_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +1328,7 @@ func (x *IssueJWTSVIDsResponse_Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueJWTSVIDsResponse_Result.ProtoReflect.Descriptor instead.
 func (*IssueJWTSVIDsResponse_Result) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{3, 0}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{5, 0}
 }
 
 func (x *IssueJWTSVIDsResponse_Result) GetCode() int32 {
@@ -1166,7 +1380,7 @@ type FollowRequest_Hello struct {
 
 func (x *FollowRequest_Hello) Reset() {
 	*x = FollowRequest_Hello{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[14]
+	mi := &file_signet_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1178,7 +1392,7 @@ func (x *FollowRequest_Hello) String() string {
 func (*FollowRequest_Hello) ProtoMessage() {}
 
 func (x *FollowRequest_Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[14]
+	mi := &file_signet_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1191,7 +1405,7 @@ func (x *FollowRequest_Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRequest_Hello.ProtoReflect.Descriptor instead.
 func (*FollowRequest_Hello) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4, 0}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{6, 0}
 }
 
 func (x *FollowRequest_Hello) GetFormat() uint32 {
@@ -1237,7 +1451,7 @@ type FollowRequest_Ack struct {
 
 func (x *FollowRequest_Ack) Reset() {
 	*x = FollowRequest_Ack{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[15]
+	mi := &file_signet_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +1463,7 @@ func (x *FollowRequest_Ack) String() string {
 func (*FollowRequest_Ack) ProtoMessage() {}
 
 func (x *FollowRequest_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[15]
+	mi := &file_signet_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +1476,7 @@ func (x *FollowRequest_Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRequest_Ack.ProtoReflect.Descriptor instead.
 func (*FollowRequest_Ack) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4, 1}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{6, 1}
 }
 
 func (x *FollowRequest_Ack) GetRevision() int64 {
@@ -1297,7 +1511,7 @@ type FollowRequest_Sync struct {
 
 func (x *FollowRequest_Sync) Reset() {
 	*x = FollowRequest_Sync{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[16]
+	mi := &file_signet_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1309,7 +1523,7 @@ func (x *FollowRequest_Sync) String() string {
 func (*FollowRequest_Sync) ProtoMessage() {}
 
 func (x *FollowRequest_Sync) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[16]
+	mi := &file_signet_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1322,7 +1536,7 @@ func (x *FollowRequest_Sync) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowRequest_Sync.ProtoReflect.Descriptor instead.
 func (*FollowRequest_Sync) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{4, 2}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{6, 2}
 }
 
 func (x *FollowRequest_Sync) GetId() uint64 {
@@ -1336,7 +1550,11 @@ var File_signet_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x19signet/node/v1/node.proto\x12\x0esignet.node.v1\x1a\x1dsignet/policy/v1/policy.proto\"\x9b\x01\n" +
+	"\x19signet/node/v1/node.proto\x12\x0esignet.node.v1\x1a\"signet/policy/v1/observation.proto\x1a\x1dsignet/policy/v1/policy.proto\x1a!signet/policy/v1/revocation.proto\"x\n" +
+	"\x19ReportObservationsRequest\x12A\n" +
+	"\fobservations\x18\x01 \x03(\v2\x1d.signet.policy.v1.ObservationR\fobservations\x12\x18\n" +
+	"\adropped\x18\x02 \x01(\x04R\adropped\"\x1c\n" +
+	"\x1aReportObservationsResponse\"\x9b\x01\n" +
 	"\x15IssueX509SVIDsRequest\x12@\n" +
 	"\x05items\x18\x01 \x03(\v2*.signet.node.v1.IssueX509SVIDsRequest.ItemR\x05items\x1a@\n" +
 	"\x04Item\x12\x19\n" +
@@ -1383,7 +1601,7 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x12authorities_in_use\x18\x03 \x03(\tR\x10authoritiesInUse\x1a\x16\n" +
 	"\x04Sync\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02idB\t\n" +
-	"\amessage\"\xb0\x04\n" +
+	"\amessage\"\xe0\x06\n" +
 	"\x0eFollowResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x12\n" +
@@ -1399,8 +1617,20 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x10removed_policies\x18\v \x03(\tR\x0fremovedPolicies\x12L\n" +
 	"\x0fpolicy_defaults\x18\f \x01(\x0e2\x1e.signet.policy.v1.DefaultsModeH\x00R\x0epolicyDefaults\x88\x01\x01\x120\n" +
 	"\abundles\x18\r \x03(\v2\x16.signet.node.v1.BundleR\abundles\x12'\n" +
-	"\x0fremoved_bundles\x18\x0e \x03(\tR\x0eremovedBundlesB\x12\n" +
-	"\x10_policy_defaults\"\xf9\x02\n" +
+	"\x0fremoved_bundles\x18\x0e \x03(\tR\x0eremovedBundles\x12>\n" +
+	"\vrevocations\x18\x0f \x03(\v2\x1c.signet.policy.v1.RevocationR\vrevocations\x12/\n" +
+	"\x13removed_revocations\x18\x10 \x03(\tR\x12removedRevocations\x12'\n" +
+	"\x04crls\x18\x11 \x03(\v2\x13.signet.node.v1.CRLR\x04crls\x12!\n" +
+	"\fremoved_crls\x18\x12 \x03(\tR\vremovedCrls\x12?\n" +
+	"\fuser_issuers\x18\x13 \x03(\v2\x1c.signet.policy.v1.UserIssuerR\vuserIssuers\x120\n" +
+	"\x14removed_user_issuers\x18\x14 \x03(\tR\x12removedUserIssuersB\x12\n" +
+	"\x10_policy_defaults\"w\n" +
+	"\x03CRL\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x10\n" +
+	"\x03crl\x18\x03 \x01(\fR\x03crl\x12\x1f\n" +
+	"\vnext_update\x18\x04 \x01(\x03R\n" +
+	"nextUpdate\"\xf9\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1d\n" +
@@ -1444,11 +1674,12 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x18AUTHORITY_STATE_PREPARED\x10\x01\x12\x1a\n" +
 	"\x16AUTHORITY_STATE_ACTIVE\x10\x02\x12\x17\n" +
 	"\x13AUTHORITY_STATE_OLD\x10\x03\x12\x1b\n" +
-	"\x17AUTHORITY_STATE_TAINTED\x10\x042\x92\x02\n" +
+	"\x17AUTHORITY_STATE_TAINTED\x10\x042\xff\x02\n" +
 	"\x04Node\x12_\n" +
 	"\x0eIssueX509SVIDs\x12%.signet.node.v1.IssueX509SVIDsRequest\x1a&.signet.node.v1.IssueX509SVIDsResponse\x12\\\n" +
 	"\rIssueJWTSVIDs\x12$.signet.node.v1.IssueJWTSVIDsRequest\x1a%.signet.node.v1.IssueJWTSVIDsResponse\x12K\n" +
-	"\x06Follow\x12\x1d.signet.node.v1.FollowRequest\x1a\x1e.signet.node.v1.FollowResponse(\x010\x01B7Z5github.com/signet-id/signet/api/signet/node/v1;nodev1b\x06proto3"
+	"\x06Follow\x12\x1d.signet.node.v1.FollowRequest\x1a\x1e.signet.node.v1.FollowResponse(\x010\x01\x12k\n" +
+	"\x12ReportObservations\x12).signet.node.v1.ReportObservationsRequest\x1a*.signet.node.v1.ReportObservationsResponseB7Z5github.com/signet-id/signet/api/signet/node/v1;nodev1b\x06proto3"
 
 var (
 	file_signet_node_v1_node_proto_rawDescOnce sync.Once
@@ -1463,57 +1694,69 @@ func file_signet_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_signet_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_signet_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_signet_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_signet_node_v1_node_proto_goTypes = []any{
 	(AuthorityState)(0),                   // 0: signet.node.v1.AuthorityState
-	(*IssueX509SVIDsRequest)(nil),         // 1: signet.node.v1.IssueX509SVIDsRequest
-	(*IssueX509SVIDsResponse)(nil),        // 2: signet.node.v1.IssueX509SVIDsResponse
-	(*IssueJWTSVIDsRequest)(nil),          // 3: signet.node.v1.IssueJWTSVIDsRequest
-	(*IssueJWTSVIDsResponse)(nil),         // 4: signet.node.v1.IssueJWTSVIDsResponse
-	(*FollowRequest)(nil),                 // 5: signet.node.v1.FollowRequest
-	(*FollowResponse)(nil),                // 6: signet.node.v1.FollowResponse
-	(*Entry)(nil),                         // 7: signet.node.v1.Entry
-	(*Bundle)(nil),                        // 8: signet.node.v1.Bundle
-	(*X509Authority)(nil),                 // 9: signet.node.v1.X509Authority
-	(*JWTAuthority)(nil),                  // 10: signet.node.v1.JWTAuthority
-	(*IssueX509SVIDsRequest_Item)(nil),    // 11: signet.node.v1.IssueX509SVIDsRequest.Item
-	(*IssueX509SVIDsResponse_Result)(nil), // 12: signet.node.v1.IssueX509SVIDsResponse.Result
-	(*IssueJWTSVIDsRequest_Item)(nil),     // 13: signet.node.v1.IssueJWTSVIDsRequest.Item
-	(*IssueJWTSVIDsResponse_Result)(nil),  // 14: signet.node.v1.IssueJWTSVIDsResponse.Result
-	(*FollowRequest_Hello)(nil),           // 15: signet.node.v1.FollowRequest.Hello
-	(*FollowRequest_Ack)(nil),             // 16: signet.node.v1.FollowRequest.Ack
-	(*FollowRequest_Sync)(nil),            // 17: signet.node.v1.FollowRequest.Sync
-	(*v1.Policy)(nil),                     // 18: signet.policy.v1.Policy
-	(v1.DefaultsMode)(0),                  // 19: signet.policy.v1.DefaultsMode
+	(*ReportObservationsRequest)(nil),     // 1: signet.node.v1.ReportObservationsRequest
+	(*ReportObservationsResponse)(nil),    // 2: signet.node.v1.ReportObservationsResponse
+	(*IssueX509SVIDsRequest)(nil),         // 3: signet.node.v1.IssueX509SVIDsRequest
+	(*IssueX509SVIDsResponse)(nil),        // 4: signet.node.v1.IssueX509SVIDsResponse
+	(*IssueJWTSVIDsRequest)(nil),          // 5: signet.node.v1.IssueJWTSVIDsRequest
+	(*IssueJWTSVIDsResponse)(nil),         // 6: signet.node.v1.IssueJWTSVIDsResponse
+	(*FollowRequest)(nil),                 // 7: signet.node.v1.FollowRequest
+	(*FollowResponse)(nil),                // 8: signet.node.v1.FollowResponse
+	(*CRL)(nil),                           // 9: signet.node.v1.CRL
+	(*Entry)(nil),                         // 10: signet.node.v1.Entry
+	(*Bundle)(nil),                        // 11: signet.node.v1.Bundle
+	(*X509Authority)(nil),                 // 12: signet.node.v1.X509Authority
+	(*JWTAuthority)(nil),                  // 13: signet.node.v1.JWTAuthority
+	(*IssueX509SVIDsRequest_Item)(nil),    // 14: signet.node.v1.IssueX509SVIDsRequest.Item
+	(*IssueX509SVIDsResponse_Result)(nil), // 15: signet.node.v1.IssueX509SVIDsResponse.Result
+	(*IssueJWTSVIDsRequest_Item)(nil),     // 16: signet.node.v1.IssueJWTSVIDsRequest.Item
+	(*IssueJWTSVIDsResponse_Result)(nil),  // 17: signet.node.v1.IssueJWTSVIDsResponse.Result
+	(*FollowRequest_Hello)(nil),           // 18: signet.node.v1.FollowRequest.Hello
+	(*FollowRequest_Ack)(nil),             // 19: signet.node.v1.FollowRequest.Ack
+	(*FollowRequest_Sync)(nil),            // 20: signet.node.v1.FollowRequest.Sync
+	(*v1.Observation)(nil),                // 21: signet.policy.v1.Observation
+	(*v1.Policy)(nil),                     // 22: signet.policy.v1.Policy
+	(v1.DefaultsMode)(0),                  // 23: signet.policy.v1.DefaultsMode
+	(*v1.Revocation)(nil),                 // 24: signet.policy.v1.Revocation
+	(*v1.UserIssuer)(nil),                 // 25: signet.policy.v1.UserIssuer
 }
 var file_signet_node_v1_node_proto_depIdxs = []int32{
-	11, // 0: signet.node.v1.IssueX509SVIDsRequest.items:type_name -> signet.node.v1.IssueX509SVIDsRequest.Item
-	12, // 1: signet.node.v1.IssueX509SVIDsResponse.results:type_name -> signet.node.v1.IssueX509SVIDsResponse.Result
-	13, // 2: signet.node.v1.IssueJWTSVIDsRequest.items:type_name -> signet.node.v1.IssueJWTSVIDsRequest.Item
-	14, // 3: signet.node.v1.IssueJWTSVIDsResponse.results:type_name -> signet.node.v1.IssueJWTSVIDsResponse.Result
-	15, // 4: signet.node.v1.FollowRequest.hello:type_name -> signet.node.v1.FollowRequest.Hello
-	16, // 5: signet.node.v1.FollowRequest.ack:type_name -> signet.node.v1.FollowRequest.Ack
-	17, // 6: signet.node.v1.FollowRequest.sync:type_name -> signet.node.v1.FollowRequest.Sync
-	7,  // 7: signet.node.v1.FollowResponse.entries:type_name -> signet.node.v1.Entry
-	18, // 8: signet.node.v1.FollowResponse.policies:type_name -> signet.policy.v1.Policy
-	19, // 9: signet.node.v1.FollowResponse.policy_defaults:type_name -> signet.policy.v1.DefaultsMode
-	8,  // 10: signet.node.v1.FollowResponse.bundles:type_name -> signet.node.v1.Bundle
-	9,  // 11: signet.node.v1.Bundle.x509_authorities:type_name -> signet.node.v1.X509Authority
-	10, // 12: signet.node.v1.Bundle.jwt_authorities:type_name -> signet.node.v1.JWTAuthority
-	10, // 13: signet.node.v1.Bundle.wit_authorities:type_name -> signet.node.v1.JWTAuthority
-	0,  // 14: signet.node.v1.X509Authority.state:type_name -> signet.node.v1.AuthorityState
-	0,  // 15: signet.node.v1.JWTAuthority.state:type_name -> signet.node.v1.AuthorityState
-	1,  // 16: signet.node.v1.Node.IssueX509SVIDs:input_type -> signet.node.v1.IssueX509SVIDsRequest
-	3,  // 17: signet.node.v1.Node.IssueJWTSVIDs:input_type -> signet.node.v1.IssueJWTSVIDsRequest
-	5,  // 18: signet.node.v1.Node.Follow:input_type -> signet.node.v1.FollowRequest
-	2,  // 19: signet.node.v1.Node.IssueX509SVIDs:output_type -> signet.node.v1.IssueX509SVIDsResponse
-	4,  // 20: signet.node.v1.Node.IssueJWTSVIDs:output_type -> signet.node.v1.IssueJWTSVIDsResponse
-	6,  // 21: signet.node.v1.Node.Follow:output_type -> signet.node.v1.FollowResponse
-	19, // [19:22] is the sub-list for method output_type
-	16, // [16:19] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	21, // 0: signet.node.v1.ReportObservationsRequest.observations:type_name -> signet.policy.v1.Observation
+	14, // 1: signet.node.v1.IssueX509SVIDsRequest.items:type_name -> signet.node.v1.IssueX509SVIDsRequest.Item
+	15, // 2: signet.node.v1.IssueX509SVIDsResponse.results:type_name -> signet.node.v1.IssueX509SVIDsResponse.Result
+	16, // 3: signet.node.v1.IssueJWTSVIDsRequest.items:type_name -> signet.node.v1.IssueJWTSVIDsRequest.Item
+	17, // 4: signet.node.v1.IssueJWTSVIDsResponse.results:type_name -> signet.node.v1.IssueJWTSVIDsResponse.Result
+	18, // 5: signet.node.v1.FollowRequest.hello:type_name -> signet.node.v1.FollowRequest.Hello
+	19, // 6: signet.node.v1.FollowRequest.ack:type_name -> signet.node.v1.FollowRequest.Ack
+	20, // 7: signet.node.v1.FollowRequest.sync:type_name -> signet.node.v1.FollowRequest.Sync
+	10, // 8: signet.node.v1.FollowResponse.entries:type_name -> signet.node.v1.Entry
+	22, // 9: signet.node.v1.FollowResponse.policies:type_name -> signet.policy.v1.Policy
+	23, // 10: signet.node.v1.FollowResponse.policy_defaults:type_name -> signet.policy.v1.DefaultsMode
+	11, // 11: signet.node.v1.FollowResponse.bundles:type_name -> signet.node.v1.Bundle
+	24, // 12: signet.node.v1.FollowResponse.revocations:type_name -> signet.policy.v1.Revocation
+	9,  // 13: signet.node.v1.FollowResponse.crls:type_name -> signet.node.v1.CRL
+	25, // 14: signet.node.v1.FollowResponse.user_issuers:type_name -> signet.policy.v1.UserIssuer
+	12, // 15: signet.node.v1.Bundle.x509_authorities:type_name -> signet.node.v1.X509Authority
+	13, // 16: signet.node.v1.Bundle.jwt_authorities:type_name -> signet.node.v1.JWTAuthority
+	13, // 17: signet.node.v1.Bundle.wit_authorities:type_name -> signet.node.v1.JWTAuthority
+	0,  // 18: signet.node.v1.X509Authority.state:type_name -> signet.node.v1.AuthorityState
+	0,  // 19: signet.node.v1.JWTAuthority.state:type_name -> signet.node.v1.AuthorityState
+	3,  // 20: signet.node.v1.Node.IssueX509SVIDs:input_type -> signet.node.v1.IssueX509SVIDsRequest
+	5,  // 21: signet.node.v1.Node.IssueJWTSVIDs:input_type -> signet.node.v1.IssueJWTSVIDsRequest
+	7,  // 22: signet.node.v1.Node.Follow:input_type -> signet.node.v1.FollowRequest
+	1,  // 23: signet.node.v1.Node.ReportObservations:input_type -> signet.node.v1.ReportObservationsRequest
+	4,  // 24: signet.node.v1.Node.IssueX509SVIDs:output_type -> signet.node.v1.IssueX509SVIDsResponse
+	6,  // 25: signet.node.v1.Node.IssueJWTSVIDs:output_type -> signet.node.v1.IssueJWTSVIDsResponse
+	8,  // 26: signet.node.v1.Node.Follow:output_type -> signet.node.v1.FollowResponse
+	2,  // 27: signet.node.v1.Node.ReportObservations:output_type -> signet.node.v1.ReportObservationsResponse
+	24, // [24:28] is the sub-list for method output_type
+	20, // [20:24] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_signet_node_v1_node_proto_init() }
@@ -1521,19 +1764,19 @@ func file_signet_node_v1_node_proto_init() {
 	if File_signet_node_v1_node_proto != nil {
 		return
 	}
-	file_signet_node_v1_node_proto_msgTypes[4].OneofWrappers = []any{
+	file_signet_node_v1_node_proto_msgTypes[6].OneofWrappers = []any{
 		(*FollowRequest_Hello_)(nil),
 		(*FollowRequest_Ack_)(nil),
 		(*FollowRequest_Sync_)(nil),
 	}
-	file_signet_node_v1_node_proto_msgTypes[5].OneofWrappers = []any{}
+	file_signet_node_v1_node_proto_msgTypes[7].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_node_v1_node_proto_rawDesc), len(file_signet_node_v1_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   17,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,9 +22,10 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Node_IssueX509SVIDs_FullMethodName = "/signet.node.v1.Node/IssueX509SVIDs"
-	Node_IssueJWTSVIDs_FullMethodName  = "/signet.node.v1.Node/IssueJWTSVIDs"
-	Node_Follow_FullMethodName         = "/signet.node.v1.Node/Follow"
+	Node_IssueX509SVIDs_FullMethodName     = "/signet.node.v1.Node/IssueX509SVIDs"
+	Node_IssueJWTSVIDs_FullMethodName      = "/signet.node.v1.Node/IssueJWTSVIDs"
+	Node_Follow_FullMethodName             = "/signet.node.v1.Node/Follow"
+	Node_ReportObservations_FullMethodName = "/signet.node.v1.Node/ReportObservations"
 )
 
 // NodeClient is the client API for Node service.
@@ -41,6 +42,9 @@ type NodeClient interface {
 	// hello. The stream ends with PermissionDenied and SPIRE's PermissionDeniedDetails when the agent is banned or
 	// evicted, its SVID has expired or was superseded, and with Unavailable when the CA shuts down.
 	Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRequest, FollowResponse], error)
+	// ReportObservations hands on what enforcement points on this node decided. At most 1000 observations; more is
+	// ResourceExhausted, and so is an agent that reports too much.
+	ReportObservations(ctx context.Context, in *ReportObservationsRequest, opts ...grpc.CallOption) (*ReportObservationsResponse, error)
 }
 
 type nodeClient struct {
@@ -84,6 +88,16 @@ func (c *nodeClient) Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_FollowClient = grpc.BidiStreamingClient[FollowRequest, FollowResponse]
 
+func (c *nodeClient) ReportObservations(ctx context.Context, in *ReportObservationsRequest, opts ...grpc.CallOption) (*ReportObservationsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportObservationsResponse)
+	err := c.cc.Invoke(ctx, Node_ReportObservations_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // NodeServer is the server API for Node service.
 // All implementations must embed UnimplementedNodeServer
 // for forward compatibility.
@@ -98,6 +112,9 @@ type NodeServer interface {
 	// hello. The stream ends with PermissionDenied and SPIRE's PermissionDeniedDetails when the agent is banned or
 	// evicted, its SVID has expired or was superseded, and with Unavailable when the CA shuts down.
 	Follow(grpc.BidiStreamingServer[FollowRequest, FollowResponse]) error
+	// ReportObservations hands on what enforcement points on this node decided. At most 1000 observations; more is
+	// ResourceExhausted, and so is an agent that reports too much.
+	ReportObservations(context.Context, *ReportObservationsRequest) (*ReportObservationsResponse, error)
 	mustEmbedUnimplementedNodeServer()
 }
 
@@ -116,6 +133,9 @@ func (UnimplementedNodeServer) IssueJWTSVIDs(context.Context, *IssueJWTSVIDsRequ
 }
 func (UnimplementedNodeServer) Follow(grpc.BidiStreamingServer[FollowRequest, FollowResponse]) error {
 	return status.Error(codes.Unimplemented, "method Follow not implemented")
+}
+func (UnimplementedNodeServer) ReportObservations(context.Context, *ReportObservationsRequest) (*ReportObservationsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReportObservations not implemented")
 }
 func (UnimplementedNodeServer) mustEmbedUnimplementedNodeServer() {}
 func (UnimplementedNodeServer) testEmbeddedByValue()              {}
@@ -181,6 +201,24 @@ func _Node_Follow_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_FollowServer = grpc.BidiStreamingServer[FollowRequest, FollowResponse]
 
+func _Node_ReportObservations_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReportObservationsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).ReportObservations(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_ReportObservations_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).ReportObservations(ctx, req.(*ReportObservationsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Node_ServiceDesc is the grpc.ServiceDesc for Node service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -195,6 +233,10 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "IssueJWTSVIDs",
 			Handler:    _Node_IssueJWTSVIDs_Handler,
+		},
+		{
+			MethodName: "ReportObservations",
+			Handler:    _Node_ReportObservations_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

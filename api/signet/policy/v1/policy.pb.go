@@ -236,8 +236,10 @@ type PolicySet struct {
 	Epoch    string `protobuf:"bytes,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Revision int64  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
 	// What holds for services that no policy names. DEFAULTS_MODE_UNSPECIFIED is deny.
-	Defaults      DefaultsMode `protobuf:"varint,5,opt,name=defaults,proto3,enum=signet.policy.v1.DefaultsMode" json:"defaults,omitempty"`
-	Policies      []*Policy    `protobuf:"bytes,6,rep,name=policies,proto3" json:"policies,omitempty"`
+	Defaults DefaultsMode `protobuf:"varint,5,opt,name=defaults,proto3,enum=signet.policy.v1.DefaultsMode" json:"defaults,omitempty"`
+	Policies []*Policy    `protobuf:"bytes,6,rep,name=policies,proto3" json:"policies,omitempty"`
+	// Who issues the user tokens that conditions may ask for.
+	UserIssuers   []*UserIssuer `protobuf:"bytes,7,rep,name=user_issuers,json=userIssuers,proto3" json:"user_issuers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -314,6 +316,13 @@ func (x *PolicySet) GetPolicies() []*Policy {
 	return nil
 }
 
+func (x *PolicySet) GetUserIssuers() []*UserIssuer {
+	if x != nil {
+		return x.UserIssuers
+	}
+	return nil
+}
+
 // A Policy is one compiled CallPolicy.
 type Policy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -326,8 +335,13 @@ type Policy struct {
 	Mode     Mode     `protobuf:"varint,4,opt,name=mode,proto3,enum=signet.policy.v1.Mode" json:"mode,omitempty"`
 	Rules    []*Rule  `protobuf:"bytes,5,rep,name=rules,proto3" json:"rules,omitempty"`
 	// Where the document came from, as the operator gave it: for explanations only.
-	File          string `protobuf:"bytes,6,opt,name=file,proto3" json:"file,omitempty"`
-	Line          uint32 `protobuf:"varint,7,opt,name=line,proto3" json:"line,omitempty"`
+	File string `protobuf:"bytes,6,opt,name=file,proto3" json:"file,omitempty"`
+	Line uint32 `protobuf:"varint,7,opt,name=line,proto3" json:"line,omitempty"`
+	// Hints of the registration entries of callers, as far as conditions of this policy ask for peer.hint. A caller that is
+	// not named has none.
+	PeerHints []*PeerHint `protobuf:"bytes,8,rep,name=peer_hints,json=peerHints,proto3" json:"peer_hints,omitempty"`
+	// Set while this policy is being rolled out: what it replaces for the agent that received it.
+	Rollout       *Rollout `protobuf:"bytes,9,opt,name=rollout,proto3" json:"rollout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -411,6 +425,127 @@ func (x *Policy) GetLine() uint32 {
 	return 0
 }
 
+func (x *Policy) GetPeerHints() []*PeerHint {
+	if x != nil {
+		return x.PeerHints
+	}
+	return nil
+}
+
+func (x *Policy) GetRollout() *Rollout {
+	if x != nil {
+		return x.Rollout
+	}
+	return nil
+}
+
+type PeerHint struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Hint          string                 `protobuf:"bytes,2,opt,name=hint,proto3" json:"hint,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PeerHint) Reset() {
+	*x = PeerHint{}
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PeerHint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PeerHint) ProtoMessage() {}
+
+func (x *PeerHint) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PeerHint.ProtoReflect.Descriptor instead.
+func (*PeerHint) Descriptor() ([]byte, []int) {
+	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *PeerHint) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *PeerHint) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+// A Rollout says that a policy is new to a part of the agents, so that a denial of what was allowed before can be told
+// from others.
+type Rollout struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What held before; absent: no policy of this name.
+	Former        *Policy `protobuf:"bytes,2,opt,name=former,proto3" json:"former,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rollout) Reset() {
+	*x = Rollout{}
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rollout) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rollout) ProtoMessage() {}
+
+func (x *Rollout) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rollout.ProtoReflect.Descriptor instead.
+func (*Rollout) Descriptor() ([]byte, []int) {
+	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Rollout) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Rollout) GetFormer() *Policy {
+	if x != nil {
+		return x.Former
+	}
+	return nil
+}
+
 // A Rule is one item of allow or deny.
 type Rule struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
@@ -429,14 +564,19 @@ type Rule struct {
 	// deny for every caller.
 	Requires []string `protobuf:"bytes,7,rep,name=requires,proto3" json:"requires,omitempty"`
 	// Position in the operator's file, from 1.
-	Line          uint32 `protobuf:"varint,8,opt,name=line,proto3" json:"line,omitempty"`
+	Line uint32 `protobuf:"varint,8,opt,name=line,proto3" json:"line,omitempty"`
+	// A condition in CEL that must hold as well; empty: none. Such a rule requires "when".
+	When string `protobuf:"bytes,9,opt,name=when,proto3" json:"when,omitempty"`
+	// Position of the expression in the operator's file, from 1.
+	WhenLine      uint32 `protobuf:"varint,10,opt,name=when_line,json=whenLine,proto3" json:"when_line,omitempty"`
+	WhenColumn    uint32 `protobuf:"varint,11,opt,name=when_column,json=whenColumn,proto3" json:"when_column,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Rule) Reset() {
 	*x = Rule{}
-	mi := &file_signet_policy_v1_policy_proto_msgTypes[2]
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -448,7 +588,7 @@ func (x *Rule) String() string {
 func (*Rule) ProtoMessage() {}
 
 func (x *Rule) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_policy_v1_policy_proto_msgTypes[2]
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -461,7 +601,7 @@ func (x *Rule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rule.ProtoReflect.Descriptor instead.
 func (*Rule) Descriptor() ([]byte, []int) {
-	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{2}
+	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Rule) GetEffect() Effect {
@@ -520,6 +660,27 @@ func (x *Rule) GetLine() uint32 {
 	return 0
 }
 
+func (x *Rule) GetWhen() string {
+	if x != nil {
+		return x.When
+	}
+	return ""
+}
+
+func (x *Rule) GetWhenLine() uint32 {
+	if x != nil {
+		return x.WhenLine
+	}
+	return 0
+}
+
+func (x *Rule) GetWhenColumn() uint32 {
+	if x != nil {
+		return x.WhenColumn
+	}
+	return 0
+}
+
 type HTTPMatch struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Upper-case methods; empty: any method.
@@ -532,7 +693,7 @@ type HTTPMatch struct {
 
 func (x *HTTPMatch) Reset() {
 	*x = HTTPMatch{}
-	mi := &file_signet_policy_v1_policy_proto_msgTypes[3]
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -544,7 +705,7 @@ func (x *HTTPMatch) String() string {
 func (*HTTPMatch) ProtoMessage() {}
 
 func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_policy_v1_policy_proto_msgTypes[3]
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -557,7 +718,7 @@ func (x *HTTPMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HTTPMatch.ProtoReflect.Descriptor instead.
 func (*HTTPMatch) Descriptor() ([]byte, []int) {
-	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{3}
+	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *HTTPMatch) GetMethods() []string {
@@ -585,7 +746,7 @@ type JWTMatch struct {
 
 func (x *JWTMatch) Reset() {
 	*x = JWTMatch{}
-	mi := &file_signet_policy_v1_policy_proto_msgTypes[4]
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -597,7 +758,7 @@ func (x *JWTMatch) String() string {
 func (*JWTMatch) ProtoMessage() {}
 
 func (x *JWTMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_policy_v1_policy_proto_msgTypes[4]
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -610,7 +771,7 @@ func (x *JWTMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTMatch.ProtoReflect.Descriptor instead.
 func (*JWTMatch) Descriptor() ([]byte, []int) {
-	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{4}
+	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *JWTMatch) GetAudience() []string {
@@ -627,18 +788,160 @@ func (x *JWTMatch) GetSubject() SubjectBinding {
 	return SubjectBinding_SUBJECT_BINDING_UNSPECIFIED
 }
 
+// A UserIssuer issues tokens of users, which conditions can ask for beside the caller's SVID.
+type UserIssuer struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Revision int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// The iss claim, exactly.
+	Issuer string `protobuf:"bytes,3,opt,name=issuer,proto3" json:"issuer,omitempty"`
+	// Audiences, of which a token must carry one. Never empty.
+	Audience []string `protobuf:"bytes,4,rep,name=audience,proto3" json:"audience,omitempty"`
+	// The request header that holds the token. Authorization: after Bearer; any other: the token alone, or after Bearer.
+	Header        string     `protobuf:"bytes,5,opt,name=header,proto3" json:"header,omitempty"`
+	Keys          []*UserKey `protobuf:"bytes,6,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UserIssuer) Reset() {
+	*x = UserIssuer{}
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UserIssuer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UserIssuer) ProtoMessage() {}
+
+func (x *UserIssuer) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UserIssuer.ProtoReflect.Descriptor instead.
+func (*UserIssuer) Descriptor() ([]byte, []int) {
+	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *UserIssuer) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UserIssuer) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *UserIssuer) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *UserIssuer) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+func (x *UserIssuer) GetHeader() string {
+	if x != nil {
+		return x.Header
+	}
+	return ""
+}
+
+func (x *UserIssuer) GetKeys() []*UserKey {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+type UserKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	KeyId string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	// PKIX DER.
+	PublicKey     []byte `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UserKey) Reset() {
+	*x = UserKey{}
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UserKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UserKey) ProtoMessage() {}
+
+func (x *UserKey) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_policy_v1_policy_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UserKey.ProtoReflect.Descriptor instead.
+func (*UserKey) Descriptor() ([]byte, []int) {
+	return file_signet_policy_v1_policy_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *UserKey) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *UserKey) GetPublicKey() []byte {
+	if x != nil {
+		return x.PublicKey
+	}
+	return nil
+}
+
 var File_signet_policy_v1_policy_proto protoreflect.FileDescriptor
 
 const file_signet_policy_v1_policy_proto_rawDesc = "" +
 	"\n" +
-	"\x1dsignet/policy/v1/policy.proto\x12\x10signet.policy.v1\"\xea\x01\n" +
+	"\x1dsignet/policy/v1/policy.proto\x12\x10signet.policy.v1\"\xab\x02\n" +
 	"\tPolicySet\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x04 \x01(\x03R\brevision\x12:\n" +
 	"\bdefaults\x18\x05 \x01(\x0e2\x1e.signet.policy.v1.DefaultsModeR\bdefaults\x124\n" +
-	"\bpolicies\x18\x06 \x03(\v2\x18.signet.policy.v1.PolicyR\bpolicies\"\xd6\x01\n" +
+	"\bpolicies\x18\x06 \x03(\v2\x18.signet.policy.v1.PolicyR\bpolicies\x12?\n" +
+	"\fuser_issuers\x18\a \x03(\v2\x1c.signet.policy.v1.UserIssuerR\vuserIssuers\"\xc6\x02\n" +
 	"\x06Policy\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1a\n" +
@@ -646,7 +949,16 @@ const file_signet_policy_v1_policy_proto_rawDesc = "" +
 	"\x04mode\x18\x04 \x01(\x0e2\x16.signet.policy.v1.ModeR\x04mode\x12,\n" +
 	"\x05rules\x18\x05 \x03(\v2\x16.signet.policy.v1.RuleR\x05rules\x12\x12\n" +
 	"\x04file\x18\x06 \x01(\tR\x04file\x12\x12\n" +
-	"\x04line\x18\a \x01(\rR\x04line\"\x87\x02\n" +
+	"\x04line\x18\a \x01(\rR\x04line\x129\n" +
+	"\n" +
+	"peer_hints\x18\b \x03(\v2\x1a.signet.policy.v1.PeerHintR\tpeerHints\x123\n" +
+	"\arollout\x18\t \x01(\v2\x19.signet.policy.v1.RolloutR\arollout\";\n" +
+	"\bPeerHint\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x12\n" +
+	"\x04hint\x18\x02 \x01(\tR\x04hint\"O\n" +
+	"\aRollout\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x120\n" +
+	"\x06former\x18\x02 \x01(\v2\x18.signet.policy.v1.PolicyR\x06former\"\xd9\x02\n" +
 	"\x04Rule\x120\n" +
 	"\x06effect\x18\x01 \x01(\x0e2\x18.signet.policy.v1.EffectR\x06effect\x12\x16\n" +
 	"\x06shadow\x18\x02 \x01(\bR\x06shadow\x12\x12\n" +
@@ -655,13 +967,30 @@ const file_signet_policy_v1_policy_proto_rawDesc = "" +
 	"\x04grpc\x18\x05 \x03(\tR\x04grpc\x12,\n" +
 	"\x03jwt\x18\x06 \x01(\v2\x1a.signet.policy.v1.JWTMatchR\x03jwt\x12\x1a\n" +
 	"\brequires\x18\a \x03(\tR\brequires\x12\x12\n" +
-	"\x04line\x18\b \x01(\rR\x04line\";\n" +
+	"\x04line\x18\b \x01(\rR\x04line\x12\x12\n" +
+	"\x04when\x18\t \x01(\tR\x04when\x12\x1b\n" +
+	"\twhen_line\x18\n" +
+	" \x01(\rR\bwhenLine\x12\x1f\n" +
+	"\vwhen_column\x18\v \x01(\rR\n" +
+	"whenColumn\";\n" +
 	"\tHTTPMatch\x12\x18\n" +
 	"\amethods\x18\x01 \x03(\tR\amethods\x12\x14\n" +
 	"\x05paths\x18\x02 \x03(\tR\x05paths\"b\n" +
 	"\bJWTMatch\x12\x1a\n" +
 	"\baudience\x18\x01 \x03(\tR\baudience\x12:\n" +
-	"\asubject\x18\x02 \x01(\x0e2 .signet.policy.v1.SubjectBindingR\asubject*_\n" +
+	"\asubject\x18\x02 \x01(\x0e2 .signet.policy.v1.SubjectBindingR\asubject\"\xb7\x01\n" +
+	"\n" +
+	"UserIssuer\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x16\n" +
+	"\x06issuer\x18\x03 \x01(\tR\x06issuer\x12\x1a\n" +
+	"\baudience\x18\x04 \x03(\tR\baudience\x12\x16\n" +
+	"\x06header\x18\x05 \x01(\tR\x06header\x12-\n" +
+	"\x04keys\x18\x06 \x03(\v2\x19.signet.policy.v1.UserKeyR\x04keys\"?\n" +
+	"\aUserKey\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey*_\n" +
 	"\fDefaultsMode\x12\x1d\n" +
 	"\x19DEFAULTS_MODE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12DEFAULTS_MODE_DENY\x10\x01\x12\x18\n" +
@@ -692,7 +1021,7 @@ func file_signet_policy_v1_policy_proto_rawDescGZIP() []byte {
 }
 
 var file_signet_policy_v1_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_signet_policy_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_signet_policy_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_signet_policy_v1_policy_proto_goTypes = []any{
 	(DefaultsMode)(0),   // 0: signet.policy.v1.DefaultsMode
 	(Mode)(0),           // 1: signet.policy.v1.Mode
@@ -700,24 +1029,33 @@ var file_signet_policy_v1_policy_proto_goTypes = []any{
 	(SubjectBinding)(0), // 3: signet.policy.v1.SubjectBinding
 	(*PolicySet)(nil),   // 4: signet.policy.v1.PolicySet
 	(*Policy)(nil),      // 5: signet.policy.v1.Policy
-	(*Rule)(nil),        // 6: signet.policy.v1.Rule
-	(*HTTPMatch)(nil),   // 7: signet.policy.v1.HTTPMatch
-	(*JWTMatch)(nil),    // 8: signet.policy.v1.JWTMatch
+	(*PeerHint)(nil),    // 6: signet.policy.v1.PeerHint
+	(*Rollout)(nil),     // 7: signet.policy.v1.Rollout
+	(*Rule)(nil),        // 8: signet.policy.v1.Rule
+	(*HTTPMatch)(nil),   // 9: signet.policy.v1.HTTPMatch
+	(*JWTMatch)(nil),    // 10: signet.policy.v1.JWTMatch
+	(*UserIssuer)(nil),  // 11: signet.policy.v1.UserIssuer
+	(*UserKey)(nil),     // 12: signet.policy.v1.UserKey
 }
 var file_signet_policy_v1_policy_proto_depIdxs = []int32{
-	0, // 0: signet.policy.v1.PolicySet.defaults:type_name -> signet.policy.v1.DefaultsMode
-	5, // 1: signet.policy.v1.PolicySet.policies:type_name -> signet.policy.v1.Policy
-	1, // 2: signet.policy.v1.Policy.mode:type_name -> signet.policy.v1.Mode
-	6, // 3: signet.policy.v1.Policy.rules:type_name -> signet.policy.v1.Rule
-	2, // 4: signet.policy.v1.Rule.effect:type_name -> signet.policy.v1.Effect
-	7, // 5: signet.policy.v1.Rule.http:type_name -> signet.policy.v1.HTTPMatch
-	8, // 6: signet.policy.v1.Rule.jwt:type_name -> signet.policy.v1.JWTMatch
-	3, // 7: signet.policy.v1.JWTMatch.subject:type_name -> signet.policy.v1.SubjectBinding
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	0,  // 0: signet.policy.v1.PolicySet.defaults:type_name -> signet.policy.v1.DefaultsMode
+	5,  // 1: signet.policy.v1.PolicySet.policies:type_name -> signet.policy.v1.Policy
+	11, // 2: signet.policy.v1.PolicySet.user_issuers:type_name -> signet.policy.v1.UserIssuer
+	1,  // 3: signet.policy.v1.Policy.mode:type_name -> signet.policy.v1.Mode
+	8,  // 4: signet.policy.v1.Policy.rules:type_name -> signet.policy.v1.Rule
+	6,  // 5: signet.policy.v1.Policy.peer_hints:type_name -> signet.policy.v1.PeerHint
+	7,  // 6: signet.policy.v1.Policy.rollout:type_name -> signet.policy.v1.Rollout
+	5,  // 7: signet.policy.v1.Rollout.former:type_name -> signet.policy.v1.Policy
+	2,  // 8: signet.policy.v1.Rule.effect:type_name -> signet.policy.v1.Effect
+	9,  // 9: signet.policy.v1.Rule.http:type_name -> signet.policy.v1.HTTPMatch
+	10, // 10: signet.policy.v1.Rule.jwt:type_name -> signet.policy.v1.JWTMatch
+	3,  // 11: signet.policy.v1.JWTMatch.subject:type_name -> signet.policy.v1.SubjectBinding
+	12, // 12: signet.policy.v1.UserIssuer.keys:type_name -> signet.policy.v1.UserKey
+	13, // [13:13] is the sub-list for method output_type
+	13, // [13:13] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_signet_policy_v1_policy_proto_init() }
@@ -731,7 +1069,7 @@ func file_signet_policy_v1_policy_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_policy_v1_policy_proto_rawDesc), len(file_signet_policy_v1_policy_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   5,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

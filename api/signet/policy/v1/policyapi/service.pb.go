@@ -25,7 +25,9 @@ const (
 type WatchRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Newest PolicySet format that the caller reads.
-	Format        uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// The caller understands responses with partial set.
+	Partial       bool `protobuf:"varint,2,opt,name=partial,proto3" json:"partial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -67,6 +69,13 @@ func (x *WatchRequest) GetFormat() uint32 {
 	return 0
 }
 
+func (x *WatchRequest) GetPartial() bool {
+	if x != nil {
+		return x.Partial
+	}
+	return false
+}
+
 type WatchResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The caller's own IDs, the default identity first.
@@ -76,7 +85,11 @@ type WatchResponse struct {
 	// are older than the reader's limit are not relied on any more: it denies.
 	OfflineSince int64 `protobuf:"varint,3,opt,name=offline_since,json=offlineSince,proto3" json:"offline_since,omitempty"`
 	// For how many seconds from then on the agent's operator lets policies count; 0: not stated.
-	MaxOffline    int64 `protobuf:"varint,4,opt,name=max_offline,json=maxOffline,proto3" json:"max_offline,omitempty"`
+	MaxOffline int64 `protobuf:"varint,4,opt,name=max_offline,json=maxOffline,proto3" json:"max_offline,omitempty"`
+	// All that is revoked. In the first response, and in each in which it differs from the last one sent.
+	Revocations *v1.RevocationSet `protobuf:"bytes,5,opt,name=revocations,proto3" json:"revocations,omitempty"`
+	// policies and service_ids are as in the last response and not repeated. Only for callers that asked for it.
+	Partial       bool `protobuf:"varint,6,opt,name=partial,proto3" json:"partial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -139,22 +152,123 @@ func (x *WatchResponse) GetMaxOffline() int64 {
 	return 0
 }
 
+func (x *WatchResponse) GetRevocations() *v1.RevocationSet {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+func (x *WatchResponse) GetPartial() bool {
+	if x != nil {
+		return x.Partial
+	}
+	return false
+}
+
+type ReportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Observations  []*v1.Observation      `protobuf:"bytes,1,rep,name=observations,proto3" json:"observations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRequest) Reset() {
+	*x = ReportRequest{}
+	mi := &file_signet_policy_v1_service_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRequest) ProtoMessage() {}
+
+func (x *ReportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_policy_v1_service_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
+func (*ReportRequest) Descriptor() ([]byte, []int) {
+	return file_signet_policy_v1_service_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ReportRequest) GetObservations() []*v1.Observation {
+	if x != nil {
+		return x.Observations
+	}
+	return nil
+}
+
+type ReportResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportResponse) Reset() {
+	*x = ReportResponse{}
+	mi := &file_signet_policy_v1_service_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportResponse) ProtoMessage() {}
+
+func (x *ReportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_policy_v1_service_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
+func (*ReportResponse) Descriptor() ([]byte, []int) {
+	return file_signet_policy_v1_service_proto_rawDescGZIP(), []int{3}
+}
+
 var File_signet_policy_v1_service_proto protoreflect.FileDescriptor
 
 const file_signet_policy_v1_service_proto_rawDesc = "" +
 	"\n" +
-	"\x1esignet/policy/v1/service.proto\x12\x10signet.policy.v1\x1a\x1dsignet/policy/v1/policy.proto\"&\n" +
+	"\x1esignet/policy/v1/service.proto\x12\x10signet.policy.v1\x1a\"signet/policy/v1/observation.proto\x1a\x1dsignet/policy/v1/policy.proto\x1a!signet/policy/v1/revocation.proto\"@\n" +
 	"\fWatchRequest\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\"\xaf\x01\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
+	"\apartial\x18\x02 \x01(\bR\apartial\"\x8c\x02\n" +
 	"\rWatchResponse\x12\x1f\n" +
 	"\vservice_ids\x18\x01 \x03(\tR\n" +
 	"serviceIds\x127\n" +
 	"\bpolicies\x18\x02 \x01(\v2\x1b.signet.policy.v1.PolicySetR\bpolicies\x12#\n" +
 	"\roffline_since\x18\x03 \x01(\x03R\fofflineSince\x12\x1f\n" +
 	"\vmax_offline\x18\x04 \x01(\x03R\n" +
-	"maxOffline2V\n" +
+	"maxOffline\x12A\n" +
+	"\vrevocations\x18\x05 \x01(\v2\x1f.signet.policy.v1.RevocationSetR\vrevocations\x12\x18\n" +
+	"\apartial\x18\x06 \x01(\bR\apartial\"R\n" +
+	"\rReportRequest\x12A\n" +
+	"\fobservations\x18\x01 \x03(\v2\x1d.signet.policy.v1.ObservationR\fobservations\"\x10\n" +
+	"\x0eReportResponse2\xa3\x01\n" +
 	"\bPolicies\x12J\n" +
-	"\x05Watch\x12\x1e.signet.policy.v1.WatchRequest\x1a\x1f.signet.policy.v1.WatchResponse0\x01BFZDgithub.com/signet-id/signet/api/signet/policy/v1/policyapi;policyapib\x06proto3"
+	"\x05Watch\x12\x1e.signet.policy.v1.WatchRequest\x1a\x1f.signet.policy.v1.WatchResponse0\x01\x12K\n" +
+	"\x06Report\x12\x1f.signet.policy.v1.ReportRequest\x1a .signet.policy.v1.ReportResponseBFZDgithub.com/signet-id/signet/api/signet/policy/v1/policyapi;policyapib\x06proto3"
 
 var (
 	file_signet_policy_v1_service_proto_rawDescOnce sync.Once
@@ -168,21 +282,29 @@ func file_signet_policy_v1_service_proto_rawDescGZIP() []byte {
 	return file_signet_policy_v1_service_proto_rawDescData
 }
 
-var file_signet_policy_v1_service_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_signet_policy_v1_service_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_signet_policy_v1_service_proto_goTypes = []any{
-	(*WatchRequest)(nil),  // 0: signet.policy.v1.WatchRequest
-	(*WatchResponse)(nil), // 1: signet.policy.v1.WatchResponse
-	(*v1.PolicySet)(nil),  // 2: signet.policy.v1.PolicySet
+	(*WatchRequest)(nil),     // 0: signet.policy.v1.WatchRequest
+	(*WatchResponse)(nil),    // 1: signet.policy.v1.WatchResponse
+	(*ReportRequest)(nil),    // 2: signet.policy.v1.ReportRequest
+	(*ReportResponse)(nil),   // 3: signet.policy.v1.ReportResponse
+	(*v1.PolicySet)(nil),     // 4: signet.policy.v1.PolicySet
+	(*v1.RevocationSet)(nil), // 5: signet.policy.v1.RevocationSet
+	(*v1.Observation)(nil),   // 6: signet.policy.v1.Observation
 }
 var file_signet_policy_v1_service_proto_depIdxs = []int32{
-	2, // 0: signet.policy.v1.WatchResponse.policies:type_name -> signet.policy.v1.PolicySet
-	0, // 1: signet.policy.v1.Policies.Watch:input_type -> signet.policy.v1.WatchRequest
-	1, // 2: signet.policy.v1.Policies.Watch:output_type -> signet.policy.v1.WatchResponse
-	2, // [2:3] is the sub-list for method output_type
-	1, // [1:2] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	4, // 0: signet.policy.v1.WatchResponse.policies:type_name -> signet.policy.v1.PolicySet
+	5, // 1: signet.policy.v1.WatchResponse.revocations:type_name -> signet.policy.v1.RevocationSet
+	6, // 2: signet.policy.v1.ReportRequest.observations:type_name -> signet.policy.v1.Observation
+	0, // 3: signet.policy.v1.Policies.Watch:input_type -> signet.policy.v1.WatchRequest
+	2, // 4: signet.policy.v1.Policies.Report:input_type -> signet.policy.v1.ReportRequest
+	1, // 5: signet.policy.v1.Policies.Watch:output_type -> signet.policy.v1.WatchResponse
+	3, // 6: signet.policy.v1.Policies.Report:output_type -> signet.policy.v1.ReportResponse
+	5, // [5:7] is the sub-list for method output_type
+	3, // [3:5] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_signet_policy_v1_service_proto_init() }
@@ -196,7 +318,7 @@ func file_signet_policy_v1_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_policy_v1_service_proto_rawDesc), len(file_signet_policy_v1_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   2,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

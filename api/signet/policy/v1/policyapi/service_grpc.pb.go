@@ -19,7 +19,8 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Policies_Watch_FullMethodName = "/signet.policy.v1.Policies/Watch"
+	Policies_Watch_FullMethodName  = "/signet.policy.v1.Policies/Watch"
+	Policies_Report_FullMethodName = "/signet.policy.v1.Policies/Report"
 )
 
 // PoliciesClient is the client API for Policies service.
@@ -33,6 +34,9 @@ type PoliciesClient interface {
 	// PermissionDenied; an agent that has never synchronised with its CA answers Unavailable, and one whose
 	// CA has no call policies, as a SPIRE server, FailedPrecondition.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
+	// Report hands on what was decided about calls to the caller's own IDs; what is about others is InvalidArgument. At most
+	// 1000 observations; more is ResourceExhausted, and so is a caller that reports too often.
+	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error)
 }
 
 type policiesClient struct {
@@ -62,6 +66,16 @@ func (c *policiesClient) Watch(ctx context.Context, in *WatchRequest, opts ...gr
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Policies_WatchClient = grpc.ServerStreamingClient[WatchResponse]
 
+func (c *policiesClient) Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportResponse)
+	err := c.cc.Invoke(ctx, Policies_Report_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PoliciesServer is the server API for Policies service.
 // All implementations must embed UnimplementedPoliciesServer
 // for forward compatibility.
@@ -73,6 +87,9 @@ type PoliciesServer interface {
 	// PermissionDenied; an agent that has never synchronised with its CA answers Unavailable, and one whose
 	// CA has no call policies, as a SPIRE server, FailedPrecondition.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
+	// Report hands on what was decided about calls to the caller's own IDs; what is about others is InvalidArgument. At most
+	// 1000 observations; more is ResourceExhausted, and so is a caller that reports too often.
+	Report(context.Context, *ReportRequest) (*ReportResponse, error)
 	mustEmbedUnimplementedPoliciesServer()
 }
 
@@ -85,6 +102,9 @@ type UnimplementedPoliciesServer struct{}
 
 func (UnimplementedPoliciesServer) Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedPoliciesServer) Report(context.Context, *ReportRequest) (*ReportResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Report not implemented")
 }
 func (UnimplementedPoliciesServer) mustEmbedUnimplementedPoliciesServer() {}
 func (UnimplementedPoliciesServer) testEmbeddedByValue()                  {}
@@ -118,13 +138,36 @@ func _Policies_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Policies_WatchServer = grpc.ServerStreamingServer[WatchResponse]
 
+func _Policies_Report_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReportRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PoliciesServer).Report(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Policies_Report_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PoliciesServer).Report(ctx, req.(*ReportRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Policies_ServiceDesc is the grpc.ServiceDesc for Policies service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
 var Policies_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "signet.policy.v1.Policies",
 	HandlerType: (*PoliciesServer)(nil),
-	Methods:     []grpc.MethodDesc{},
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Report",
+			Handler:    _Policies_Report_Handler,
+		},
+	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Watch",
