@@ -24,6 +24,7 @@ type Policies struct {
 	patterns *trie[group]      // by patterns with wildcards; nil if there are none
 
 	revocations *Revocations
+	former      []former // by roll-out
 }
 
 // Compile prepares a set for decisions. It copies set.
@@ -68,7 +69,8 @@ func Compile(set *policyv1.PolicySet) (*Policies, error) {
 			}
 		}
 	}
-	return p, nil
+	p.former, err = formerOf(set)
+	return p, err
 }
 
 // groups returns what the services of pol share with other policies of the same services.

@@ -83,14 +83,19 @@ func IsMethodOverride(header string) bool {
 // number and then denies, and rules of one caller pattern and one path pattern that differ in their methods or tokens only.
 func (p *Policies) Decide(r *Request) Decision {
 	s := newScan(r)
-	return p.decide(&s)
+	d := p.decide(&s)
+	p.compare(&d, r, false)
+	return d
 }
 
 // MightAllow reports whether some request of peer to service could be allowed: whether there is an allow for the peer,
 // whatever that asks for besides, and no deny that covers all its requests. It is no decision about a call.
 func (p *Policies) MightAllow(service, peer spiffeid.ID) Decision {
-	s := scan{r: &Request{Service: service, Peer: peer}, might: true}
-	return p.decide(&s)
+	r := &Request{Service: service, Peer: peer}
+	s := scan{r: r, might: true}
+	d := p.decide(&s)
+	p.compare(&d, r, true)
+	return d
 }
 
 func (p *Policies) decide(s *scan) Decision {
@@ -163,6 +168,9 @@ func (p *Policies) Audiences(service, peer spiffeid.ID) []string {
 	}
 	s := scan{r: &Request{Service: service, Peer: peer}, tokens: true}
 	p.find(service, &s)
+	for i := range p.former { // else a denial could not be compared with what held before
+		p.former[i].policies.find(service, &s)
+	}
 	slices.Sort(s.audiences)
 	return slices.Compact(s.audiences)
 }

@@ -146,6 +146,10 @@ type Decision struct {
 	Revision int64  `json:"revision,omitempty"`
 	// Revocation is the name of the revocation that refused the call.
 	Revocation string `json:"revocation,omitempty"`
+	// FormerlyAllowed says of a denial that the call would be allowed if Rollout, a roll-out of policies that this service
+	// is among the first to have, had not begun.
+	FormerlyAllowed bool   `json:"formerly_allowed,omitempty"`
+	Rollout         string `json:"rollout,omitempty"`
 }
 
 // ShadowDiffers reports whether enforcing what only reports would change the answer.
@@ -158,6 +162,9 @@ func (d Decision) LogValue() slog.Value {
 	attrs := []slog.Attr{slog.Bool("allowed", d.Allowed), slog.String("reason", d.Reason.String()), slog.Int64("revision", d.Revision)}
 	if d.Revocation != "" {
 		attrs = append(attrs, slog.String("revocation", d.Revocation))
+	}
+	if d.FormerlyAllowed {
+		attrs = append(attrs, slog.Bool("formerly_allowed", true), slog.String("rollout", d.Rollout))
 	}
 	if d.Rule.Policy != "" {
 		attrs = append(attrs, slog.String("policy", d.Rule.Policy), slog.Int("rule", d.Rule.Index), slog.String("file", d.Rule.File), slog.Int64("line", int64(d.Rule.Line)))
