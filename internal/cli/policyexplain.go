@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/policy/analyse"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -25,7 +26,8 @@ func (a *app) policyExplainCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "explain --from ID --to ID [--http REQUEST | --grpc METHOD]",
 		Short: "Say whether a call is allowed, and which rule decides, with file and line",
-		Long: `Say whether a call is allowed, which rule decides, and where it is written; and of the other rules, what does not fit. Without --http
+		Long: `Say whether a call is allowed, which rule decides, and where it is written; and of the other rules, what does not fit. Of a denied
+call it also says which rule would have allowed it with the smallest change, and what that change is. Without --http
 and --grpc the call is a TLS connection of which only the caller is known.
 
 The policies in force are asked from the CA; with -f those in files are taken, and no CA is needed. The exit status is 0 whether the
@@ -160,7 +162,11 @@ func (a *app) explain(f format, p *policy.Policies, td spiffeid.TrustDomain, k c
 	if err != nil {
 		return err
 	}
-	e := p.Explain(r)
+	e := explained{Explanation: p.Explain(r)}
+	if !e.Decision.Allowed {
+		remedy := analyse.Nearest(p, r)
+		e.Nearest = &remedy
+	}
 	if f == formatJSON || f == formatYAML {
 		return a.show(f, e, nil)
 	}
@@ -178,6 +184,32 @@ func (a *app) explain(f format, p *policy.Policies, td spiffeid.TrustDomain, k c
 		first = false
 		b.WriteString(line + "\n")
 	}
+	if e.Nearest != nil {
+		b.WriteString(a.remedy(*e.Nearest))
+	}
 	_, err = io.WriteString(a.stdout, b.String())
 	return err
+}
+
+// explained is an explanation with what would let the call through, if it is denied.
+type explained struct {
+	policy.Explanation
+	Nearest *analyse.Remedy `json:"nearest,omitempty"`
+}
+
+// remedy prints what would let a denied call through.
+func (a *app) remedy(m analyse.Remedy) string {
+	var b strings.Builder
+	for line := range strings.Lines(m.String()) {
+		line = escape(strings.TrimRight(line, "\n"))
+		color := ""
+		switch {
+		case strings.HasPrefix(line, "    + "):
+			color = green
+		case strings.HasPrefix(line, "    - "):
+			color = red
+		}
+		b.WriteString(paint(a.color, color, line) + "\n")
+	}
+	return b.String()
 }
