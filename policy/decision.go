@@ -46,6 +46,8 @@ const (
 	ReasonTooManyPatterns
 	// ReasonRevoked: the peer's SVID is revoked.
 	ReasonRevoked
+	// ReasonTooManyLinks: there are so many connections that no further one can be watched. Enforcement points give it.
+	ReasonTooManyLinks
 )
 
 func (r Reason) String() string {
@@ -84,6 +86,8 @@ func (r Reason) String() string {
 		return "too_many_patterns"
 	case ReasonRevoked:
 		return "revoked"
+	case ReasonTooManyLinks:
+		return "too_many_links"
 	}
 	return "unknown"
 }

@@ -259,3 +259,19 @@ func (p *Policies) revoked(r *Request) (string, bool) {
 	}
 	return p.revocations.ID(r.Peer)
 }
+
+// DecideCallee decides whether a client may speak with a server whose verified X509-SVID is leaf. Rules do not come into
+// it, as they are about callers: what is denied is a revoked server, and every one where the policies, and so the
+// revocations, are not known or too old to be relied on.
+func (p *Policies) DecideCallee(leaf *x509.Certificate) Decision {
+	if p == nil {
+		return Decision{Outcome: Outcome{Reason: ReasonUnknownPolicy}}
+	}
+	d := Decision{Epoch: p.set.GetEpoch(), Revision: p.set.GetRevision(), Outcome: Outcome{Allowed: true, Reason: ReasonAllowed}}
+	if p.stale {
+		d.Outcome = Outcome{Reason: ReasonStalePolicy}
+	} else if name, found := p.revocations.X509SVID(leaf); found {
+		d.Outcome, d.Revocation = Outcome{Reason: ReasonRevoked}, name
+	}
+	return d
+}
