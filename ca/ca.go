@@ -131,7 +131,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		return ca, err
 	}
 	if ca.reg, err = registry.Open(ctx, registry.Config{TrustDomain: ca.td, Store: ca.store, Now: c.Now, Log: ca.log,
-		CheckTTL: ca.checkTTL, CheckBundle: ca.checkForeignBundle, Observe: ca.observe, Relisted: ca.reloadAuthorities}); err != nil {
+		CheckTTL: ca.checkTTL, CheckRevokedAuthority: ca.checkRevokedAuthority, Admins: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, CheckBundle: ca.checkForeignBundle, Observe: ca.observe, Relisted: ca.reloadAuthorities}); err != nil {
 		return ca, err
 	}
 	// What changed between the two listings reaches the authorities by this one; the watch continues it.
@@ -330,6 +330,7 @@ func (ca *CA) maintain(ctx context.Context) error {
 		if _, err := ca.reg.Sweep(ctx); err != nil && ctx.Err() == nil {
 			ca.log.Warn("removing what has ended", "err", err)
 		}
+		ca.expireRevocations(ctx)
 		var records []auditlog.Record
 		for _, e := range ended {
 			records = append(records, auditlog.Record{Time: ca.c.Now(), Event: "entry.expired", Actor: registry.ServerID(ca.td).String(), ActorKind: "system",

@@ -18,8 +18,10 @@ func Schema(kind string) ([]byte, error) {
 		t = reflect.TypeFor[defaultsDoc]()
 	case KindPolicyTest:
 		t = reflect.TypeFor[testsDoc]()
+	case KindRevocation:
+		t = reflect.TypeFor[revocationDoc]()
 	default:
-		return nil, fmt.Errorf("kind %q has no schema here; it must be %s, %s or %s", kind, KindCallPolicy, KindPolicyDefaults, KindPolicyTest)
+		return nil, fmt.Errorf("kind %q has no schema here; it must be %s, %s, %s or %s", kind, KindCallPolicy, KindPolicyDefaults, KindPolicyTest, KindRevocation)
 	}
 	s := schemaOf(t)
 	s["$schema"] = "https://json-schema.org/draft/2020-12/schema"
@@ -54,6 +56,7 @@ func schemaOf(t reflect.Type) map[string]any {
 
 func schemaOfStruct(t reflect.Type) map[string]any {
 	properties, required := make(map[string]any), []string{}
+	var one []any // of these, exactly one is given
 	for i := range t.NumField() {
 		tag := t.Field(i).Tag
 		if tag.Get("schema") == "-" {
@@ -71,6 +74,9 @@ func schemaOfStruct(t reflect.Type) map[string]any {
 		if tag.Get("required") == "true" {
 			required = append(required, name)
 		}
+		if tag.Get("one") != "" {
+			one = append(one, map[string]any{"required": []string{name}})
+		}
 		properties[name] = property
 	}
 	s := map[string]any{"type": "object", "properties": properties, "additionalProperties": false}
@@ -78,6 +84,9 @@ func schemaOfStruct(t reflect.Type) map[string]any {
 		s["required"] = required
 	} else {
 		s["minProperties"] = 1
+	}
+	if one != nil {
+		s["oneOf"] = one
 	}
 	if _, found := properties["grpc"]; found {
 		s["not"] = map[string]any{"required": []string{"http", "grpc"}}

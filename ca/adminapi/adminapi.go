@@ -92,7 +92,7 @@ func (a *API) toStatus(err error) error {
 		return status.Error(codes.AlreadyExists, x.Error())
 	}
 	switch {
-	case errors.Is(err, errDocument), errors.Is(err, authority.ErrRefused), errors.Is(err, registry.ErrTooMany):
+	case errors.Is(err, errDocument), errors.Is(err, authority.ErrRefused), errors.Is(err, registry.ErrTooMany), errors.Is(err, registry.ErrTooManyRevocations):
 		return status.Error(codes.InvalidArgument, err.Error())
 	case errors.Is(err, authority.ErrNoWIT):
 		return status.Error(codes.Unimplemented, authority.ErrNoWIT.Error())

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -55,7 +56,7 @@ func (a *API) plan(req *adminv1.ApplyRequest) (*registry.Plan, error) {
 		return nil, err
 	}
 	p, err := a.c.Registry.Plan(docs, registry.Options{Prune: req.Prune, PlannedAt: store.Revision(req.PlannedAt)})
-	if err != nil && !errors.Is(err, registry.ErrConflict) && !errors.Is(err, registry.ErrTooMany) {
+	if err != nil && !errors.Is(err, registry.ErrConflict) && !errors.Is(err, registry.ErrTooMany) && !errors.Is(err, registry.ErrTooManyRevocations) {
 		return nil, fmt.Errorf("%w: %w", errDocument, err)
 	}
 	return p, err
@@ -81,11 +82,32 @@ func (a *API) Apply(ctx context.Context, req *adminv1.ApplyRequest) (*adminv1.Ap
 		a.outcome(ctx, auditlog.New, a.record(ctx, "apply", "", err, nil))
 		return nil, err
 	}
+	if len(p.Bans) > 0 {
+		if p, err = a.banAndPlan(ctx, p, req); err != nil {
+			return nil, a.toStatus(err)
+		}
+	}
 	return a.commit(ctx, "apply", p, auditlog.New)
 }
 
+// banAndPlan bans the agents that a plan revokes and plans anew, so that it revokes what they obtained until they were banned.
+func (a *API) banAndPlan(ctx context.Context, p *registry.Plan, req *adminv1.ApplyRequest) (*registry.Plan, error) {
+	for _, id := range p.Bans {
+		if _, err := a.BanAgent(ctx, &agentv1.BanAgentRequest{Id: protoID(id)}); err != nil && status.Code(err) != codes.NotFound {
+			return nil, err
+		}
+	}
+	return a.plan(req)
+}
+
 func refuseLockout(p *registry.Plan, yes bool) error {
-	if len(p.Lockouts) == 0 || yes {
+	if yes {
+		return nil
+	}
+	if len(p.Dangers) > 0 {
+		return status.Errorf(codes.FailedPrecondition, "%s; apply it with --yes if that is meant", strings.Join(p.Dangers, "; "))
+	}
+	if len(p.Lockouts) == 0 {
 		return nil
 	}
 	return status.Errorf(codes.FailedPrecondition, "this removes the last allow of %s, which has callers; apply it with --yes if that is meant", strings.Join(p.Lockouts, ", "))
@@ -115,6 +137,15 @@ func (a *API) commit(ctx context.Context, event string, p *registry.Plan, class 
 			details["spiffe_id"] = c.Entry.SPIFFEID.String()
 			maps.Copy(details, entryDetails(c.Entry))
 		}
+		if v := c.Revocation; v != nil {
+			details["target"], details["revocations"] = bounded([]string{v.Target})[0], len(v.Items)
+			if !v.Expires.IsZero() {
+				details["expires"] = v.Expires.UTC().Format(time.RFC3339)
+			}
+			if len(v.Items) > 0 && v.Items[0].Reason != "" {
+				details["reason"] = v.Items[0].Reason
+			}
+		}
 		if c.Rules != nil {
 			details["rules"] = bounded(c.Rules)
 		}
@@ -139,6 +170,7 @@ func answer(p *registry.Plan, rev store.Revision) *adminv1.ApplyResponse {
 	for _, s := range p.Lockouts {
 		out.Warnings = append(out.Warnings, fmt.Sprintf("%s loses its last allow and has callers", s))
 	}
+	out.Warnings = append(out.Warnings, p.Dangers...)
 	return out
 }
 

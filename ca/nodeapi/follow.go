@@ -296,6 +296,7 @@ func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Fo
 		part.RemovedEntryIds = append(part.RemovedEntryIds, string(id))
 	}
 	part.RemovedPolicies = d.RemovedPolicies
+	part.RemovedRevocations = d.RemovedRevocations
 	for _, td := range d.RemovedBundles {
 		part.RemovedBundles = append(part.RemovedBundles, td.Name())
 	}
@@ -304,7 +305,7 @@ func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Fo
 
 // tooLarge tells whether a difference is better sent as a snapshot: what came or went with the parent of many entries.
 func tooLarge(d *registry.Delta, items []item) bool {
-	if len(items)+len(d.RemovedEntries)+len(d.RemovedPolicies)+len(d.RemovedBundles) > maxDeltaItems {
+	if len(items)+len(d.RemovedEntries)+len(d.RemovedPolicies)+len(d.RemovedBundles)+len(d.RemovedRevocations) > maxDeltaItems {
 		return true
 	}
 	size := 0
@@ -338,6 +339,9 @@ func (a *API) items(d *registry.Delta) []item {
 			continue
 		}
 		out = append(out, item{b, func(m *nodev1.FollowResponse) { m.Bundles = append(m.Bundles, b) }})
+	}
+	for _, r := range d.Revocations {
+		out = append(out, item{r, func(m *nodev1.FollowResponse) { m.Revocations = append(m.Revocations, r) }})
 	}
 	for _, p := range d.Policies {
 		out = append(out, policyItem(p))

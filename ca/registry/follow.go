@@ -37,11 +37,14 @@ type Delta struct {
 	OwnBundle       bool                   // the own trust domain's bundle must be sent
 	Bundles         []*Bundle
 	RemovedBundles  []spiffeid.TrustDomain
+	// Every agent gets all revocations.
+	Revocations        []*policyv1.Revocation
+	RemovedRevocations []string
 }
 
 func (d *Delta) empty() bool {
 	return !d.Snapshot && len(d.Entries)+len(d.RemovedEntries)+len(d.Policies)+len(d.RemovedPolicies)+len(d.Bundles)+len(d.RemovedBundles) == 0 &&
-		d.Defaults == nil && !d.OwnBundle
+		len(d.Revocations)+len(d.RemovedRevocations) == 0 && d.Defaults == nil && !d.OwnBundle
 }
 
 // Bounds of what is remembered for agents, connected or not.
@@ -62,7 +65,8 @@ type held struct {
 	defaults  policyv1.DefaultsMode
 	defSentAt store.Revision
 	ownSentAt store.Revision
-	detached  time.Time // zero while followed
+	revokedAt store.Revision // up to which revocations were sent
+	detached  time.Time      // zero while followed
 }
 
 type heldItem struct {
@@ -107,13 +111,14 @@ type Follower struct {
 	bundles bool
 	own     bool
 	node    bool
+	revoked bool
 }
 
 // Follow begins to follow for an agent that holds revision rev of epoch; rev 0, or a revision that the history does
 // not reach, begins with a snapshot. Close must be called. Only one follower of an agent continues its history: a
 // second one begins with a snapshot.
 func (r *Registry) Follow(agent spiffeid.ID, rev store.Revision, sameEpoch bool) *Follower {
-	f := &Follower{r: r, agent: agent, wake: make(chan struct{}, 1), full: true, own: true, policy: true, bundles: true}
+	f := &Follower{r: r, agent: agent, wake: make(chan struct{}, 1), full: true, own: true, policy: true, bundles: true, revoked: true}
 	fs := &r.follow
 	r.mu.RLock()
 	roots := r.ix.roots(r.c.TrustDomain, agent, r.c.Now())
@@ -155,6 +160,7 @@ func (h *held) rewind(rev store.Revision) {
 	if h.defSentAt > rev {
 		h.defaults = -1
 	}
+	h.revokedAt = min(h.revokedAt, rev)
 	h.at = rev
 }
 
@@ -215,7 +221,7 @@ func (fs *followers) markAll() {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	for f := range fs.active {
-		f.full, f.policy, f.bundles, f.node = true, true, true, true
+		f.full, f.policy, f.bundles, f.node, f.revoked = true, true, true, true, true
 		f.signal()
 	}
 }
@@ -270,6 +276,12 @@ func (fs *followers) mark(ix *index, ch *changes) {
 			f.signal()
 		}
 	}
+	if ch.revocations {
+		for f := range fs.active {
+			f.revoked = true
+			f.signal()
+		}
+	}
 	if len(ch.bundles) > 0 {
 		for f := range fs.active {
 			f.bundles = true
@@ -280,14 +292,14 @@ func (fs *followers) mark(ix *index, ch *changes) {
 
 // take returns and forgets what was marked.
 func (f *Follower) take() (m struct {
-	dirty                            map[EntryID]struct{}
-	full, policy, bundles, own, node bool
+	dirty                                     map[EntryID]struct{}
+	full, policy, bundles, own, node, revoked bool
 }) {
 	fs := &f.r.follow
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	m.dirty, m.full, m.policy, m.bundles, m.own, m.node = f.dirty, f.full, f.policy, f.bundles, f.own, f.node
-	f.dirty, f.full, f.policy, f.bundles, f.own, f.node = nil, false, false, false, false, false
+	m.dirty, m.full, m.policy, m.bundles, m.own, m.node, m.revoked = f.dirty, f.full, f.policy, f.bundles, f.own, f.node, f.revoked
+	f.dirty, f.full, f.policy, f.bundles, f.own, f.node, f.revoked = nil, false, false, false, false, false, false
 	return m
 }
 
@@ -301,10 +313,13 @@ func (f *Follower) Next(force bool) *Delta {
 	ix := f.r.ix
 	d := &Delta{To: ix.revision}
 	h := f.held
+	if h != nil && h.revokedAt < ix.revocations.since {
+		h = nil // more was revoked since than is remembered as changes
+	}
 	if h == nil {
 		h = &held{since: ix.revision, items: map[itemKey]heldItem{}, ids: map[spiffeid.ID]int{},
 			feds: map[spiffeid.TrustDomain]int{}, entries: map[EntryID]*Entry{}, defaults: -1}
-		f.held, d.Snapshot, m.full, m.own = h, true, true, true
+		f.held, d.Snapshot, m.full, m.own, m.revoked = h, true, true, true, true
 	}
 	d.From = h.at
 	if d.Snapshot {
@@ -355,6 +370,11 @@ func (f *Follower) Next(force bool) *Delta {
 	if changedIDs || m.bundles {
 		f.foreignBundles(ix, h, d)
 	}
+	if d.Snapshot {
+		d.Revocations = ix.revocations.all()
+	} else if m.revoked {
+		d.Revocations, d.RemovedRevocations = ix.revocations.after(h.revokedAt)
+	}
 	if m.own {
 		d.OwnBundle = true
 		h.ownSentAt = d.To
@@ -362,7 +382,7 @@ func (f *Follower) Next(force bool) *Delta {
 	if d.empty() && !force {
 		return nil
 	}
-	h.at = d.To
+	h.at, h.revokedAt = d.To, d.To
 	if n := len(h.removed) - maxRemovalsKept; n > 0 {
 		h.since = h.removed[n-1].sentAt
 		h.removed = slices.Clone(h.removed[n:])

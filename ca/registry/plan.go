@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
@@ -35,6 +36,8 @@ type PlannedChange struct {
 
 	// Entry is what an Identity stands for: the new one, or the deleted one.
 	Entry *Entry
+	// Revocation is what a Revocation was compiled into: the new one, or the deleted one.
+	Revocation *Revocation
 	// Rules are those of a CallPolicy, a line each: the new ones, or the deleted ones.
 	Rules []string
 }
@@ -45,10 +48,16 @@ type Plan struct {
 	Revision store.Revision
 	// Lockouts names services that lose their last allow by this plan.
 	Lockouts []string
+	// Dangers say why revocations need an explicit yes.
+	Dangers []string
+	// Bans are the agents that must be banned before the plan is made anew and applied: they are revoked, and what they obtain
+	// in between would not be.
+	Bans []spiffeid.ID
 
 	checks  []store.Check
 	writes  []store.Write
-	entries []*Entry // that it writes
+	entries []*Entry       // that it writes
+	revokes map[string]int // how much each Revocation that it writes is compiled into
 }
 
 // Options of Plan and Apply.
@@ -108,7 +117,24 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 		return nil, ErrTooMany
 	}
 	p.Lockouts = r.lockouts(all, p)
+	if r.revocationsAfter(p) > MaxRevocations {
+		return nil, ErrTooManyRevocations
+	}
 	return p, nil
+}
+
+// revocationsAfter counts what is revoked after a plan. mu is held.
+func (r *Registry) revocationsAfter(p *Plan) int {
+	n := len(r.ix.revocations.items)
+	for _, w := range p.writes {
+		if name, ok := strings.CutPrefix(w.Key, revocationPrefix); ok {
+			if old := r.ix.revocations.documents[name]; old != nil {
+				n -= len(old.Items)
+			}
+			n += p.revokes[name]
+		}
+	}
+	return n
 }
 
 // current returns the stored form of a resource. mu is held.
@@ -121,6 +147,10 @@ func (ix *index) current(kind, name string) (doc *Document, rev store.Revision, 
 	case KindCallPolicy:
 		if p := ix.policies[name]; p != nil {
 			return &p.Document, p.Revision, p.CreatedAt, nil
+		}
+	case KindRevocation:
+		if v := ix.revocations.documents[name]; v != nil {
+			return &v.Document, v.Revision, v.CreatedAt, nil
 		}
 	case KindPolicyDefaults:
 		if d := ix.defaults; d != nil && (name == "" || d.Document.Name == name) {
@@ -155,6 +185,12 @@ func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string
 	if ch.Action != Unchanged {
 		ch.Rules = ruleLines(x.compiled)
 	}
+	if x.revocation != nil && ch.Action != Unchanged {
+		if err := r.planRevocation(p, x); err != nil {
+			return err
+		}
+	}
+	ch.Revocation = x.revoked
 	p.Changes = append(p.Changes, ch)
 	if ch.Action == Unchanged {
 		return nil
@@ -167,6 +203,25 @@ func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string
 	p.writes = append(p.writes, store.Write{Key: x.key(), Value: b})
 	if x.entry != nil {
 		p.entries = append(p.entries, x.entry)
+	}
+	return nil
+}
+
+// planRevocation compiles a Revocation. mu is held.
+func (r *Registry) planRevocation(p *Plan, x *resource) error {
+	var err error
+	if x.revoked, err = r.compileRevocation(x.revocation, x.doc); err != nil {
+		return fmt.Errorf("%s:%d: Revocation %q: %w", x.doc.File, x.doc.Line, x.name, err)
+	}
+	if p.revokes == nil {
+		p.revokes = map[string]int{}
+	}
+	p.revokes[x.name] = len(x.revoked.Items)
+	if d := r.reach(x.revocation).Danger; d != "" {
+		p.Dangers = append(p.Dangers, fmt.Sprintf("Revocation %q: %s", x.name, d))
+	}
+	if n := r.ix.nodes[x.revocation.Agent]; n != nil && !n.Banned {
+		p.Bans = append(p.Bans, n.ID)
 	}
 	return nil
 }
@@ -192,6 +247,10 @@ func (x *resource) encode(created time.Time) ([]byte, error) {
 	if x.entry != nil {
 		x.entry.CreatedAt = created
 		return x.entry.encode()
+	}
+	if x.revoked != nil {
+		x.revoked.CreatedAt = created
+		return x.revoked.encode()
 	}
 	rec := policyRecord{V: recordVersion, Document: document{x.doc.Name, string(x.doc.Content), x.doc.File, x.doc.Line}, Mode: int32(x.mode), CreatedAt: unix(created)}
 	if x.compiled != nil {
@@ -241,6 +300,13 @@ func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string 
 				out = append(out, "+ "+s)
 			}
 		}
+	case x.revocation != nil:
+		was := r.ix.revocations.documents[x.name]
+		diff("target", was.Target, x.revocation.Target())
+		if len(was.Items) > 0 {
+			diff("reason", was.Items[0].Reason, x.revocation.Reason)
+		}
+		diff("expires", was.Expires, x.revocation.Expires)
 	case x.kind == KindPolicyDefaults:
 		diff("name", doc.Name, x.name)
 		diff("mode", r.ix.defaults.Mode, x.mode)
@@ -274,6 +340,9 @@ func ruleLines(p *policyv1.Policy) []string {
 func (ix *index) deletion(kind, name string) PlannedChange {
 	ch := PlannedChange{Action: Delete, Kind: kind, Name: name}
 	_, _, _, ch.Entry = ix.current(kind, name)
+	if kind == KindRevocation {
+		ch.Revocation = ix.revocations.documents[name]
+	}
 	if p := ix.policies[name]; kind == KindCallPolicy && p != nil {
 		ch.Rules = ruleLines(p.Compiled)
 	}
@@ -297,6 +366,7 @@ func (r *Registry) planPrune(p *Plan, all []*resource) {
 			remove(KindIdentity, e.Identity.Name, entryPrefix+string(id), e.Revision)
 		}
 	}
+	// Revocations are never pruned: un-revoking is always explicit, and commands and alarms make them beside the files.
 	for name, pol := range r.ix.policies {
 		remove(KindCallPolicy, name, policyPrefix+name, pol.Revision)
 	}
@@ -381,6 +451,12 @@ func (r *Registry) Apply(ctx context.Context, p *Plan) (store.Revision, error) {
 	if err := r.stillAlone(p); err != nil {
 		return 0, err
 	}
+	r.mu.RLock()
+	n := r.revocationsAfter(p)
+	r.mu.RUnlock()
+	if n > MaxRevocations {
+		return 0, ErrTooManyRevocations
+	}
 	return r.commit(ctx, p.checks, p.writes)
 }
 
@@ -427,8 +503,12 @@ func (r *Registry) Resources(kind, name string) ([]Resource, error) {
 		if d := r.ix.defaults; d != nil {
 			names = append(names, d.Document.Name)
 		}
+	case KindRevocation:
+		for n := range r.ix.revocations.documents {
+			names = append(names, n)
+		}
 	default:
-		return nil, invalid("kind", kind, "is not one of %s, %s, %s", KindIdentity, KindCallPolicy, KindPolicyDefaults)
+		return nil, invalid("kind", kind, "is not one of %s", kinds)
 	}
 	slices.Sort(names)
 	var out []Resource

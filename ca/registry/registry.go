@@ -48,6 +48,10 @@ type Config struct {
 	Store       store.Store
 	// CheckTTL refuses TTLs that the authorities could not honour; nil allows all.
 	CheckTTL func(x509, jwt time.Duration) error
+	// CheckRevokedAuthority refuses the revocation of an authority by a document, such as of the active one; nil allows all.
+	CheckRevokedAuthority func(id string) error
+	// Admins are admins besides those whom an entry makes one; nil: there are none.
+	Admins func() []spiffeid.ID
 	// CheckBundle refuses a foreign bundle that must not be stored; nil allows all.
 	CheckBundle func(*spiffebundle.Bundle) error
 	// Observe is called with every batch of the store before it is indexed, in order, so that what else lives in the
@@ -79,6 +83,8 @@ type Registry struct {
 
 	// amu is held while a plan is committed and indexed: of two that make the same registration one comes first.
 	amu sync.Mutex
+
+	salt []byte // of the agents' tags; set by Open
 }
 
 // A Policy is one CallPolicy with the document it was compiled from. It is never changed in place.
@@ -114,6 +120,9 @@ func Open(ctx context.Context, c Config) (*Registry, error) {
 	}
 	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}, federationsChanged: make(chan struct{}, 1)}
 	r.follow.init()
+	if err := r.openSalt(ctx); err != nil {
+		return nil, fmt.Errorf("the salt of the agents' tags: %w", err)
+	}
 	if err := r.load(ctx); err != nil {
 		return nil, err
 	}
@@ -129,7 +138,7 @@ func (r *Registry) load(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reading the store: %w", err)
 	}
-	ix.revision = rev
+	ix.revision, ix.revocations.since, ix.revocations.changes = rev, rev, nil
 	w, err := r.c.Store.Watch(ctx, rev)
 	if err != nil {
 		return fmt.Errorf("watching the store: %w", err)
@@ -274,6 +283,7 @@ type index struct {
 	bundles  map[spiffeid.TrustDomain]*Bundle
 
 	federations map[spiffeid.TrustDomain]*Federation
+	revocations *revocations
 }
 
 type nodeGroup struct {
@@ -287,6 +297,7 @@ func newIndex() *index {
 		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, below: map[EntryID]*Entry{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
 		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
+		revocations: newRevocations(),
 	}
 }
 
@@ -298,6 +309,7 @@ type changes struct {
 	nodes       []spiffeid.ID
 	defaults    bool
 	federations bool
+	revocations bool
 	roots       bool // aliases or groups changed: which node has which roots must be worked out again
 }
 
@@ -332,6 +344,9 @@ func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) err
 	}
 	if name, ok := strings.CutPrefix(ev.Key, policyPrefix); ok {
 		return ix.applyPolicy(name, ev, ch)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, revocationPrefix); ok {
+		return ix.applyRevocation(td, name, ev, ch)
 	}
 	if name, ok := strings.CutPrefix(ev.Key, bundlePrefix); ok {
 		return ix.applyBundle(name, ev, ch)

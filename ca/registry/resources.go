@@ -21,7 +21,11 @@ const (
 	KindIdentity       = "Identity"
 	KindCallPolicy     = "CallPolicy"
 	KindPolicyDefaults = "PolicyDefaults"
+	KindRevocation     = "Revocation"
 )
+
+// kinds are those, for messages.
+var kinds = strings.Join([]string{KindIdentity, KindCallPolicy, KindPolicyDefaults, KindRevocation}, ", ")
 
 // MaxDocuments bounds one apply: it is one commit.
 const MaxDocuments = store.MaxWrites
@@ -50,6 +54,8 @@ type resource struct {
 	entry      *Entry           // Identity
 	compiled   *policyv1.Policy // CallPolicy
 	mode       policyv1.DefaultsMode
+	revocation *policy.RevocationDocument
+	revoked    *Revocation // what it is compiled into, once it is planned
 }
 
 func (x *resource) key() string {
@@ -58,6 +64,8 @@ func (x *resource) key() string {
 		return entryPrefix + identityPrefix + x.name
 	case KindCallPolicy:
 		return policyPrefix + x.name
+	case KindRevocation:
+		return revocationPrefix + x.name
 	}
 	return defaultsKey
 }
@@ -154,7 +162,7 @@ func KindOf(doc strictyaml.Document) (string, error) {
 			}
 		}
 	}
-	return "", fmt.Errorf("%s:%d: kind is missing; it is one of %s, %s, %s", doc.File, doc.Line, KindIdentity, KindCallPolicy, KindPolicyDefaults)
+	return "", fmt.Errorf("%s:%d: kind is missing; it is one of %s", doc.File, doc.Line, kinds)
 }
 
 const maxNameBytes = 200
@@ -202,8 +210,16 @@ func (r *Registry) parseResource(doc strictyaml.Document) (*resource, error) {
 		if x.mode, x.name, err = policy.ParseDefaults(doc); err != nil {
 			return nil, err
 		}
+	case KindRevocation:
+		if x.revocation, err = policy.ParseRevocation(doc, r.c.TrustDomain); err != nil {
+			return nil, err
+		}
+		x.name = x.revocation.Name
+		if err := CheckName(x.name); err != nil {
+			return nil, fmt.Errorf("%s: name: %w", where(doc, "name"), err)
+		}
 	default:
-		return nil, fmt.Errorf("%s: kind %q is not one of %s, %s, %s", where(doc, "kind"), clip(kind), KindIdentity, KindCallPolicy, KindPolicyDefaults)
+		return nil, fmt.Errorf("%s: kind %q is not one of %s", where(doc, "kind"), clip(kind), kinds)
 	}
 	x.doc.Name = x.name
 	return x, nil

@@ -21,7 +21,12 @@ func (ix *index) roots(td spiffeid.TrustDomain, agent spiffeid.ID, now time.Time
 	if n == nil || n.Banned {
 		return nil
 	}
-	roots := map[spiffeid.ID]bool{agent: true}
+	return ix.rootsOf(td, n, now)
+}
+
+// rootsOf returns what would be the roots of a node if it were not banned.
+func (ix *index) rootsOf(td spiffeid.TrustDomain, n *Node, now time.Time) map[spiffeid.ID]bool {
+	roots := map[spiffeid.ID]bool{n.ID: true}
 	for _, e := range ix.byParent[ServerID(td)] {
 		if e.alias() && !e.Expired(now) && matches(MatchSuperset, n.Selectors, e.Selectors) {
 			roots[e.SPIFFEID] = true

@@ -70,7 +70,7 @@ func (a *app) applyCommand() *cobra.Command {
 	var prune, yes bool
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE...",
-		Short: "Make documents hold: identities, call policies, policy defaults",
+		Short: "Make documents hold: identities, call policies, policy defaults, revocations",
 		Long: `Make the documents hold. All of them are checked before the first write; then the plan is shown and applied, and the revision
 of the store is reported. Up to 100 changes are one commit. Larger sets go in commits of 100; if one fails, the same
 command again goes on where it stopped.
@@ -82,8 +82,8 @@ What was planned is what is applied: if somebody else changes one of the resourc
 	}
 	output := outputFlag(cmd)
 	files := filesFlag(cmd, "file or directory of documents, - for stdin (repeatable)")
-	cmd.Flags().BoolVar(&prune, "prune", false, "delete resources of the kinds in the documents that no document names")
-	cmd.Flags().BoolVar(&yes, "yes", false, "apply also what removes the last allow of a service with live callers")
+	cmd.Flags().BoolVar(&prune, "prune", false, "delete resources of the kinds in the documents that no document names, but no revocations")
+	cmd.Flags().BoolVar(&yes, "yes", false, "apply also what removes the last allow of a service with live callers, and revocations that hit much or an admin")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		docs, err := a.documentsFrom(cmd, *files)
 		if err != nil {
@@ -219,7 +219,7 @@ func unnamed(ctx context.Context, c *caConn, docs []strictyaml.Document) ([]chan
 		kind, name := documentName(d)
 		named[kind+"/"+name] = true
 		for _, k := range resourceKinds {
-			if k.kind == kind {
+			if k.kind == kind && kind != policy.KindRevocation { // un-revoking is always explicit
 				kinds[kind] = true
 			}
 		}

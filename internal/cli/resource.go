@@ -20,6 +20,7 @@ var resourceKinds = []struct{ kind, plural, singular string }{
 	{"Identity", "identities", "identity"},
 	{"CallPolicy", "policies", "policy"},
 	{"PolicyDefaults", "defaults", "policydefaults"},
+	{"Revocation", "revocations", "revocation"},
 }
 
 func kindArg(cmd *cobra.Command, word string) (string, error) {
@@ -83,7 +84,7 @@ func (r resource) place() string {
 
 func (a *app) getCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "get identities|policies|defaults [NAME]",
+		Use:   "get identities|policies|defaults|revocations [NAME]",
 		Short: "List resources that were applied, or show one",
 		Long:  `List resources that were applied, or show one. With -o yaml the documents are printed as they were applied, ready for 'signet apply -f -'.`,
 		Example: `  signet get policies
@@ -169,7 +170,7 @@ func (a *app) writeDocument(text string, further bool) error {
 func (a *app) deleteCommand() *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
-		Use:               "delete identity|policy|defaults NAME...",
+		Use:               "delete identity|policy|defaults|revocation NAME...",
 		Short:             "Delete resources that were applied",
 		Example:           "  signet delete policy documents",
 		ValidArgsFunction: completeKinds,
