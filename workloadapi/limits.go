@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"time"
 
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
@@ -74,8 +75,16 @@ func NewCallRate[K comparable](perSecond int) *CallRate[K] {
 
 // Take counts a call. The error is ErrTooFast.
 func (r *CallRate[K]) Take(caller K) error {
+	if !r.TakeMany(caller, 1) {
+		return fmt.Errorf("%v begins more than %v calls a second: %w", caller, r.each, ErrTooFast)
+	}
+	return nil
+}
+
+// TakeMany counts n of whatever is bounded, and returns false if that is too many.
+func (r *CallRate[K]) TakeMany(caller K, n int) bool {
 	if r.each <= 0 {
-		return nil
+		return true
 	}
 	r.mu.Lock()
 	l := r.known[caller]
@@ -85,10 +94,7 @@ func (r *CallRate[K]) Take(caller K) error {
 		r.known[caller] = l
 	}
 	r.mu.Unlock()
-	if !l.Allow() {
-		return fmt.Errorf("%v begins more than %v calls a second: %w", caller, r.each, ErrTooFast)
-	}
-	return nil
+	return l.AllowN(time.Now(), n)
 }
 
 // forget makes room for one more: those who have paused lose nothing by it. If none has, everybody begins afresh. It is

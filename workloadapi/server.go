@@ -134,6 +134,9 @@ type Config struct {
 	// worth of them after a pause. Zero means 1000; negative means that there is no bound.
 	MaxCallsPerSecond int
 
+	// Observations takes what enforcement points decided. Nil: their reports are answered with Unimplemented.
+	Observations Observations
+
 	// OnCall, if not nil, is told when a call has ended. It must not block.
 	OnCall func(CallEnd)
 
@@ -171,6 +174,7 @@ type Server struct {
 	calls    *CallLimit[uidKey]
 	rates    *CallRate[processKey]
 	uidRates *CallRate[uidKey]
+	reports  reportRates
 	refusals *RefusalLog
 
 	// leaving ends when Run's context does: calls that have had an answer end. stopping ends when the others have had
@@ -204,6 +208,7 @@ func New(cfg Config) (*Server, error) {
 		health: health.NewServer(),
 		calls:  NewCallLimit[uidKey](cfg.MaxStreams, cfg.MaxStreamsPerUID),
 		rates:  NewCallRate[processKey](cfg.MaxCallsPerSecond), uidRates: NewCallRate[uidKey](callRateOfUser * cfg.MaxCallsPerSecond),
+		reports:  newReportRates(),
 		refusals: NewRefusalLog(cfg.Log),
 	}
 	s.feed = &Feed{

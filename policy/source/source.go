@@ -65,6 +65,7 @@ type Source struct {
 	conn    *grpc.ClientConn
 	cancel  context.CancelFunc
 	done    chan struct{}
+	reports *reporter
 
 	current atomic.Pointer[state]
 	changed chan struct{} // one slot
@@ -125,6 +126,8 @@ func New(ctx context.Context, o Options) (*Source, error) {
 	}
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s := &Source{options: o, conn: conn, cancel: cancel, done: make(chan struct{}), changed: make(chan struct{}, 1), ready: make(chan struct{})}
+	s.reports = newReporter(s)
+	go s.reports.run(background)
 	go s.run(background)
 	select {
 	case <-s.ready:
@@ -176,8 +179,10 @@ func (s *Source) ServiceIDs() []spiffeid.ID {
 // Updated returns a channel with one slot that is filled after each change of the policies. It is for one reader.
 func (s *Source) Updated() <-chan struct{} { return s.changed }
 
-// Close ends the watch and waits for it. The policies stay as they are. It may be called more than once.
+// Close ends the watch and waits for it, after it has reported to the agent what was decided last, for at most a second.
+// The policies stay as they are. It may be called more than once.
 func (s *Source) Close() error {
+	s.reports.close()
 	s.cancel()
 	<-s.done
 	return nil
@@ -228,6 +233,9 @@ func (s *Source) watch(ctx context.Context) (received bool, err error) {
 		response, err := stream.Recv()
 		if err != nil {
 			return received, err
+		}
+		if !received {
+			s.reports.connected()
 		}
 		received = true
 		if err := s.take(response); err != nil {

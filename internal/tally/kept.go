@@ -1,0 +1,371 @@
+package tally
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"time"
+	"unique"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+)
+
+// KeptConfig bounds what is Kept. All fields are needed.
+type KeptConfig struct {
+	// MaxRecords is how many observations are kept.
+	MaxRecords int
+	// Keep is for how long.
+	Keep time.Duration
+	// Bucket is the length of the spans of time in which counts are added up.
+	Bucket time.Duration
+	Now    func() time.Time
+}
+
+// Kept remembers observations: denials one by one, by their decision ids, and the counts of everything else. Where there
+// are too many, the services with the most records lose their oldest, so that no service can push out what is known of
+// another. It is safe for concurrent use. The observations that it holds are never changed.
+type Kept struct {
+	config KeptConfig
+
+	mu       sync.RWMutex
+	total    int
+	byID     map[string]*policyv1.Observation
+	services map[string]*records
+}
+
+// records are those of one service.
+type records struct {
+	single  []*policyv1.Observation // in the order in which they came
+	counted map[countKey]*policyv1.Observation
+	spans   map[int64]*span
+}
+
+// A countKey tells apart what is added up.
+type countKey struct {
+	key
+	agent string
+	span  int64
+}
+
+// A span is what is told apart in one span of time.
+type span struct {
+	allowed, denied int
+	paths           map[string]int // by peer
+}
+
+// sharePerSpan is which part of all records may be the counts of one service in one span.
+const sharePerSpan = 64
+
+// NewKept returns an empty Kept.
+func NewKept(c KeptConfig) *Kept {
+	return &Kept{config: c, byID: make(map[string]*policyv1.Observation), services: make(map[string]*records)}
+}
+
+// Add keeps an observation that Check has found sound, and returns what is kept of it: itself, the sum with what was kept
+// before, or nil if it was known already or found no room. o is no longer the caller's.
+func (k *Kept) Add(o *policyv1.Observation) *policyv1.Observation {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.put(o, add)
+}
+
+// Restore keeps an observation that Add returned in an earlier run. A count takes the place of a smaller one.
+func (k *Kept) Restore(o *policyv1.Observation) {
+	if o.GetLast() < k.config.Now().Add(-k.config.Keep).UnixNano() {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.put(o, larger)
+}
+
+func (k *Kept) put(o *policyv1.Observation, merge func(old, o *policyv1.Observation) *policyv1.Observation) *policyv1.Observation {
+	intern(o)
+	s := k.services[o.GetService()]
+	if s == nil {
+		s = &records{counted: make(map[countKey]*policyv1.Observation), spans: make(map[int64]*span)}
+		k.services[o.GetService()] = s
+	}
+	if id := o.GetDecisionId(); id != "" {
+		if k.byID[id] != nil {
+			return nil
+		}
+		k.byID[id] = o
+		s.single = append(s.single, o)
+		k.grow()
+		return o
+	}
+	for fold := range 3 {
+		switch fold {
+		case 1:
+			o.Path = ""
+		case 2:
+			o.AgentId = ""
+		}
+		ck := countKey{keyOfObservation(o), o.GetAgentId(), o.GetLast() / int64(k.config.Bucket)}
+		if old := s.counted[ck]; old != nil {
+			s.counted[ck] = merge(old, o)
+			return s.counted[ck]
+		}
+		if s.room(&ck, max(8, k.config.MaxRecords/sharePerSpan), fold) {
+			s.counted[ck] = o
+			k.grow()
+			return o
+		}
+	}
+	return nil
+}
+
+// room says whether there is room for another key, and takes it. most is for each of allowed calls and denials; the less of
+// a call is told, the more of it there is.
+func (s *records) room(ck *countKey, most, fold int) bool {
+	sp := s.spans[ck.span]
+	if sp == nil {
+		sp = &span{paths: make(map[string]int)}
+		s.spans[ck.span] = sp
+	}
+	n := &sp.denied
+	if ck.allowed {
+		n = &sp.allowed
+	}
+	switch fold {
+	case 0:
+		if *n >= most/2 || ck.path != "" && sp.paths[ck.peer] >= max(1, most/sharePerPeer) {
+			return false
+		}
+		if ck.path != "" {
+			sp.paths[ck.peer]++
+		}
+	case 1:
+		if *n >= most*3/4 {
+			return false
+		}
+	default:
+		if *n >= most {
+			return false
+		}
+	}
+	*n++
+	return true
+}
+
+// add is the sum of two observations that are counted together.
+func add(old, o *policyv1.Observation) *policyv1.Observation {
+	sum := copyOf(old)
+	sum.Count = min(old.GetCount()+o.GetCount(), maxCount)
+	sum.First = min(old.GetFirst(), o.GetFirst())
+	if o.GetLast() >= old.GetLast() {
+		sum.Last, sum.Epoch, sum.Revision = o.GetLast(), o.GetEpoch(), o.GetRevision()
+	}
+	return sum
+}
+
+// larger is the later of two states of one count.
+func larger(old, o *policyv1.Observation) *policyv1.Observation {
+	if o.GetCount() >= old.GetCount() {
+		return o
+	}
+	return old
+}
+
+// grow counts a record, and makes room for many if there are too many.
+func (k *Kept) grow() {
+	if k.total++; k.total <= k.config.MaxRecords {
+		return
+	}
+	most := k.level(k.config.MaxRecords - k.config.MaxRecords/16)
+	for name, s := range k.services {
+		if n := s.len() - most; n > 0 {
+			k.trim(s, most)
+		}
+		k.tidy(name, s)
+	}
+	for name, s := range k.services { // more services than records: some are forgotten
+		if k.total <= k.config.MaxRecords {
+			return
+		}
+		k.trim(s, 0)
+		k.tidy(name, s)
+	}
+}
+
+// level is the number of records for each service at which all of them together have room.
+func (k *Kept) level(room int) int {
+	counts := make([]int, 0, len(k.services))
+	for _, s := range k.services {
+		counts = append(counts, s.len())
+	}
+	slices.Sort(counts)
+	for i, n := range counts {
+		left := len(counts) - i
+		if n*left > room {
+			return max(room/left, 1)
+		}
+		room -= n
+	}
+	return k.config.MaxRecords
+}
+
+func (s *records) len() int { return len(s.single) + len(s.counted) }
+
+// trim takes the oldest records of a service until most are left. Neither denials nor counts push out the other, as long as
+// they have no more than half.
+func (k *Kept) trim(s *records, most int) {
+	single := min(len(s.single), max(most/2, most-len(s.counted)))
+	k.dropSingle(s, len(s.single)-single)
+	n := len(s.counted) - (most - single)
+	if n <= 0 {
+		return
+	}
+	oldest := make([]countKey, 0, len(s.counted))
+	for ck := range s.counted {
+		oldest = append(oldest, ck)
+	}
+	slices.SortFunc(oldest, func(a, b countKey) int { return cmp.Compare(s.counted[a].GetLast(), s.counted[b].GetLast()) })
+	for _, ck := range oldest[:n] {
+		delete(s.counted, ck)
+	}
+	k.total -= n
+}
+
+func (k *Kept) dropSingle(s *records, n int) {
+	for _, o := range s.single[:n] {
+		delete(k.byID, o.GetDecisionId())
+	}
+	s.single = slices.Delete(s.single, 0, n)
+	k.total -= n
+}
+
+// tidy forgets a service without records, and spans that are over.
+func (k *Kept) tidy(name string, s *records) {
+	if s.len() == 0 {
+		delete(k.services, name)
+		return
+	}
+	if len(s.spans) < 4 {
+		return
+	}
+	used := make(map[int64]bool)
+	for ck := range s.counted {
+		used[ck.span] = true
+	}
+	for n := range s.spans {
+		if !used[n] {
+			delete(s.spans, n)
+		}
+	}
+}
+
+// Sweep forgets what is too old.
+func (k *Kept) Sweep() {
+	oldest := k.config.Now().Add(-k.config.Keep).UnixNano()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for name, s := range k.services {
+		s.single = slices.DeleteFunc(s.single, func(o *policyv1.Observation) bool {
+			if o.GetLast() >= oldest {
+				return false
+			}
+			delete(k.byID, o.GetDecisionId())
+			k.total--
+			return true
+		})
+		for ck, o := range s.counted {
+			if o.GetLast() < oldest {
+				delete(s.counted, ck)
+				k.total--
+			}
+		}
+		k.tidy(name, s)
+	}
+}
+
+// Get returns a single decision, or nil.
+func (k *Kept) Get(decisionID string) *policyv1.Observation {
+	k.mu.RLock()
+	defer k.mu.RUnlock()
+	return k.byID[decisionID]
+}
+
+// Len is how many records there are.
+func (k *Kept) Len() int {
+	k.mu.RLock()
+	defer k.mu.RUnlock()
+	return k.total
+}
+
+// A Filter says which observations are listed. Its zero value is for all.
+type Filter struct {
+	// Service and Peer are full SPIFFE IDs; empty: any.
+	Service, Peer string
+	// Since and Until bound the time of the last occurrence, Until not included; zero: no bound.
+	Since, Until time.Time
+	// Wanted tells further what is listed; nil: all. It must not call back.
+	Wanted func(*policyv1.Observation) bool
+	// Limit is how many are listed at most, the latest; 0: all.
+	Limit int
+}
+
+func (f *Filter) wants(o *policyv1.Observation) bool {
+	return (f.Peer == "" || o.GetPeer() == f.Peer) && (f.Since.IsZero() || o.GetLast() >= f.Since.UnixNano()) &&
+		(f.Until.IsZero() || o.GetLast() < f.Until.UnixNano()) && (f.Wanted == nil || f.Wanted(o))
+}
+
+// List returns observations in the order of their last occurrence. They must not be changed.
+func (k *Kept) List(f Filter) []*policyv1.Observation {
+	var out []*policyv1.Observation
+	collect := func(s *records) {
+		for _, o := range s.single {
+			if f.wants(o) {
+				out = append(out, o)
+			}
+		}
+		for _, o := range s.counted {
+			if f.wants(o) {
+				out = append(out, o)
+			}
+		}
+	}
+	k.mu.RLock()
+	if f.Service == "" {
+		for _, s := range k.services {
+			collect(s)
+		}
+	} else if s := k.services[f.Service]; s != nil {
+		collect(s)
+	}
+	k.mu.RUnlock()
+	slices.SortStableFunc(out, func(a, b *policyv1.Observation) int { return cmp.Compare(a.GetLast(), b.GetLast()) })
+	if n := len(out) - f.Limit; f.Limit > 0 && n > 0 {
+		out = out[n:]
+	}
+	return out
+}
+
+// intern lets records share their strings, of which most are the same.
+func intern(o *policyv1.Observation) {
+	share := func(s *string) {
+		if *s != "" {
+			*s = unique.Make(*s).Value()
+		}
+	}
+	for _, s := range [...]*string{&o.Service, &o.Peer, &o.Method, &o.Reason, &o.ShadowReason, &o.Epoch, &o.Point, &o.Rollout, &o.Revocation, &o.AgentId} {
+		share(s)
+	}
+	for _, r := range [...]*policyv1.RuleRef{o.GetRule(), o.GetShadowRule()} {
+		if r != nil {
+			share(&r.Policy)
+			share(&r.File)
+		}
+	}
+}
+
+// copyOf is a copy that shares what is never changed.
+func copyOf(o *policyv1.Observation) *policyv1.Observation {
+	return &policyv1.Observation{
+		DecisionId: o.GetDecisionId(), First: o.GetFirst(), Last: o.GetLast(), Count: o.GetCount(), Service: o.GetService(), Peer: o.GetPeer(),
+		Protocol: o.GetProtocol(), Method: o.GetMethod(), Path: o.GetPath(), Allowed: o.GetAllowed(), Reason: o.GetReason(), Rule: o.GetRule(),
+		ShadowAllowed: o.GetShadowAllowed(), ShadowReason: o.GetShadowReason(), ShadowRule: o.GetShadowRule(), Epoch: o.GetEpoch(), Revision: o.GetRevision(),
+		Point: o.GetPoint(), FormerlyAllowed: o.GetFormerlyAllowed(), Rollout: o.GetRollout(), Revocation: o.GetRevocation(), AgentId: o.GetAgentId(),
+	}
+}
