@@ -20,6 +20,7 @@ import (
 
 	"github.com/signet-id/signet/agent/adminapi"
 	"github.com/signet-id/signet/agent/caclient"
+	"github.com/signet-id/signet/agent/observations"
 	"github.com/signet-id/signet/agent/sealed"
 	"github.com/signet-id/signet/agent/svidcache"
 	"github.com/signet-id/signet/agent/workloadattest"
@@ -46,8 +47,11 @@ type Agent struct {
 	delegated  *delegated.Service // nil: there are no delegates
 	brokerAddr net.Addr           // nil: not over TCP
 	pods       broker.Pods        // nil: there is no k8s attestor
-	metrics    *metrics
-	web        net.Listener // nil: no metrics are served
+
+	observations *observations.Observations // nil: none are taken
+
+	metrics *metrics
+	web     net.Listener // nil: no metrics are served
 
 	refusals *refusals
 	started  time.Time
@@ -145,12 +149,13 @@ func (a *Agent) open() error {
 	if err != nil {
 		return err
 	}
+	a.openObservations()
 	a.endpoint, err = workloadapi.New(workloadapi.Config{
 		Socket: c.Sockets[SocketWorkload], Executables: c.Executables,
 		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway, MaxOffline: c.MaxOffline,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
 		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID, MaxCallsPerSecond: c.MaxCallsPerSecond,
-		OnCall: a.ended, OnPush: a.metrics.push, Services: []func(grpc.ServiceRegistrar, *workloadapi.Server){envoys},
+		Observations: a.observationsOfWorkloads(), OnCall: a.ended, OnPush: a.metrics.push, Services: []func(grpc.ServiceRegistrar, *workloadapi.Server){envoys},
 	})
 	if err != nil {
 		return fmt.Errorf("socket_path: %w", err)
@@ -205,6 +210,12 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.cache.Run(inner) })
 	if a.sealed != nil {
 		group.Go(func() error { return a.sealed.Run(inner) })
+	}
+	if a.observations != nil {
+		group.Go(func() error { // ends early, to hand on the rest while there is still a connection
+			a.observations.Run(ctx)
+			return nil
+		})
 	}
 	group.Go(func() error { return a.node.run(inner) })
 	group.Go(func() error { return a.node.renew(inner) })

@@ -88,6 +88,9 @@ type Config struct {
 	// WorkloadAttestation says how processes are looked at.
 	WorkloadAttestation WorkloadAttestation `yaml:"workload_attestation"`
 
+	// Observations says what is told of the decisions of enforcement points on this node.
+	Observations Observations `yaml:"observations"`
+
 	// Sandbox says what the agent gives up once it has started.
 	Sandbox Sandbox `yaml:"sandbox"`
 
@@ -222,6 +225,7 @@ func (c *Config) Check() error {
 	c.WorkloadAttestation.check(bad)
 	c.SDS.check(bad)
 	c.checkLimits(bad)
+	c.Observations.check(bad)
 	c.Sandbox.check(bad)
 	c.SealedCache.check(bad)
 	if c.Metrics.Listen != "" {

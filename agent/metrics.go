@@ -114,6 +114,7 @@ func (c *cacheCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 		ch <- prometheus.MustNewConstMetric(descState, prometheus.GaugeValue, in, string(state))
 	}
+	c.agent.collectObservations(ch)
 	gauge("entries", float64(stats.Entries))
 	gauge("jwt", float64(stats.JWTSVIDs))
 	gauge("streams", float64(stats.Watchers))

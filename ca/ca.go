@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/status"
 
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/adminapi"
 	"github.com/signet-id/signet/ca/auditlog"
@@ -31,6 +32,7 @@ import (
 	"github.com/signet-id/signet/ca/federation"
 	"github.com/signet-id/signet/ca/keys"
 	"github.com/signet-id/signet/ca/nodeapi"
+	"github.com/signet-id/signet/ca/observations"
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/rotation"
 	"github.com/signet-id/signet/ca/store"
@@ -60,6 +62,9 @@ type CA struct {
 	svid     *serverSVID
 
 	upstream *upstreamKeeper // nil without an upstream CA
+
+	observations *observations.Observations    // nil: none are taken
+	observers    []func(*policyv1.Observation) // told of each; they must neither block nor change it
 
 	metrics *metrics
 	health  *health.Server
@@ -154,9 +159,10 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	if err != nil {
 		return ca, err
 	}
+	ca.openObservations()
 	ca.node = nodeapi.New(nodeapi.Config{Attestors: append(attestors, c.attestors...), TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage,
-		MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Rotation: ca.rotator, ReissueRate: c.Authorities.ReissueRate, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
+		Observations: ca.observationsOfNodes(), MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Rotation: ca.rotator, ReissueRate: c.Authorities.ReissueRate, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	if ca.poller, err = newPoller(ca); err != nil {
 		return ca, err
 	}

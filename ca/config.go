@@ -52,6 +52,8 @@ type Config struct {
 	NodeAttestors NodeAttestors `yaml:"node_attestors"`
 	// Audit says where the audit log is and how much room it takes.
 	Audit Audit `yaml:"audit"`
+	// Observations says for how long it is known what enforcement points decided.
+	Observations Observations `yaml:"observations"`
 	// Limits bounds how often one agent may call, and one address from which no X509-SVID is shown (of IPv6 a /64 is one).
 	// Who is over a limit waits, and is refused with ResourceExhausted and a retry hint where that would take longer than
 	// limits.max_wait. The admin socket has no limits. Behind a TCP proxy all callers have one address.
@@ -191,14 +193,15 @@ type Audit struct {
 
 // Limits bounds how often one agent or address may call.
 type Limits struct {
-	Connections Limit `yaml:"connections"` // new connections of one address; default rate 100, burst 500
-	Attest      Limit `yaml:"attest"`      // attestations from one address; default rate 5, burst 30
-	Bundle      Limit `yaml:"bundle"`      // GetBundle and GetFederatedBundle, of one address or agent; default rate 20, burst 100
-	Renew       Limit `yaml:"renew"`       // renewals of one agent's own X509-SVID; default rate 10, burst 20
-	X509SVIDs   Limit `yaml:"x509"`        // X509-SVIDs, and CAs, signed for one agent or downstream CA, each of a batch; default rate 500, burst 1000
-	JWTSVIDs    Limit `yaml:"jwt"`         // JWT-SVIDs and WIT-SVIDs signed for one agent, each of a batch; default rate 500, burst 1000
-	Sync        Limit `yaml:"sync"`        // streams and calls by which one agent learns its entries; default rate 10, burst 20
-	Status      Limit `yaml:"status"`      // PostStatus of one agent, JWT authorities published by one downstream CA; default rate 10, burst 10
+	Connections Limit `yaml:"connections"`  // new connections of one address; default rate 100, burst 500
+	Attest      Limit `yaml:"attest"`       // attestations from one address; default rate 5, burst 30
+	Bundle      Limit `yaml:"bundle"`       // GetBundle and GetFederatedBundle, of one address or agent; default rate 20, burst 100
+	Renew       Limit `yaml:"renew"`        // renewals of one agent's own X509-SVID; default rate 10, burst 20
+	X509SVIDs   Limit `yaml:"x509"`         // X509-SVIDs, and CAs, signed for one agent or downstream CA, each of a batch; default rate 500, burst 1000
+	JWTSVIDs    Limit `yaml:"jwt"`          // JWT-SVIDs and WIT-SVIDs signed for one agent, each of a batch; default rate 500, burst 1000
+	Sync        Limit `yaml:"sync"`         // streams and calls by which one agent learns its entries; default rate 10, burst 20
+	Status      Limit `yaml:"status"`       // PostStatus of one agent, JWT authorities published by one downstream CA; default rate 10, burst 10
+	Observed    Limit `yaml:"observations"` // decisions of enforcement points reported by one agent; default rate 1000, burst 5000
 	// MaxWait is how long a call may wait before it is refused. Default 5s; at most 8s.
 	MaxWait time.Duration `yaml:"max_wait"`
 }
@@ -297,6 +300,7 @@ func (c *Config) Check() error {
 	c.NodeAttestors.check(bad)
 	c.Keys.check(bad)
 	c.Limits.check(bad)
+	c.Observations.check(bad)
 	c.Downstream.check(bad)
 	c.Upstream.check(c.trustDomain(), bad)
 	if roots := c.Federation.WebRoots; roots != "" && !filepath.IsAbs(roots) {

@@ -40,6 +40,8 @@ var defaultLimits = map[string]limits.Limit{
 	"jwt":         {Rate: 500, Burst: 1000}, // SPIRE: 500
 	"sync":        {Rate: 10, Burst: 20},
 	"status":      {Rate: 10, Burst: 10}, // SPIRE: 10
+
+	"observations": {Rate: 1000, Burst: 5000},
 }
 
 // each calls f with every limit and its key in the configuration.
@@ -52,6 +54,7 @@ func (l *Limits) each(f func(name string, l *Limit)) {
 	f("jwt", &l.JWTSVIDs)
 	f("sync", &l.Sync)
 	f("status", &l.Status)
+	f("observations", &l.Observed)
 }
 
 // check fills in the defaults and refuses what cannot work.
@@ -75,6 +78,8 @@ func (l *Limits) check(bad func(field, format string, args ...any)) {
 			one.Burst = max(standard.Burst, one.Rate)
 		case one.Burst < 0:
 			bad("limits."+name+".burst", "%d is negative", one.Burst)
+		case one.Burst < nodeapi.MaxObservations && name == "observations":
+			bad("limits."+name+".burst", "%d is less than %d, the largest report, which then would never be taken", one.Burst, nodeapi.MaxObservations)
 		case one.Burst < nodeapi.MaxBatch && (name == "x509" || name == "jwt"):
 			bad("limits."+name+".burst", "%d is less than %d, the largest batch, which then would never be signed", one.Burst, nodeapi.MaxBatch)
 		}
@@ -123,6 +128,7 @@ var limited = map[string]string{
 	entryv1.Entry_SyncAuthorizedEntries_FullMethodName: "sync",
 	entryv1.Entry_GetAuthorizedEntries_FullMethodName:  "sync",
 	nodev1.Node_Follow_FullMethodName:                  "sync",
+	nodev1.Node_ReportObservations_FullMethodName:      "observations",
 	nodev1.Node_IssueX509SVIDs_FullMethodName:          "x509",
 	svidv1.SVID_BatchNewX509SVID_FullMethodName:        "x509",
 	nodev1.Node_IssueJWTSVIDs_FullMethodName:           "jwt",
@@ -132,11 +138,13 @@ var limited = map[string]string{
 	bundlev1.Bundle_PublishJWTAuthority_FullMethodName: "status",
 }
 
-// cost is how many signatures a call asks for. A batch that is larger than any that is signed is left to the RPC, which
+// cost is how many signatures a call asks for, or how much it reports. A batch that is larger than any that is signed is left to the RPC, which
 // says so.
 func cost(req any) int {
-	n := 1
+	n, most := 1, nodeapi.MaxBatch
 	switch r := req.(type) {
+	case *nodev1.ReportObservationsRequest:
+		n, most = len(r.Observations), nodeapi.MaxObservations
 	case *svidv1.BatchNewX509SVIDRequest:
 		n = len(r.Params)
 	case *nodev1.IssueX509SVIDsRequest:
@@ -146,7 +154,7 @@ func cost(req any) int {
 	case *svidv1.BatchNewWITSVIDRequest:
 		n = len(r.Params)
 	}
-	if n > nodeapi.MaxBatch {
+	if n > most {
 		return 1
 	}
 	return max(1, n)

@@ -71,6 +71,7 @@ func newMetrics(ca *CA) *metrics {
 		}),
 	)
 	m.registry.MustRegister(m.authorityGauges()...)
+	m.registry.MustRegister(m.observationMetrics()...)
 	return m
 }
 

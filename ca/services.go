@@ -95,6 +95,9 @@ func methods() map[string]access.Kind {
 		nodev1.Node_IssueX509SVIDs_FullMethodName:                        access.Agent,
 		nodev1.Node_IssueJWTSVIDs_FullMethodName:                         access.Agent,
 		nodev1.Node_Follow_FullMethodName:                                access.Agent,
+		nodev1.Node_ReportObservations_FullMethodName:                    access.Agent,
+		adminv1.Observations_GetDecision_FullMethodName:                  operators,
+		adminv1.Observations_ListObservations_FullMethodName:             operators,
 		healthv1.Health_Check_FullMethodName:                             access.Local,
 		healthv1.Health_List_FullMethodName:                              access.Local,
 		healthv1.Health_Watch_FullMethodName:                             access.Local,
@@ -173,6 +176,7 @@ func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1
 	entryv1.RegisterEntryServer(s, &entryService{nodeAPI: n, adminAPI: a})
 	localauthorityv1.RegisterLocalAuthorityServer(s, &localAuthorityService{adminAPI: a})
 	adminv1.RegisterAdminServer(s, &adminapi.AdminServer{API: admin})
+	adminv1.RegisterObservationsServer(s, &adminapi.ObservationsServer{API: admin})
 	healthv1.RegisterHealthServer(s, h)
 	reflection.Register(s)
 }

@@ -30,7 +30,7 @@ import (
 	"github.com/signet-id/signet/spiffe"
 )
 
-// Config says what the API works on. All fields are needed.
+// Config says what the API works on. All fields but Observations are needed.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	Registry    *registry.Registry
@@ -47,6 +47,8 @@ type Config struct {
 	Refresh func(context.Context, spiffeid.TrustDomain) error
 	// FederationStatus returns how each relationship's bundle was last fetched, in order of trust domain.
 	FederationStatus func() []FederationStatus
+	// Observations has what enforcement points decided. Nil: that is off.
+	Observations Observations
 	// LogLevel is how much is logged.
 	LogLevel LogLevel
 	// Certificate returns the CA's own SVID with its chain, and Started when the CA began.

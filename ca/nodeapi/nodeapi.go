@@ -51,6 +51,8 @@ type Config struct {
 	Attestors []nodeattest.Attestor
 	// Rotation hears of what agents have handed on.
 	Rotation Rotation
+	// Observations keeps what enforcement points decided. Nil: such reports are answered with Unimplemented.
+	Observations Observations
 	// ReissueRate is how many SVIDs of a tainted authority all agents together renew in a second.
 	ReissueRate int
 	// Issued counts what was issued and refused: kind is x509, jwt, agent or downstream; reason is empty on success.

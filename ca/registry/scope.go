@@ -113,22 +113,45 @@ func (r *Registry) AuthorizedEntries(agent spiffeid.ID, ids []EntryID) []*Entry 
 	defer r.mu.RUnlock()
 	roots := r.ix.roots(r.c.TrustDomain, agent, now)
 	for i, id := range ids {
-		e := r.ix.entries[id]
-		if e == nil || e.alias() || e.Expired(now) {
-			continue
-		}
-		if roots[e.ParentID] {
+		if e := r.ix.entries[id]; e != nil && r.ix.serves(roots, e, now) {
 			out[i] = e
-			continue
 		}
-		for up := range r.ix.ascend(e, now) {
-			if roots[up] {
-				out[i] = e
+	}
+	return out
+}
+
+// Serves says of each SPIFFE ID whether the agent may serve it now.
+func (r *Registry) Serves(agent spiffeid.ID, ids []spiffeid.ID) []bool {
+	now := r.c.Now()
+	out := make([]bool, len(ids))
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	roots := r.ix.roots(r.c.TrustDomain, agent, now)
+	for i, id := range ids {
+		for _, e := range r.ix.byID[id] {
+			if r.ix.serves(roots, e, now) {
+				out[i] = true
 				break
 			}
 		}
 	}
 	return out
+}
+
+// serves says whether e descends from one of roots.
+func (ix *index) serves(roots map[spiffeid.ID]bool, e *Entry, now time.Time) bool {
+	if e.alias() || e.Expired(now) || len(roots) == 0 {
+		return false
+	}
+	if roots[e.ParentID] {
+		return true
+	}
+	for up := range ix.ascend(e, now) {
+		if roots[up] {
+			return true
+		}
+	}
+	return false
 }
 
 // servicesOf returns those of a policy's services that name one of ids, and nil if none does.

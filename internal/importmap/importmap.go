@@ -46,26 +46,27 @@ var rules = []rule{
 
 	{"policy", []string{"spiffe", "api/signet/policy/v1", "internal/strictyaml"}},
 	{"policy/analyse", []string{"policy", "spiffe", "api/signet/policy/v1", "internal/strictyaml"}},
-	{"policy/...", []string{"policy/...", "spiffe", "api/signet/policy/v1/..."}},
+	{"policy/...", []string{"policy/...", "spiffe", "api/signet/policy/v1/...", "internal/tally"}},
 
 	{"workloadapi/peer", nil},
 	{"workloadapi/...", []string{"workloadapi/...", "policy", "spiffe", "api/signet/policy/v1/..."}},
 
-	{"agent/...", []string{"internal/adminsocket", "internal/nearmiss", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "internal/tpmdevice", "workloadapi/...", "policy", "spiffe", "api/signet/agent/v1", "api/signet/node/v1", "api/signet/policy/v1/..."}},
-	{"ca/...", []string{"internal/adminsocket", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "policy", "policy/analyse", "spiffe", "api/..."}},
+	{"agent/...", []string{"internal/adminsocket", "internal/tally", "internal/nearmiss", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "internal/tpmdevice", "workloadapi/...", "policy", "spiffe", "api/signet/agent/v1", "api/signet/node/v1", "api/signet/policy/v1/..."}},
+	{"ca/...", []string{"internal/adminsocket", "internal/tally", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "policy", "policy/analyse", "spiffe", "api/..."}},
 
 	// What puts CA and agent together, and what only the command line needs.
 	{"internal/durable", nil},
 	{"internal/strictyaml", nil},
 	{"internal/version", nil},
-	{"internal/nearmiss", []string{"spiffe"}}, // how an entry and a process differ; the command line compares with the CA's entries
-	{"internal/adminsocket", nil},             // where operators talk to either side, and who is one
-	{"internal/nodekey", []string{"spiffe"}},  // what a node signs to win its SVID back, which both sides must know
-	{"internal/tpmdevice", nil},               // how commands reach a TPM, for the agent's uses of one
-	{"internal/tpmwire", nil},                 // the messages by which a node shows its TPM, likewise
-	{"internal/x509pop", nil},                 // what a node signs to prove that it holds a certificate's key, likewise
-	{"internal/daemon", nil},                  // what a service manager and a daemon say to each other
-	{"internal/sandbox", nil},                 // what takes from a process what it does not need; it knows none of the daemons
+	{"internal/nearmiss", []string{"spiffe"}},                                // how an entry and a process differ; the command line compares with the CA's entries
+	{"internal/adminsocket", nil},                                            // where operators talk to either side, and who is one
+	{"internal/tally", []string{"policy", "spiffe", "api/signet/policy/v1"}}, // how decisions are counted and kept: by services, agents and CA alike
+	{"internal/nodekey", []string{"spiffe"}},                                 // what a node signs to win its SVID back, which both sides must know
+	{"internal/tpmdevice", nil},                                              // how commands reach a TPM, for the agent's uses of one
+	{"internal/tpmwire", nil},                                                // the messages by which a node shows its TPM, likewise
+	{"internal/x509pop", nil},                                                // what a node signs to prove that it holds a certificate's key, likewise
+	{"internal/daemon", nil},                                                 // what a service manager and a daemon say to each other
+	{"internal/sandbox", nil},                                                // what takes from a process what it does not need; it knows none of the daemons
 	{"internal/importmap", nil},
 	{"internal/conformance", nil},
 	{"internal/...", []string{"..."}},

@@ -10,15 +10,17 @@ import (
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 )
 
-// KeptConfig bounds what is Kept. All fields are needed.
+// KeptConfig bounds what is Kept. All fields but Track are needed.
 type KeptConfig struct {
-	// MaxRecords is how many observations are kept.
+	// MaxRecords is how many observations are kept. One with long texts counts as several.
 	MaxRecords int
 	// Keep is for how long.
 	Keep time.Duration
 	// Bucket is the length of the spans of time in which counts are added up.
 	Bucket time.Duration
 	Now    func() time.Time
+	// Track is for who calls Changed.
+	Track bool
 }
 
 // Kept remembers observations: denials one by one, by their decision ids, and the counts of everything else. Where there
@@ -28,16 +30,27 @@ type Kept struct {
 	config KeptConfig
 
 	mu       sync.RWMutex
-	total    int
+	total    int // of weights
 	byID     map[string]*policyv1.Observation
 	services map[string]*records
+	fresh    []*policyv1.Observation // single ones since Changed
+	changed  map[countKey]bool       // counts since Changed
 }
 
-// records are those of one service.
+// records are those of one service, with the sums of their weights.
 type records struct {
-	single  []*policyv1.Observation // in the order in which they came
-	counted map[countKey]*policyv1.Observation
-	spans   map[int64]*span
+	single, counted int
+	singles         []*policyv1.Observation // in the order in which they came
+	counts          map[countKey]*policyv1.Observation
+	spans           map[int64]*span
+}
+
+// weight is how many records an observation counts for.
+func weight(o *policyv1.Observation) int {
+	const usual = 512 // bytes
+	r, shadow := o.GetRule(), o.GetShadowRule()
+	return 1 + (len(o.GetPeer())+len(o.GetMethod())+len(o.GetPath())+len(o.GetReason())+len(o.GetShadowReason())+len(o.GetEpoch())+len(o.GetPoint())+
+		len(o.GetRollout())+len(o.GetRevocation())+len(r.GetPolicy())+len(r.GetFile())+len(shadow.GetPolicy())+len(shadow.GetFile()))/usual
 }
 
 // A countKey tells apart what is added up.
@@ -58,7 +71,7 @@ const sharePerSpan = 64
 
 // NewKept returns an empty Kept.
 func NewKept(c KeptConfig) *Kept {
-	return &Kept{config: c, byID: make(map[string]*policyv1.Observation), services: make(map[string]*records)}
+	return &Kept{config: c, byID: make(map[string]*policyv1.Observation), services: make(map[string]*records), changed: make(map[countKey]bool)}
 }
 
 // Add keeps an observation that Check has found sound, and returns what is kept of it: itself, the sum with what was kept
@@ -83,7 +96,7 @@ func (k *Kept) put(o *policyv1.Observation, merge func(old, o *policyv1.Observat
 	intern(o)
 	s := k.services[o.GetService()]
 	if s == nil {
-		s = &records{counted: make(map[countKey]*policyv1.Observation), spans: make(map[int64]*span)}
+		s = &records{counts: make(map[countKey]*policyv1.Observation), spans: make(map[int64]*span)}
 		k.services[o.GetService()] = s
 	}
 	if id := o.GetDecisionId(); id != "" {
@@ -91,8 +104,12 @@ func (k *Kept) put(o *policyv1.Observation, merge func(old, o *policyv1.Observat
 			return nil
 		}
 		k.byID[id] = o
-		s.single = append(s.single, o)
-		k.grow()
+		s.singles = append(s.singles, o)
+		s.single += weight(o)
+		if k.config.Track && len(k.fresh) < k.config.MaxRecords {
+			k.fresh = append(k.fresh, o)
+		}
+		k.grow(weight(o))
 		return o
 	}
 	for fold := range 3 {
@@ -103,17 +120,44 @@ func (k *Kept) put(o *policyv1.Observation, merge func(old, o *policyv1.Observat
 			o.AgentId = ""
 		}
 		ck := countKey{keyOfObservation(o), o.GetAgentId(), o.GetLast() / int64(k.config.Bucket)}
-		if old := s.counted[ck]; old != nil {
-			s.counted[ck] = merge(old, o)
-			return s.counted[ck]
+		old := s.counts[ck]
+		switch {
+		case old != nil:
+			o = merge(old, o)
+		case !s.room(&ck, max(8, k.config.MaxRecords/sharePerSpan), fold):
+			continue
 		}
-		if s.room(&ck, max(8, k.config.MaxRecords/sharePerSpan), fold) {
-			s.counted[ck] = o
-			k.grow()
-			return o
+		s.counts[ck] = o
+		if k.config.Track {
+			k.changed[ck] = true
 		}
+		more := weight(o)
+		if old != nil {
+			more -= weight(old)
+		}
+		s.counted += more
+		k.grow(more)
+		return o
 	}
 	return nil
+}
+
+// Changed returns the single observations, and if counts is set the counts, that are new or have changed since the last call.
+func (k *Kept) Changed(counts bool) []*policyv1.Observation {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	out := k.fresh
+	k.fresh = nil
+	if !counts {
+		return out
+	}
+	for ck := range k.changed {
+		if s := k.services[ck.service]; s != nil && s.counts[ck] != nil {
+			out = append(out, s.counts[ck])
+		}
+	}
+	clear(k.changed)
+	return out
 }
 
 // room says whether there is room for another key, and takes it. most is for each of allowed calls and denials; the less of
@@ -169,13 +213,13 @@ func larger(old, o *policyv1.Observation) *policyv1.Observation {
 }
 
 // grow counts a record, and makes room for many if there are too many.
-func (k *Kept) grow() {
-	if k.total++; k.total <= k.config.MaxRecords {
+func (k *Kept) grow(n int) {
+	if k.total += n; k.total <= k.config.MaxRecords {
 		return
 	}
 	most := k.level(k.config.MaxRecords - k.config.MaxRecords/16)
 	for name, s := range k.services {
-		if n := s.len() - most; n > 0 {
+		if s.weight() > most {
 			k.trim(s, most)
 		}
 		k.tidy(name, s)
@@ -189,15 +233,15 @@ func (k *Kept) grow() {
 	}
 }
 
-// level is the number of records for each service at which all of them together have room.
+// level is the room for each service at which all of them together have room.
 func (k *Kept) level(room int) int {
-	counts := make([]int, 0, len(k.services))
+	weights := make([]int, 0, len(k.services))
 	for _, s := range k.services {
-		counts = append(counts, s.len())
+		weights = append(weights, s.weight())
 	}
-	slices.Sort(counts)
-	for i, n := range counts {
-		left := len(counts) - i
+	slices.Sort(weights)
+	for i, n := range weights {
+		left := len(weights) - i
 		if n*left > room {
 			return max(room/left, 1)
 		}
@@ -206,39 +250,51 @@ func (k *Kept) level(room int) int {
 	return k.config.MaxRecords
 }
 
-func (s *records) len() int { return len(s.single) + len(s.counted) }
+func (s *records) weight() int { return s.single + s.counted }
 
-// trim takes the oldest records of a service until most are left. Neither denials nor counts push out the other, as long as
-// they have no more than half.
+// trim takes the oldest records of a service until they weigh no more than most. Neither denials nor counts push out the
+// other, as long as they have no more than half.
 func (k *Kept) trim(s *records, most int) {
-	single := min(len(s.single), max(most/2, most-len(s.counted)))
-	k.dropSingle(s, len(s.single)-single)
-	n := len(s.counted) - (most - single)
-	if n <= 0 {
+	forSingle := min(s.single, max(most/2, most-s.counted))
+	n := 0
+	for ; n < len(s.singles) && s.single > forSingle; n++ {
+		k.forgetSingle(s, s.singles[n])
+	}
+	s.singles = slices.Delete(s.singles, 0, n)
+	if s.single+s.counted <= most {
 		return
 	}
-	oldest := make([]countKey, 0, len(s.counted))
-	for ck := range s.counted {
+	oldest := make([]countKey, 0, len(s.counts))
+	for ck := range s.counts {
 		oldest = append(oldest, ck)
 	}
-	slices.SortFunc(oldest, func(a, b countKey) int { return cmp.Compare(s.counted[a].GetLast(), s.counted[b].GetLast()) })
-	for _, ck := range oldest[:n] {
-		delete(s.counted, ck)
+	slices.SortFunc(oldest, func(a, b countKey) int { return cmp.Compare(s.counts[a].GetLast(), s.counts[b].GetLast()) })
+	for _, ck := range oldest {
+		if s.single+s.counted <= most {
+			return
+		}
+		k.forgetCount(s, ck)
 	}
-	k.total -= n
 }
 
-func (k *Kept) dropSingle(s *records, n int) {
-	for _, o := range s.single[:n] {
-		delete(k.byID, o.GetDecisionId())
-	}
-	s.single = slices.Delete(s.single, 0, n)
+// forgetSingle leaves it to the caller to take o out of s.singles.
+func (k *Kept) forgetSingle(s *records, o *policyv1.Observation) {
+	delete(k.byID, o.GetDecisionId())
+	s.single -= weight(o)
+	k.total -= weight(o)
+}
+
+func (k *Kept) forgetCount(s *records, ck countKey) {
+	n := weight(s.counts[ck])
+	delete(s.counts, ck)
+	delete(k.changed, ck)
+	s.counted -= n
 	k.total -= n
 }
 
 // tidy forgets a service without records, and spans that are over.
 func (k *Kept) tidy(name string, s *records) {
-	if s.len() == 0 {
+	if s.weight() == 0 {
 		delete(k.services, name)
 		return
 	}
@@ -246,7 +302,7 @@ func (k *Kept) tidy(name string, s *records) {
 		return
 	}
 	used := make(map[int64]bool)
-	for ck := range s.counted {
+	for ck := range s.counts {
 		used[ck.span] = true
 	}
 	for n := range s.spans {
@@ -262,18 +318,16 @@ func (k *Kept) Sweep() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for name, s := range k.services {
-		s.single = slices.DeleteFunc(s.single, func(o *policyv1.Observation) bool {
+		s.singles = slices.DeleteFunc(s.singles, func(o *policyv1.Observation) bool {
 			if o.GetLast() >= oldest {
 				return false
 			}
-			delete(k.byID, o.GetDecisionId())
-			k.total--
+			k.forgetSingle(s, o)
 			return true
 		})
-		for ck, o := range s.counted {
+		for ck, o := range s.counts {
 			if o.GetLast() < oldest {
-				delete(s.counted, ck)
-				k.total--
+				k.forgetCount(s, ck)
 			}
 		}
 		k.tidy(name, s)
@@ -287,7 +341,7 @@ func (k *Kept) Get(decisionID string) *policyv1.Observation {
 	return k.byID[decisionID]
 }
 
-// Len is how many records there are.
+// Len is how many records there are, as MaxRecords counts them.
 func (k *Kept) Len() int {
 	k.mu.RLock()
 	defer k.mu.RUnlock()
@@ -315,12 +369,12 @@ func (f *Filter) wants(o *policyv1.Observation) bool {
 func (k *Kept) List(f Filter) []*policyv1.Observation {
 	var out []*policyv1.Observation
 	collect := func(s *records) {
-		for _, o := range s.single {
+		for _, o := range s.singles {
 			if f.wants(o) {
 				out = append(out, o)
 			}
 		}
-		for _, o := range s.counted {
+		for _, o := range s.counts {
 			if f.wants(o) {
 				out = append(out, o)
 			}

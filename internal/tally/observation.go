@@ -95,7 +95,7 @@ func isDecisionID(s string) bool {
 
 // OmitPath takes the path out of an observation, unless it is a gRPC method, which is a name in a program.
 func OmitPath(o *policyv1.Observation) {
-	if o.GetProtocol() != policyv1.CallProtocol_CALL_PROTOCOL_GRPC {
+	if o.GetPath() != "" && o.GetProtocol() != policyv1.CallProtocol_CALL_PROTOCOL_GRPC {
 		o.Path = ""
 	}
 }
@@ -110,7 +110,7 @@ func keyOf(j *policy.Judgement) key {
 	d := &j.Decision
 	k := key{
 		service: j.Service.String(), peer: j.Peer.String(), method: j.Call.Method, path: j.Call.Path, point: j.Point,
-		rule: d.Rule, reason: d.Reason.String(), revocation: d.Revocation, allowed: d.Allowed, protocol: policyv1.CallProtocol_CALL_PROTOCOL_TLS,
+		rule: d.Rule, reason: d.Reason.String(), revocation: d.Revocation, rollout: d.Rollout, formerly: d.FormerlyAllowed, allowed: d.Allowed, protocol: policyv1.CallProtocol_CALL_PROTOCOL_TLS,
 	}
 	if d.Shadow.Reason != policy.ReasonNone {
 		k.shadowAllowed, k.shadowReason, k.shadowRule = d.Shadow.Allowed, d.Shadow.Reason.String(), d.Shadow.Rule
@@ -178,4 +178,9 @@ func (k *key) single(j *policy.Judgement) *policyv1.Observation {
 	o.First, o.Last = j.Time.UnixNano(), j.Time.UnixNano()
 	o.Epoch, o.Revision = text(j.Decision.Epoch), j.Decision.Revision
 	return o
+}
+
+// ShadowDiffers reports whether enforcing what only reports would change the answer.
+func ShadowDiffers(o *policyv1.Observation) bool {
+	return o.GetShadowReason() != "" && o.GetShadowAllowed() != o.GetAllowed()
 }
