@@ -131,7 +131,7 @@ or with --server its TCP port, as the identity that the Workload API gives the c
 			root.AddCommand(c)
 		}
 	}
-	add(groupRun, a.demoCommand(), a.devCommand(), a.caCommand(), a.configCommand())
+	add(groupRun, a.demoCommand(), a.devCommand(), a.caCommand(), a.proxyCommand(), a.configCommand())
 	add(groupState,
 		a.applyCommand(), a.diffCommand(), a.getCommand(), a.deleteCommand(),
 		a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.authorityCommand())

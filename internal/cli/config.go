@@ -15,6 +15,7 @@ import (
 	"github.com/signet-id/signet/internal/cli/daemon"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/policy/proxy"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -27,7 +28,7 @@ func (a *app) configCheckCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check FILE...",
 		Short: "Check configuration files and documents without starting anything",
-		Long: `Check the configuration of a CA or of an agent, or documents for 'signet apply'; which of them a file is shows from its keys. Mistakes
+		Long: `Check the configuration of a CA, an agent or a proxy, or documents for 'signet apply'; which of them a file is shows from its keys. Mistakes
 are reported with file, line and column. Files that the configuration names are not opened.`,
 		Example: `  signet config check /etc/signet/ca.yaml
   signet config check policies/*.yaml --trust-domain example.org`,
@@ -80,13 +81,26 @@ func (a *app) checkConfig(file string, td spiffeid.TrustDomain) (string, error) 
 		return "", fmt.Errorf("%s: a configuration has at most %d bytes", inputName(file), daemon.MaxConfigBytes)
 	}
 	what, check := "configuration of a CA", func() error { _, err := ca.ReadConfig(data, inputName(file)); return err }
-	if looksLikeAgent(docs[0]) {
+	switch {
+	case hasKey(docs[0], "inbound"), hasKey(docs[0], "outbound"):
+		what, check = "configuration of a proxy", func() error { _, err := proxy.ReadConfig(data, inputName(file)); return err }
+	case looksLikeAgent(docs[0]):
 		what, check = "configuration of an agent", func() error { _, err := agent.ReadConfig(data, inputName(file)); return err }
 	}
 	if err := check(); err != nil {
 		return "", fmt.Errorf("%s, read as the %s: %w", inputName(file), what, err)
 	}
 	return what + ", correct", nil
+}
+
+// hasKey says whether a document has a key at its top.
+func hasKey(doc strictyaml.Document, key string) bool {
+	for i := 0; i+1 < len(doc.Node.Content); i += 2 {
+		if doc.Node.Content[i].Value == key {
+			return true
+		}
+	}
+	return false
 }
 
 // looksLikeAgent tells by the keys that only one of the two configurations has.

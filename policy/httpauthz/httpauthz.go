@@ -6,6 +6,7 @@
 package httpauthz
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -45,10 +46,17 @@ type Config struct {
 	OnDecision func(policy.Judgement)
 	// Now is the clock for the validity of SVIDs. Nil means time.Now.
 	Now func() time.Time
+	// Point is what judgements call this enforcement point. Empty means http.
+	Point string
+	// Refuse answers a refused request. Nil means as Middleware says.
+	Refuse func(http.ResponseWriter, *http.Request, policy.Judgement)
 }
 
 // An Authorizer decides the requests to one service. It is safe for concurrent use.
-type Authorizer struct{ point *enforce.Point }
+type Authorizer struct {
+	point  *enforce.Point
+	refuse func(http.ResponseWriter, *http.Request, policy.Judgement)
+}
 
 // New returns an Authorizer. The error names the field that is wrong.
 func New(c Config) (*Authorizer, error) {
@@ -56,11 +64,14 @@ func New(c Config) (*Authorizer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("httpauthz: %w", err)
 	}
-	return &Authorizer{point}, nil
+	if c.Refuse == nil {
+		c.Refuse = refuse
+	}
+	return &Authorizer{point, c.Refuse}, nil
 }
 
 func (c Config) common() enforce.Config {
-	return enforce.Config{Policies: c.Policies, Service: c.Service, JWTBundles: c.JWTBundles, Log: c.Log, OnDecision: c.OnDecision, Now: c.Now, Point: "http"}
+	return enforce.Config{Policies: c.Policies, Service: c.Service, JWTBundles: c.JWTBundles, Log: c.Log, OnDecision: c.OnDecision, Now: c.Now, Point: cmp.Or(c.Point, "http")}
 }
 
 // TLSConfig returns a TLS configuration for the server: it identifies itself by svid, verifies its peers against bundles
@@ -95,7 +106,7 @@ func (a *Authorizer) Middleware(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		judgement, err := a.judge(r)
 		if err != nil {
-			refuse(w, judgement)
+			a.refuse(w, r, judgement)
 			return
 		}
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), judgementKey{}, judgement)))
@@ -126,7 +137,7 @@ func (a *Authorizer) judge(r *http.Request) (policy.Judgement, error) {
 	return a.point.Judge(r.Context(), request, r.Header["Authorization"])
 }
 
-func refuse(w http.ResponseWriter, j policy.Judgement) {
+func refuse(w http.ResponseWriter, _ *http.Request, j policy.Judgement) {
 	body, err := json.Marshal(struct {
 		DecisionID string `json:"decision_id"`
 		Reason     string `json:"reason"`

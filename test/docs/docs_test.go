@@ -21,18 +21,20 @@ import (
 	"github.com/signet-id/signet/agent"
 	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/internal/cli"
+	"github.com/signet-id/signet/policy/proxy"
 )
 
 var update = flag.Bool("update", false, "write docs/reference/*-config.md anew")
 
 const root = "../.."
 
-// TestReference compares docs/reference/ca-config.md and agent-config.md with the fields of the structs and their
+// TestReference compares docs/reference/ca-config.md, agent-config.md and proxy-config.md with the fields of the structs and their
 // comments.
 func TestReference(t *testing.T) {
 	for _, tt := range []struct{ program, file, folder string }{
 		{"CA", "ca-config.md", "ca"},
 		{"agent", "agent-config.md", "agent"},
+		{"proxy", "proxy-config.md", "policy/proxy"},
 	} {
 		structs := readStructs(t, filepath.Join(root, tt.folder))
 		var b strings.Builder
@@ -62,7 +64,7 @@ not start. `+"`signet config check FILE`"+` checks a file without starting anyth
 		}
 	}
 	// What the document is made from is what is decoded.
-	for _, c := range []any{ca.Config{}, agent.Config{}} {
+	for _, c := range []any{ca.Config{}, agent.Config{}, proxy.Config{}} {
 		for i := range reflect.TypeOf(c).NumField() {
 			if f := reflect.TypeOf(c).Field(i); f.Tag.Get("yaml") == "" {
 				t.Errorf("%T: field %s has no yaml tag", c, f.Name)
@@ -195,7 +197,7 @@ func writeStruct(b *strings.Builder, structs map[string][]field, name, prefix st
 // TestExamples reads every example as the programs do.
 func TestExamples(t *testing.T) {
 	for _, args := range [][]string{
-		{"config", "check", "config/ca.yaml", "config/agent.yaml"},
+		{"config", "check", "config/ca.yaml", "config/agent.yaml", "config/proxy.yaml"},
 		{"config", "check", "--trust-domain", "example.org", "policies/identities.yaml", "policies/callpolicies.yaml"},
 		{"policy", "check", "-f", "policies/callpolicies.yaml", "--trust-domain", "example.org"},
 		{"policy", "test", "policies/callpolicies_test.yaml"},
@@ -259,8 +261,8 @@ func TestEventsAndMetricsAreDocumented(t *testing.T) {
 	}{
 		{"event", "reference/audit.md", regexp.MustCompile(`"((?:agent|authority|bundle|call|downstreamca|upstreamca|entry|federation|jwtsvid|logger|resource|token|witsvid|x509svid)\.[a-z]+)"`),
 			regexp.MustCompile("`([a-z0-9]+\\.[a-z]+)`"), []string{"ca", "ca/adminapi", "ca/federation", "ca/nodeapi", "ca/rotation"}},
-		{"metric", "operate.md", regexp.MustCompile(`"(signet_(?:ca|agent)_[a-z0-9_]+)"`),
-			regexp.MustCompile("`(signet_[a-z0-9_]+)`"), []string{"ca", "agent"}},
+		{"metric", "operate.md", regexp.MustCompile(`"(signet_(?:ca|agent|proxy)_[a-z0-9_]+)"`),
+			regexp.MustCompile("`(signet_[a-z0-9_]+)`"), []string{"ca", "agent", "policy/proxy"}},
 	} {
 		text, err := os.ReadFile(filepath.Join(root, "docs", filepath.FromSlash(tt.document)))
 		if err != nil {
