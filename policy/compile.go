@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
@@ -24,7 +25,9 @@ type Policies struct {
 	patterns *trie[group]      // by patterns with wildcards; nil if there are none
 
 	revocations *Revocations
-	former      []former // by roll-out
+	former      []former               // by roll-out
+	issuers     map[string]*userIssuer // by iss
+	hints       map[spiffeid.ID]string // in place of those of the set, for trying out; see WithPeerHint
 }
 
 // Compile prepares a set for decisions. It copies set.
@@ -47,7 +50,8 @@ func Compile(set *policyv1.PolicySet) (*Policies, error) {
 	}
 	set = proto.CloneOf(set)
 	p := &Policies{set: set, td: td.Name(), defaults: set.GetDefaults(), exact: make(map[string]*group)}
-	order := 0
+	p.issuers = userIssuers(set.GetUserIssuers())
+	order, compiled := 0, make(conditions)
 	for _, pol := range set.GetPolicies() {
 		groups, err := p.groups(pol)
 		if err != nil {
@@ -61,9 +65,11 @@ func Compile(set *policyv1.PolicySet) (*Policies, error) {
 				g.unknown = &rule{order: order, policy: pol, index: -1}
 			}
 		}
+		hints := peerHints(pol)
 		for i := range pol.GetRules() {
 			order++
-			r := newRule(pol, i, order)
+			r := newRule(pol, i, order, compiled)
+			r.hints = hints
 			for _, g := range groups {
 				g.add(r)
 			}
@@ -139,15 +145,31 @@ type rule struct {
 	deny   bool
 	shadow int    // 1 if it only reports, else 0: an index
 	broken string // why it cannot be judged; empty for most
+
+	condition *condition        // nil: none
+	hints     map[string]string // those of the callers, by SPIFFE ID, that its policy knows
 }
 
-func newRule(pol *policyv1.Policy, index, order int) *rule {
+func newRule(pol *policyv1.Policy, index, order int, compiled conditions) *rule {
 	spec := pol.GetRules()[index]
 	r := &rule{order: order, policy: pol, index: index, spec: spec, deny: spec.GetEffect() != policyv1.Effect_EFFECT_ALLOW}
 	if spec.GetShadow() || pol.GetMode() == policyv1.Mode_MODE_SHADOW {
 		r.shadow = 1
 	}
-	r.broken = defect(spec)
+	if r.broken = defect(spec); r.broken != "" {
+		return r
+	}
+	if spec.GetWhen() != "" {
+		var errs []*conditionError
+		if r.condition, errs = compiled.of(spec.GetWhen(), r.deny); len(errs) > 0 {
+			r.broken = errs[0].Error()
+			return r
+		}
+	} else if slices.Contains(spec.GetRequires(), featureWhen) {
+		r.broken = "it requires a condition and has none"
+		return r
+	}
+	r.broken = r.condition.defect(spec)
 	return r
 }
 
@@ -206,7 +228,7 @@ type group struct {
 	unknown            *rule                     // a policy whose mode is not known
 	broken             [2]*rule                  // denies that match every caller: [0] enforced, [1] shadow
 	allow, deny        map[string]*trie[callers] // by trust domain
-	jwt                bool                      // some rule asks for a token
+	jwt, user          bool                      // some rule asks for a token, or for that of a user
 	shared             map[string]*callers       // see maxCopies; by effect and callers
 }
 
@@ -218,14 +240,15 @@ const maxCopies = 4
 // callers is what holds for the callers of one pattern. Index 0 is what is enforced, 1 what only reports.
 type callers struct {
 	rules   [2][]*rule       // all of them
-	open    [2][]*rule       // any protocol
+	open    [2][]*rule       // any protocol, whatever the call is
+	asking  [2][]*rule       // any protocol, if a condition holds
 	items   [2][]item        // HTTP on any path
 	paths   [2]*trie[[]item] // HTTP or gRPC on some paths
 	methods [2]*rule         // the first one that lists methods
-	// audiences are those that some rule asks for, each once.
-	audiences []string
-	asked     map[string]bool
-	shared    []*callers // what holds for these callers and others
+	// audiences and issuers of users are those that some rule asks for, each once.
+	audiences, issuers []string
+	asked              map[string]bool
+	shared             []*callers // what holds for these callers and others
 }
 
 // An item is one way in which a rule matches an HTTP request whose path fits.
@@ -238,6 +261,7 @@ type item struct {
 func (g *group) add(r *rule) {
 	g.shadowed = g.shadowed || r.shadow == 1
 	g.jwt = g.jwt || r.spec.GetJwt() != nil
+	g.user = g.user || r.condition != nil && r.condition.user
 	if r.broken != "" {
 		if r.deny && g.broken[r.shadow] == nil {
 			g.broken[r.shadow] = r
@@ -285,6 +309,9 @@ func (g *group) add(r *rule) {
 // length is how much there is to keep of the rule with each of its callers.
 func (r *rule) length() int {
 	n := 1 + len(r.spec.GetGrpc()) + len(r.spec.GetJwt().GetAudience())
+	if r.condition != nil {
+		n += len(r.condition.issuers)
+	}
 	for _, m := range r.spec.GetHttp() {
 		n += max(1, len(m.GetPaths()))
 	}
@@ -297,16 +324,18 @@ func (c *callers) add(r *rule) {
 		return // from names the pattern twice
 	}
 	c.rules[s] = append(c.rules[s], r)
-	for _, a := range r.spec.GetJwt().GetAudience() {
-		if c.asked == nil {
-			c.asked = make(map[string]bool)
-		}
-		if !c.asked[a] {
-			c.asked[a] = true
-			c.audiences = append(c.audiences, a)
+	c.audiences = c.ask(c.audiences, "audience ", r.spec.GetJwt().GetAudience())
+	if r.condition != nil {
+		c.issuers = c.ask(c.issuers, "issuer ", r.condition.issuers)
+		if r.deny && r.condition.method {
+			c.listsMethods(r)
 		}
 	}
-	if len(r.spec.GetHttp()) == 0 && len(r.spec.GetGrpc()) == 0 {
+	switch open := len(r.spec.GetHttp()) == 0 && len(r.spec.GetGrpc()) == 0; {
+	case open && r.condition != nil:
+		c.asking[s] = append(c.asking[s], r)
+		return
+	case open:
 		c.open[s] = append(c.open[s], r)
 		return
 	}
@@ -331,6 +360,20 @@ func (c *callers) add(r *rule) {
 		c.listsMethods(r) // gRPC is POST
 		c.addPath(pattern, item{rule: r, grpc: true})
 	}
+}
+
+// ask adds what is new among names to list.
+func (c *callers) ask(list []string, kind string, names []string) []string {
+	for _, name := range names {
+		if key := kind + name; !c.asked[key] {
+			if c.asked == nil {
+				c.asked = make(map[string]bool)
+			}
+			c.asked[key] = true
+			list = append(list, name)
+		}
+	}
+	return list
 }
 
 func (c *callers) listsMethods(r *rule) {

@@ -48,6 +48,10 @@ const (
 	ReasonRevoked
 	// ReasonTooManyLinks: there are so many connections that no further one can be watched. Enforcement points give it.
 	ReasonTooManyLinks
+	// ReasonCondition: an allow would cover the call if its condition held.
+	ReasonCondition
+	// ReasonTooManyConditions: so many rules with a condition fit the call that not all were looked at.
+	ReasonTooManyConditions
 )
 
 func (r Reason) String() string {
@@ -88,6 +92,10 @@ func (r Reason) String() string {
 		return "revoked"
 	case ReasonTooManyLinks:
 		return "too_many_links"
+	case ReasonCondition:
+		return "condition"
+	case ReasonTooManyConditions:
+		return "too_many_conditions"
 	}
 	return "unknown"
 }

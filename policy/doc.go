@@ -20,16 +20,19 @@ const (
 	featureGRPC          = "grpc"
 	featureJWT           = "jwt"
 	featureJWTSubjectAny = "jwt.subject.any"
+	featureWhen          = "when"
+	featureWhenHint      = "when.hint"
+	featureWhenUser      = "when.user"
 )
 
 // Features returns what this reader understands in the requires field of a rule.
 func Features() []string {
-	return []string{featureHTTP, featureGRPC, featureJWT, featureJWTSubjectAny}
+	return []string{featureHTTP, featureGRPC, featureJWT, featureJWTSubjectAny, featureWhen, featureWhenHint, featureWhenUser}
 }
 
 func knownFeature(name string) bool {
 	switch name {
-	case featureHTTP, featureGRPC, featureJWT, featureJWTSubjectAny:
+	case featureHTTP, featureGRPC, featureJWT, featureJWTSubjectAny, featureWhen, featureWhenHint, featureWhenUser:
 		return true
 	}
 	return false

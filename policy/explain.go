@@ -51,18 +51,22 @@ func (p *Policies) Explain(r *Request) Explanation {
 	if s.http && !s.asterisk && s.fault != pathSound {
 		e.PathFault = s.fault.String()
 	}
-	named := false
+	s.hints = p.hints
+	named, compiled := false, make(conditions)
 	for _, pol := range p.set.GetPolicies() {
 		if !slices.ContainsFunc(pol.GetServices(), func(pattern string) bool { return ServiceMatches(pattern, r.Service) }) {
 			continue
 		}
+		hints := peerHints(pol)
 		named = named || pol.GetMode() != policyv1.Mode_MODE_SHADOW
 		if m := pol.GetMode(); m != policyv1.Mode_MODE_SHADOW && m != policyv1.Mode_MODE_ENFORCE {
 			why := fmt.Sprintf("its mode %d is not known to this program, so it denies every call", m)
 			e.Considered = append(e.Considered, Considered{Rule: outcomeOf(false, 0, &rule{policy: pol, index: -1}).Rule, Effect: "deny", Matches: true, Why: why})
 		}
 		for i := range pol.GetRules() {
-			e.Considered = append(e.Considered, s.consider(newRule(pol, i, 0)))
+			r := newRule(pol, i, 0, compiled)
+			r.hints = hints
+			e.Considered = append(e.Considered, s.consider(r))
 		}
 	}
 	if !named {
@@ -119,8 +123,12 @@ func (s *scan) consider(r *rule) Considered {
 	}
 	c.near, c.Why = s.considerCall(r)
 	c.Matches = c.Why == ""
-	if c.Matches && r.deny && !s.http && len(r.spec.GetHttp())+len(r.spec.GetGrpc()) > 0 {
+	switch {
+	case !c.Matches || !r.deny:
+	case !s.http && (len(r.spec.GetHttp())+len(r.spec.GetGrpc()) > 0 || r.condition != nil):
 		c.Why = "of a connection only the caller is known, and this deny is for some of its requests"
+	case r.condition != nil && s.fault == pathSound:
+		c.Why = s.conditionTrouble(r)
 	}
 	return c
 }
@@ -130,7 +138,9 @@ func (s *scan) considerCall(r *rule) (near int, why string) {
 	conditional := len(r.spec.GetHttp())+len(r.spec.GetGrpc()) > 0
 	switch {
 	case !s.http && r.deny:
-		return 5, ""
+		return 6, ""
+	case !s.http && r.condition != nil:
+		return 1, "its condition is about requests, and of a connection only the caller is known"
 	case !s.http && conditional:
 		return 1, "it is for requests, and of a connection only the caller is known"
 	}
@@ -149,8 +159,12 @@ func (s *scan) considerCall(r *rule) (near int, why string) {
 			near, why = s.considerGRPC(r)
 		}
 	}
-	if why == "" && !r.deny && !s.tokenFits(r.spec.GetJwt()) {
+	switch {
+	case why != "":
+	case !r.deny && !s.tokenFits(r.spec.GetJwt()):
 		return 4, s.tokenMisfit(r.spec.GetJwt())
+	case !s.holds(r):
+		return 5, s.conditionMisfit(r)
 	}
 	return near, why
 }
@@ -323,6 +337,10 @@ func (e Explanation) because(o Outcome) string {
 		return "no enforced policy names the service"
 	case ReasonToken:
 		return at + " would allow it with a fitting JWT-SVID"
+	case ReasonCondition:
+		return at + " would allow it if its condition held"
+	case ReasonTooManyConditions:
+		return "too many rules with a condition fit the call; write fewer of them, or say more in from, http and grpc"
 	case ReasonPath:
 		return "the path is refused whatever the rules say: " + e.PathFault
 	case ReasonMethodOverride:

@@ -40,9 +40,9 @@ type ruleDoc struct {
 	From   texts                                             `yaml:"from" required:"true" desc:"SPIFFE IDs or patterns of callers, full or relative to the trust domain."`
 	HTTP   strictyaml.Located[[]strictyaml.Located[httpDoc]] `yaml:"http" desc:"HTTP requests that the rule covers. Excludes grpc; without both, the rule covers any protocol."`
 	GRPC   texts                                             `yaml:"grpc" desc:"gRPC methods that the rule covers: pkg.Service/Method or pkg.Service/*. Excludes http."`
-	JWT    strictyaml.Located[jwtDoc]                        `yaml:"jwt" desc:"A JWT-SVID that the caller must present as well. In allow only."`
+	JWT    strictyaml.Located[jwtDoc]                        `yaml:"jwt" desc:"A JWT-SVID that the caller must present as well. In a deny only beside a when that reads jwt, for which it says which token that is."`
 	Shadow bool                                              `yaml:"shadow" desc:"Report what the rule would do; it grants nothing and takes nothing."`
-	When   text                                              `yaml:"when" schema:"-" desc:"Reserved for conditions; refused by this version."`
+	When   text                                              `yaml:"when" desc:"A condition in CEL that must hold as well, over peer, request, jwt and user. An error in it is false in an allow and true in a deny."`
 }
 
 type httpDoc struct {
@@ -65,7 +65,7 @@ type defaultsDoc struct {
 // strictyaml.Errors: all mistakes of the document with line and column.
 func ParsePolicy(doc strictyaml.Document, td spiffeid.TrustDomain) (*policyv1.Policy, error) {
 	var d callPolicyDoc
-	p := &parser{file: doc.File, td: td}
+	p := &parser{file: doc.File, td: td, source: doc}
 	p.decode(doc, &d)
 	p.kind(d.Kind, KindCallPolicy)
 	out := &policyv1.Policy{Name: p.name(d.Name), Mode: policyv1.Mode_MODE_ENFORCE, File: doc.File, Line: uint32(max(doc.Line, 1))}
@@ -123,6 +123,8 @@ type parser struct {
 	td   spiffeid.TrustDomain
 	line int // of the document, for what is missing from it
 	errs strictyaml.Errors
+	// source is the document as it was written.
+	source strictyaml.Document
 	// decoding is how many of errs say that a value could not be read; its meaning is not judged any more.
 	decoding int
 }
@@ -256,10 +258,32 @@ func (p *parser) rule(doc strictyaml.Located[ruleDoc], effect policyv1.Effect) *
 	if d.JWT.Line != 0 {
 		p.jwt(d.JWT, r)
 	}
-	if d.When.Line != 0 {
-		p.fail(d.When, "when needs the capability %q, which this version does not have; remove it, or use from, http, grpc and jwt", "conditions")
-	}
+	p.when(d, r)
 	return r
+}
+
+// when compiles the condition of a rule, and says what is wrong with it where it stands in the file.
+func (p *parser) when(d ruleDoc, r *policyv1.Rule) {
+	var c *condition
+	if d.When.Line != 0 {
+		r.When, r.WhenLine, r.WhenColumn = d.When.Value, uint32(d.When.Line), uint32(d.When.Column)
+		var errs []*conditionError
+		c, errs = compileCondition(r.When, r.Effect == policyv1.Effect_EFFECT_DENY)
+		for _, e := range errs {
+			line, column := p.within(d.When, e.line, e.column)
+			p.at(line, column, "when: %s", e.text)
+		}
+		if len(errs) > 0 {
+			return
+		}
+		r.Requires = append(r.Requires, c.requires()...)
+	}
+	if r.Effect == policyv1.Effect_EFFECT_DENY && r.Jwt != nil && (c == nil || !c.jwt) {
+		p.at(d.JWT.Line, d.JWT.Column, "jwt in a deny: a caller would escape it by leaving its token out; remove jwt to refuse the caller")
+	}
+	if defect := c.defect(r); defect != "" {
+		p.fail(d.When, "%s", defect)
+	}
 }
 
 // filled returns the items of a list that may be absent, but not empty.
@@ -309,9 +333,6 @@ func checkMethod(s string) error {
 func (p *parser) jwt(doc strictyaml.Located[jwtDoc], r *policyv1.Rule) {
 	r.Requires = append(r.Requires, featureJWT)
 	r.Jwt = &policyv1.JWTMatch{Subject: policyv1.SubjectBinding_SUBJECT_BINDING_PEER}
-	if r.Effect == policyv1.Effect_EFFECT_DENY {
-		p.at(doc.Line, doc.Column, "jwt in a deny: a caller would escape it by leaving its token out; remove jwt to refuse the caller")
-	}
 	switch subject := doc.Value.Subject; {
 	case subject.Line == 0, subject.Value == "peer":
 	case subject.Value == "any":

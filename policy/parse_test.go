@@ -72,7 +72,7 @@ func TestParsePolicyRefuses(t *testing.T) {
 		{"http and grpc", head + "{from: [/a], http: [{methods: [GET]}], grpc: [a.B/C]}", "http and grpc exclude each other"},
 		{"a misspelt field", head + "{form: [/a]}", `5:6: unknown field "form"`},
 		{"a duplicate key", head + "{from: [/a], from: [/b]}", `5:18: duplicate key "from"`},
-		{"when", head + "from: [/a]\n    when: 'true'", `6:11: when needs the capability "conditions", which this version does not have`},
+		{"an unknown name in when", head + "from: [/a]\n    when: 'true && tru'", `6:20: when: undeclared reference to 'tru'`},
 		{"jwt without audience", head + "{from: [/a], jwt: {subject: any}}", "jwt needs audience"},
 		{"an empty audience", head + "{from: [/a], jwt: {audience: []}}", "audience is empty"},
 		{"an audience without text", head + "{from: [/a], jwt: {audience: ['']}}", "audience is empty"},
@@ -153,7 +153,7 @@ func TestParsePolicyReportsANullOnceAndWhereItIs(t *testing.T) {
 
 func TestParsePolicyReportsAllMistakes(t *testing.T) {
 	_, err := parse("kind: CallPolicy\nservice: /a*\nmode: off\nallow:\n  - from: /x\n    when: a\n  - http: [{methods: [get]}]\n")
-	want := []string{"p.yaml:1:1: name is missing", "p.yaml:2:10: ", "p.yaml:3:7: mode is", "p.yaml:5:11: from is the string", "p.yaml:6:11: when needs", "p.yaml:7:5: from is missing", "p.yaml:7:23: method"}
+	want := []string{"p.yaml:1:1: name is missing", "p.yaml:2:10: ", "p.yaml:3:7: mode is", "p.yaml:5:11: from is the string", "p.yaml:6:11: when: undeclared reference", "p.yaml:7:5: from is missing", "p.yaml:7:23: method"}
 	lines := strings.Split(fmt.Sprint(err), "\n")
 	if len(lines) != len(want) {
 		t.Fatalf("got %d mistakes, want %d:\n%v", len(lines), len(want), err)
@@ -289,7 +289,7 @@ func FuzzParsePolicy(f *testing.F) {
 				t.Fatalf("a parsed policy does not compile: %v\n%s", err, doc)
 			}
 			for i := range pol.Rules {
-				if r := newRule(p.set.Policies[0], i, 0); r.broken != "" {
+				if r := newRule(p.set.Policies[0], i, 0, make(conditions)); r.broken != "" {
 					t.Fatalf("a parsed rule cannot be judged: %s\n%s", r.broken, doc)
 				}
 			}

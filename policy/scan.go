@@ -4,6 +4,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 )
 
@@ -15,7 +17,7 @@ const maxSteps = 1 << 16
 type scan struct {
 	r         *Request
 	might     bool // ask for what could be allowed; nothing but the IDs is known
-	tokens    bool // ask for the audiences of allows only
+	tokens    bool // ask for the audiences and issuers of tokens only
 	http      bool
 	path      string // without the query
 	judged    string // path as denies read it: without a trailing slash
@@ -28,11 +30,15 @@ type scan struct {
 	allow     [2]*rule
 	override  [2]*rule // a deny that lists methods, of a request that overrides its own
 	tokenless [2]*rule // an allow that matches but for its token
+	unmet     [2]*rule // an allow that matches but for its condition
 	unknown   *rule    // a policy whose mode is not known
 	named     bool     // some policy is enforced
 	shadowed  bool     // some policy or rule only reports
 	steps     int      // nodes of tries that were looked at; more than maxSteps: not all of them
-	audiences []string // of the allows for the peer, if tokens is set; unsorted
+	// What the rules for the peer ask for, if tokens is set; unsorted.
+	audiences, issuers []string
+	conditions         bool // what took too many steps were conditions
+	hints              map[spiffeid.ID]string
 }
 
 func newScan(r *Request) scan {
@@ -74,10 +80,16 @@ func (s *scan) group(g *group) {
 		return
 	}
 	td, path := s.r.Peer.TrustDomain().Name(), s.r.Peer.Path()
-	if t := g.allow[td]; t != nil && (g.jwt || !s.tokens) {
+	if s.tokens && !g.jwt && !g.user {
+		return
+	}
+	if t := g.allow[td]; t != nil {
 		s.allowers(t, path, true)
 	}
 	if s.tokens {
+		if t := g.deny[td]; t != nil {
+			s.deniers(t, path)
+		}
 		return
 	}
 	s.named, s.shadowed = s.named || g.enforced, s.shadowed || g.shadowed
@@ -145,6 +157,10 @@ func (s *scan) denyBy(c *callers) {
 	for _, shared := range c.shared {
 		s.denyBy(shared)
 	}
+	if s.tokens {
+		s.asks(c)
+		return
+	}
 	for i := range c.rules {
 		if !s.http && !s.might {
 			s.denied(i, firstOf(c.rules[i]))
@@ -154,11 +170,17 @@ func (s *scan) denyBy(c *callers) {
 		if s.might {
 			continue
 		}
+		for _, r := range c.asking[i] {
+			if s.holds(r) {
+				s.denied(i, r)
+				break
+			}
+		}
 		if s.r.HasMethodOverride {
 			s.override[i] = earlier(s.override[i], c.methods[i])
 		}
 		for j := range c.items[i] {
-			if it := &c.items[i][j]; s.denies(it) {
+			if it := &c.items[i][j]; s.denies(it) && s.holds(it.rule) {
 				s.denied(i, it.rule)
 				break
 			}
@@ -198,7 +220,7 @@ func (s *scan) denyItems(i int, items *[]item) {
 		return
 	}
 	for j := range *items {
-		if it := &(*items)[j]; s.denies(it) {
+		if it := &(*items)[j]; s.denies(it) && s.holds(it.rule) {
 			s.denied(i, it.rule)
 			return // the rest are later rules
 		}
@@ -223,7 +245,7 @@ func (s *scan) allowBy(c *callers) {
 		s.allowBy(shared)
 	}
 	if s.tokens {
-		s.audiences = append(s.audiences, c.audiences...)
+		s.asks(c)
 		return
 	}
 	for i := range c.rules {
@@ -232,6 +254,7 @@ func (s *scan) allowBy(c *callers) {
 			continue
 		}
 		s.allowRules(i, c.open[i])
+		s.allowRules(i, c.asking[i])
 		if !s.http {
 			continue
 		}
@@ -295,10 +318,19 @@ func (s *scan) allows(it *item) bool {
 	}
 }
 
-// allowed notes a matching allow, if the token that it asks for is there.
+func (s *scan) asks(c *callers) {
+	s.audiences = append(s.audiences, c.audiences...)
+	s.issuers = append(s.issuers, c.issuers...)
+}
+
+// allowed notes a matching allow, if the token that it asks for is there and its condition holds.
 func (s *scan) allowed(i int, r *rule) bool {
 	if !s.tokenFits(r.spec.GetJwt()) {
 		s.tokenless[i] = earlier(s.tokenless[i], r)
+		return false
+	}
+	if !s.holds(r) {
+		s.unmet[i] = earlier(s.unmet[i], r)
 		return false
 	}
 	s.allow[i] = earlier(s.allow[i], r)
@@ -341,12 +373,14 @@ func earlier(a, b *rule) *rule {
 // outcome decides by the enforced rules (last is 0), or as if all were (last is 1). named says whether a policy names the
 // service.
 func (s *scan) outcome(last int, named bool) Outcome {
-	deny, allow, override, tokenless := s.deny[0], s.allow[0], s.override[0], s.tokenless[0]
+	deny, allow, override, tokenless, unmet := s.deny[0], s.allow[0], s.override[0], s.tokenless[0], s.unmet[0]
 	if last == 1 {
 		deny, allow = earlier(deny, s.deny[1]), earlier(allow, s.allow[1])
-		override, tokenless = earlier(override, s.override[1]), earlier(tokenless, s.tokenless[1])
+		override, tokenless, unmet = earlier(override, s.override[1]), earlier(tokenless, s.tokenless[1]), earlier(unmet, s.unmet[1])
 	}
 	switch {
+	case s.steps > maxSteps && s.conditions:
+		return Outcome{Reason: ReasonTooManyConditions}
 	case s.steps > maxSteps:
 		return Outcome{Reason: ReasonTooManyPatterns}
 	case s.unknown != nil:
@@ -363,6 +397,8 @@ func (s *scan) outcome(last int, named bool) Outcome {
 		return outcomeOf(false, ReasonMethodOverride, override)
 	case allow != nil:
 		return outcomeOf(true, ReasonAllowed, allow)
+	case unmet != nil:
+		return outcomeOf(false, ReasonCondition, unmet)
 	case tokenless != nil:
 		return outcomeOf(false, ReasonToken, tokenless)
 	default:

@@ -123,6 +123,8 @@ var only = []struct {
 	{"go.etcd.io/bbolt", []string{"ca/store/bolt"}},
 	// A parser of foreign BER stays where its input is bounded and fuzzed.
 	{"github.com/smallstep/pkcs7", []string{"ca/nodeattest/awsiid", "test/cloudtest"}},
+	// What a condition means is said in one place, which makes CEL stricter than it is.
+	{"cel.dev/cel-go/...", []string{"policy"}},
 	{"github.com/spf13/cobra", []string{"internal/cli", "internal/cli/..."}},
 }
 

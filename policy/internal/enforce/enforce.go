@@ -155,6 +155,10 @@ func (p *Point) Judge(ctx context.Context, r *policy.Request, authorization []st
 			attrs = append(attrs, slog.String("token", err.Error()))
 		}
 	}
+	var err error
+	if r.User, err = policies.User(r, p.config.Now()); err != nil {
+		attrs = append(attrs, slog.String("user_token", err.Error()))
+	}
 	return p.tell(ctx, r.Peer, policy.CallOf(r), policies.Decide(r), attrs...)
 }
 

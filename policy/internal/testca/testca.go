@@ -19,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/policy"
 )
@@ -74,20 +75,56 @@ func (ca *CA) JWT(t testing.TB) *jwtbundle.Bundle {
 // Token returns a JWT-SVID for the path and the audience, valid for five minutes.
 func (ca *CA) Token(t testing.TB, path, audience string) string {
 	t.Helper()
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: ca.key, KeyID: "k"}}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	token, err := jwt.Signed(signer).Claims(jwt.Claims{
+	return ca.signed(t, jwt.Claims{
 		Subject:  spiffeid.RequireFromPath(ca.TrustDomain, path).String(),
 		Audience: jwt.Audience{audience},
 		Expiry:   jwt.NewNumericDate(time.Now().Add(5 * time.Minute)),
 		IssuedAt: jwt.NewNumericDate(time.Now()),
-	}).Serialize()
+	}, nil)
+}
+
+// TokenWith is Token with further claims.
+func (ca *CA) TokenWith(t testing.TB, path, audience string, claims map[string]any) string {
+	t.Helper()
+	return ca.signed(t, jwt.Claims{
+		Subject:  spiffeid.RequireFromPath(ca.TrustDomain, path).String(),
+		Audience: jwt.Audience{audience},
+		Expiry:   jwt.NewNumericDate(time.Now().Add(5 * time.Minute)),
+	}, claims)
+}
+
+func (ca *CA) signed(t testing.TB, standard jwt.Claims, more map[string]any) string {
+	t.Helper()
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: ca.key, KeyID: "k"}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := jwt.Signed(signer).Claims(standard)
+	if more != nil {
+		b = b.Claims(more)
+	}
+	token, err := b.Serialize()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return token
+}
+
+// UserIssuer is the CA as an issuer of user tokens with this iss, for the audience docs, in the header x-user-token.
+func (ca *CA) UserIssuer(t testing.TB, issuer string) *policyv1.UserIssuer {
+	t.Helper()
+	der, err := x509.MarshalPKIXPublicKey(ca.key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &policyv1.UserIssuer{Name: "login", Issuer: issuer, Audience: []string{"docs"}, Header: "X-User-Token", Keys: []*policyv1.UserKey{{KeyId: "k", PublicKey: der}}}
+}
+
+// UserToken returns a token of a user who is in the groups, valid for five minutes.
+func (ca *CA) UserToken(t testing.TB, issuer string, groups ...string) string {
+	t.Helper()
+	return ca.signed(t, jwt.Claims{Issuer: issuer, Subject: "alice", Audience: jwt.Audience{"docs"}, Expiry: jwt.NewNumericDate(time.Now().Add(5 * time.Minute))},
+		map[string]any{"groups": groups})
 }
 
 // Policies compiles documents that must be sound, for the trust domain example.org.
