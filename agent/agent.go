@@ -25,6 +25,7 @@ import (
 	"github.com/signet-id/signet/agent/svidcache"
 	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/policy/extauthz"
 	"github.com/signet-id/signet/workloadapi"
 	"github.com/signet-id/signet/workloadapi/broker"
 	"github.com/signet-id/signet/workloadapi/delegated"
@@ -45,6 +46,7 @@ type Agent struct {
 	admin      *adminapi.Server   // nil: there is no admin socket
 	broker     *broker.Endpoint   // nil: there is none
 	delegated  *delegated.Service // nil: there are no delegates
+	extAuthz   *extauthz.Service  // nil: it is disabled
 	brokerAddr net.Addr           // nil: not over TCP
 	pods       broker.Pods        // nil: there is no k8s attestor
 
@@ -150,12 +152,20 @@ func (a *Agent) open() error {
 		return err
 	}
 	a.openObservations()
+	services := []func(grpc.ServiceRegistrar, *workloadapi.Server){envoys}
+	if err := a.openExtAuthz(); err != nil {
+		return err
+	}
+	if a.extAuthz != nil {
+		services = append(services, a.extAuthz.Register)
+	}
 	a.endpoint, err = workloadapi.New(workloadapi.Config{
 		Socket: c.Sockets[SocketWorkload], Executables: c.Executables,
 		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway, MaxOffline: c.MaxOffline,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
 		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID, MaxCallsPerSecond: c.MaxCallsPerSecond,
-		Observations: a.observationsOfWorkloads(), OnCall: a.ended, OnPush: a.metrics.push, Services: []func(grpc.ServiceRegistrar, *workloadapi.Server){envoys},
+		OwnRates:     map[string]int{extauthz.CheckMethod: c.ExtAuthz.MaxChecksPerSecond},
+		Observations: a.observationsOfWorkloads(), OnCall: a.ended, OnPush: a.metrics.push, Services: services,
 	})
 	if err != nil {
 		return fmt.Errorf("socket_path: %w", err)
@@ -240,6 +250,9 @@ func (a *Agent) serve(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		defer a.serving.Store(false)
+		if a.extAuthz != nil {
+			defer a.extAuthz.Close()
+		}
 		return a.endpoint.Run(ctx)
 	})
 	if a.admin != nil {
@@ -274,6 +287,9 @@ func (a *Agent) Close() error {
 		var errs []error
 		if a.endpoint != nil {
 			errs = append(errs, a.endpoint.Close())
+		}
+		if a.extAuthz != nil {
+			a.extAuthz.Close()
 		}
 		if a.admin != nil {
 			errs = append(errs, a.admin.Close())

@@ -85,6 +85,8 @@ type Config struct {
 	JWTLeeway time.Duration `yaml:"jwt_leeway"`
 	// SDS says how Envoys find their certificates and validation contexts on the socket.
 	SDS SDS `yaml:"sds"`
+	// ExtAuthz says how Envoys are answered that ask about each call.
+	ExtAuthz ExtAuthz `yaml:"ext_authz"`
 	// WorkloadAttestation says how processes are looked at.
 	WorkloadAttestation WorkloadAttestation `yaml:"workload_attestation"`
 
@@ -224,6 +226,7 @@ func (c *Config) Check() error {
 	c.NodeAttestation.check(c, bad)
 	c.WorkloadAttestation.check(bad)
 	c.SDS.check(bad)
+	c.ExtAuthz.check(bad)
 	c.checkLimits(bad)
 	c.Observations.check(bad)
 	c.Sandbox.check(bad)

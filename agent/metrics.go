@@ -14,6 +14,7 @@ import (
 
 	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/workloadattest"
+	"github.com/signet-id/signet/policy/extauthz"
 	"github.com/signet-id/signet/workloadapi"
 )
 
@@ -26,6 +27,8 @@ type metrics struct {
 	latency  *prometheus.HistogramVec
 	failures *prometheus.CounterVec
 	rejected prometheus.Counter
+
+	decisions *prometheus.CounterVec
 }
 
 func newMetrics(a *Agent) *metrics {
@@ -42,8 +45,10 @@ func newMetrics(a *Agent) *metrics {
 			Help: "Attestations of processes in which a method could not find out everything, by method."}, []string{"method"}),
 		rejected: prometheus.NewCounter(prometheus.CounterOpts{Name: "signet_agent_sds_rejected_total",
 			Help: "Responses of SDS that an Envoy has refused; the log says why."}),
+		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_agent_ext_authz_decisions_total",
+			Help: "Calls that Envoys asked about, by answer and reason."}, []string{"answer", "reason"}),
 	}
-	m.registry.MustRegister(m.calls, m.rejected, m.pushes, m.latency, m.failures, collectors.NewGoCollector(),
+	m.registry.MustRegister(m.calls, m.rejected, m.decisions, m.pushes, m.latency, m.failures, collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &cacheCollector{agent: a})
 	return m
 }
@@ -52,6 +57,7 @@ func newMetrics(a *Agent) *metrics {
 var unary = map[string]bool{
 	"/SpiffeWorkloadAPI/FetchJWTSVID":    true,
 	"/SpiffeWorkloadAPI/ValidateJWTSVID": true,
+	extauthz.CheckMethod:                 true,
 }
 
 func (m *metrics) call(c workloadapi.CallEnd) {

@@ -59,7 +59,7 @@ func (s *Server) enter(ctx context.Context, method string) (_ context.Context, c
 	if info.Err != nil && !strings.HasPrefix(method, exempt[0]) { // health says nothing about anybody
 		return ctx, cancel, leave, info.Err
 	}
-	if err := s.pace(info); err != nil {
+	if err := s.pace(info, method); err != nil {
 		return ctx, cancel, leave, err
 	}
 	if err := s.calls.Take(uidKey(info.UID)); err != nil {
@@ -164,13 +164,27 @@ func (s *Server) ended(ctx context.Context, method string, start time.Time, err 
 
 // pace counts the call for its process and for its user, of whom neither may begin too many. It comes before the process is
 // looked at, which is what costs.
-func (s *Server) pace(info peer.Info) error {
+func (s *Server) pace(info peer.Info, method string) error {
+	r := s.rates
+	if own := s.ownRates[method]; own != nil {
+		r = own
+	}
 	if info.Process != nil {
-		if err := s.rates.Take(processKey{info.Process.ID(), info.Process.PID}); err != nil {
+		if err := r.ofProcess.Take(processKey{info.Process.ID(), info.Process.PID}); err != nil {
 			return err
 		}
 	}
-	return s.uidRates.Take(uidKey(info.UID))
+	return r.ofUser.Take(uidKey(info.UID))
+}
+
+// rates bound the calls that one process begins, and those of one user.
+type rates struct {
+	ofProcess *CallRate[processKey]
+	ofUser    *CallRate[uidKey]
+}
+
+func newRates(perSecond int) *rates {
+	return &rates{NewCallRate[processKey](perSecond), NewCallRate[uidKey](callRateOfUser * perSecond)}
 }
 
 // A processKey is a process whose calls are counted.

@@ -137,6 +137,10 @@ type Config struct {
 	// Observations takes what enforcement points decided. Nil: their reports are answered with Unimplemented.
 	Observations Observations
 
+	// OwnRates are bounds for single methods, by their full names, for which MaxCallsPerSecond does not hold: such as one that is
+	// called for every request of a busy proxy. They are meant as MaxCallsPerSecond is; zero or negative means no bound.
+	OwnRates map[string]int
+
 	// OnCall, if not nil, is told when a call has ended. It must not block.
 	OnCall func(CallEnd)
 
@@ -172,8 +176,8 @@ type Server struct {
 	grpc     *grpc.Server
 	health   *health.Server
 	calls    *CallLimit[uidKey]
-	rates    *CallRate[processKey]
-	uidRates *CallRate[uidKey]
+	rates    *rates
+	ownRates map[string]*rates // by method
 	reports  reportRates
 	refusals *RefusalLog
 
@@ -207,13 +211,16 @@ func New(cfg Config) (*Server, error) {
 		gate:   peer.NewGate(attestingPerUID, attestingTotal),
 		health: health.NewServer(),
 		calls:  NewCallLimit[uidKey](cfg.MaxStreams, cfg.MaxStreamsPerUID),
-		rates:  NewCallRate[processKey](cfg.MaxCallsPerSecond), uidRates: NewCallRate[uidKey](callRateOfUser * cfg.MaxCallsPerSecond),
+		rates:  newRates(cfg.MaxCallsPerSecond), ownRates: map[string]*rates{},
 		reports:  newReportRates(),
 		refusals: NewRefusalLog(cfg.Log),
 	}
 	s.feed = &Feed{
 		Source: cfg.Source, IssueWait: cfg.IssueWait, SpreadUpdates: cfg.SpreadUpdates, BundlesWithoutIdentity: cfg.AllowBundlesWithoutIdentity,
 		Log: cfg.Log, OnPush: cfg.OnPush,
+	}
+	for method, perSecond := range cfg.OwnRates {
+		s.ownRates[method] = newRates(max(perSecond, 0))
 	}
 	s.leaving, s.leave = context.WithCancel(context.Background())
 	s.stopping, s.stop = context.WithCancelCause(context.Background())

@@ -46,6 +46,8 @@ var rules = []rule{
 
 	{"policy", []string{"spiffe", "api/signet/policy/v1", "internal/strictyaml"}},
 	{"policy/analyse", []string{"policy", "spiffe", "api/signet/policy/v1", "internal/strictyaml"}},
+	// An enforcement point that the agent serves on its socket. See docs/decisions/0029-ext-authz-on-the-agents-socket.md.
+	{"policy/extauthz", []string{"policy", "spiffe", "api/signet/policy/v1", "workloadapi", "workloadapi/peer"}},
 	{"policy/...", []string{"policy/...", "spiffe", "api/signet/policy/v1/...", "internal/tally"}},
 
 	{"workloadapi/peer", nil},
@@ -87,13 +89,18 @@ var neighbours = map[string][]string{
 	"ca/registry":   {"ca/store"},
 	"ca/federation": {"ca/registry", "ca/auditlog"}, // keeps bundles in the one, and says so in the other
 	"ca/authority":  {"ca/store", "ca/keys"},
+	"agent":         {onSocket}, // docs/decisions/0029-ext-authz-on-the-agents-socket.md
 }
 
 // composers may hold both sides of the wire in one program.
 var composers = []string{"cmd/...", "internal/cli", "internal/cli/...", "internal/dev", "internal/demo", "internal/demo/...", "test/..."}
 
-// below policy are the live policy and the enforcement points: libraries for services, never a part of CA or agent.
-const enforcement = "policy/"
+// below policy are the live policy and the enforcement points: libraries for services, never a part of CA or agent, but for
+// the one that the agent's socket serves.
+const (
+	enforcement = "policy/"
+	onSocket    = "policy/extauthz"
+)
 
 // analysis is the exception: what of policies the CA tells an operator who applies them, pure as package policy is.
 const analysis = "policy/analyse"
@@ -199,7 +206,7 @@ func checkSides(path string, needs []string, bad func(string, ...any)) {
 		switch {
 		case other != "" && matches(n, other+"/..."):
 			bad("needs %s; CA and agent meet on the wire only", n)
-		case other != "" && strings.HasPrefix(n, enforcement) && n != analysis:
+		case other != "" && strings.HasPrefix(n, enforcement) && n != analysis && !(side == "agent" && n == onSocket):
 			bad("needs %s; an enforcement point is a library for services", n)
 		case other == "" && (n == "ca" || n == "agent") && !matchesAny(path, composers):
 			bad("needs %s; only %s run CA or agent", n, strings.Join(composers, ", "))

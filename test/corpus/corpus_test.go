@@ -88,6 +88,7 @@ func (f *fleet) points(t *testing.T, services []spiffeid.ID, service *backend) [
 		return answer{allowed: d.Allowed, what: d.Reason.String()}
 	}}}
 	points = append(points, f.library(t, services, service)...)
+	points = append(points, f.envoy(t)...)
 	return points
 }
 

@@ -38,6 +38,9 @@ import (
 
 func TestMain(m *testing.M) {
 	if socket := os.Getenv(childEnv); socket != "" {
+		if os.Getenv(checkEnv) != "" {
+			os.Exit(checkingChild(socket))
+		}
 		os.Exit(child(socket))
 	}
 	goleak.VerifyTestMain(m)
