@@ -35,8 +35,12 @@ func (a *Agent) openExtAuthz() (err error) {
 	if c.ExtAuthz.Disabled {
 		return nil
 	}
+	var observer policy.Observer // not a nil pointer in it
+	if a.observations != nil {
+		observer = a.observations
+	}
 	a.extAuthz, err = extauthz.New(extauthz.Config{
-		Source: a.cache, MaxOffline: c.MaxOffline, AllowMissingCertificate: c.ExtAuthz.AllowMissingCertificate, JWTLeeway: c.JWTLeeway,
+		Source: a.cache, Observer: observer, MaxOffline: c.MaxOffline, AllowMissingCertificate: c.ExtAuthz.AllowMissingCertificate, JWTLeeway: c.JWTLeeway,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, OnDecision: a.metrics.decided, Log: a.log, Now: c.Now,
 	})
 	return err
