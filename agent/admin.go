@@ -28,7 +28,7 @@ func (a *Agent) openAdmin() error {
 	if err != nil {
 		return err
 	}
-	admin, err := adminapi.New(adminapi.Config{Socket: c.socket(), Status: a.describe, Explain: a.explain, Services: services, Executables: a.config.Executables, Log: a.log})
+	admin, err := adminapi.New(adminapi.Config{Socket: c.socket(), Status: a.describe, Explain: a.explain, Services: services, Executables: a.config.Executables, Decisions: a.decisions(), Log: a.log})
 	switch {
 	case err == nil:
 		a.admin = admin

@@ -3,12 +3,18 @@ package agent
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/signet-id/signet/agent/caclient"
 	"github.com/signet-id/signet/agent/observations"
+	agentv1 "github.com/signet-id/signet/api/signet/agent/v1"
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/internal/tally"
+	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/workloadapi"
 )
 
@@ -64,6 +70,56 @@ func (a *Agent) observationsOfWorkloads() workloadapi.Observations {
 		return nil
 	}
 	return a.observations
+}
+
+// decisions is the service on the admin socket; nil if there is nothing to tell.
+func (a *Agent) decisions() agentv1.DecisionsServer {
+	if a.observations == nil {
+		return nil
+	}
+	return &decisions{agent: a}
+}
+
+// decisions is signet.agent.v1.Decisions.
+type decisions struct {
+	agentv1.UnimplementedDecisionsServer
+	agent *Agent
+}
+
+// maxDecisions is how many decisions one answer holds.
+const maxDecisions = 1000
+
+// Find returns what is remembered.
+func (d *decisions) Find(_ context.Context, req *agentv1.FindDecisionsRequest) (*agentv1.FindDecisionsResponse, error) {
+	a := d.agent
+	out := &agentv1.FindDecisionsResponse{}
+	if id := req.GetDecisionId(); id != "" {
+		if req.GetService() != "" || req.GetPeer() != "" || req.GetSince() != nil {
+			return nil, status.Error(codes.InvalidArgument, "decision_id excludes service, peer and since")
+		}
+		o := a.observations.Decision(id)
+		if o == nil {
+			keep, most := a.observations.Keep()
+			return nil, status.Errorf(codes.NotFound, "decision %.64q is not known to this agent, which remembers the last %d of its node for %v, and none of before its start at %s",
+				id, most, keep, a.started.UTC().Format(time.RFC3339))
+		}
+		out.Decisions = append(out.Decisions, o)
+	} else {
+		f := tally.Filter{Service: req.GetService(), Peer: req.GetPeer(), Limit: min(max(int(req.GetLimit()), 1), maxDecisions)}
+		if t := req.GetSince(); t != nil {
+			f.Since = t.AsTime()
+		}
+		out.Decisions = a.observations.Decisions(f)
+	}
+	if n := len(out.Decisions); n > 0 {
+		if service, err := spiffe.ParseWorkloadID(out.Decisions[n-1].GetService()); err == nil {
+			out.Policies = a.cache.PolicySet(service)
+		}
+	}
+	if svid := a.node.identity(); svid != nil {
+		out.AgentId = svid.ID.String()
+	}
+	return out, nil
 }
 
 var (

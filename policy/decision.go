@@ -201,12 +201,21 @@ type Judgement struct {
 	Call Call
 }
 
-// A Call is what of a request may be written down: no query, no header, no claim.
+// A Call is what of a request may be written down: no query, no header, no claim but for what Token says.
 type Call struct {
 	Protocol Protocol
 	// GRPC says that the request is a gRPC call.
 	GRPC         bool
 	Method, Path string
+	// Token is why the JWT-SVID that a rule asks for did not count, if it did not. It may name the audience, the subject and
+	// the times of the token.
+	Token string
+}
+
+// WithToken returns a call with the reason why its JWT-SVID did not count.
+func (c Call) WithToken(err error) Call {
+	c.Token = clip(err.Error(), maxCallToken)
+	return c
 }
 
 // CallOf returns what of a request may be written down.
@@ -219,6 +228,7 @@ func CallOf(r *Request) Call {
 const (
 	maxCallMethod = 64
 	maxCallPath   = 256
+	maxCallToken  = 256
 )
 
 func clip(s string, most int) string {

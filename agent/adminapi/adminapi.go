@@ -52,6 +52,9 @@ type Config struct {
 	// Explain says why a process gets what it gets. caller is who asks; peers pins processes. Its errors are statuses.
 	Explain func(ctx context.Context, caller *peer.Process, peers *peer.Table, req *agentv1.ExplainRequest) (*agentv1.ExplainResponse, error)
 
+	// Decisions knows what was denied on this node. Nil: nothing is known of it.
+	Decisions agentv1.DecisionsServer
+
 	// Services are further services on the same socket. They judge each caller themselves: peer.FromContext gives the
 	// pinned process, who need not be an admin. Only who may open the socket gets as far; Socket.Open lets everybody. A
 	// call's context ends with the connection, with the calling process, and at shutdown, with ErrStopping as its cause;
@@ -113,6 +116,9 @@ func New(c Config) (*Server, error) {
 	}
 	for name := range s.grpc.GetServiceInfo() {
 		s.judge[name] = true
+	}
+	if c.Decisions != nil {
+		agentv1.RegisterDecisionsServer(s.grpc, c.Decisions)
 	}
 	agentv1.RegisterAgentServer(s.grpc, &service{config: &s.config, peers: peers, explaining: make(chan struct{}, maxExplaining)})
 	reflection.Register(s.grpc)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -51,6 +52,18 @@ type SVIDState struct {
 // Older says whether e stands before o where a caller has both: of two with the same hint, it gets the older one.
 func (e *EntryState) Older(o *EntryState) bool {
 	return cmp.Or(cmp.Compare(e.CreatedAt, o.CreatedAt), cmp.Compare(e.ID, o.ID)) < 0
+}
+
+// PolicySet is the call policies for an ID, as they are held; nil if the CA has told of none yet, or has none to tell of.
+func (c *Cache) PolicySet(id spiffeid.ID) *policyv1.PolicySet {
+	p := c.state.Load().policies
+	var found []*policyv1.Policy
+	for _, policy := range p.sorted { // not by ofID, which is bounded by who asks it
+		if slices.ContainsFunc(policy.GetServices(), func(pattern string) bool { return c.config.ServiceMatches(pattern, id) }) {
+			found = append(found, policy)
+		}
+	}
+	return p.set(c.config.TrustDomain, found, nil)
 }
 
 // Entries returns each entry that keep takes: those that are held and those that were lately (gone), of which the one that

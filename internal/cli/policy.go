@@ -22,7 +22,7 @@ func (a *app) policyCommand() *cobra.Command {
 	return a.noun("policy", "Call policies: check, test and explain them",
 		`A call policy says who may call a service. 'signet apply' puts policies into force and 'signet get policies' lists them; these
 commands check them before, and explain what they decide.`,
-		a.policyCheckCommand(), a.policyTestCommand(), a.policyExplainCommand())
+		a.policyCheckCommand(), a.policyTestCommand(), a.policyExplainCommand(), a.policyReportCommand())
 }
 
 // livePolicies asks the CA for the policies that are in force.

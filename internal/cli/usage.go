@@ -157,7 +157,7 @@ var valueNames = map[string]string{
 	"attestation-type": "TYPE", "audience": "NAME", "bundle": "FILE", "config": "FILE", "connect": "HOST:PORT", "content-type": "TYPE", "dir": "DIR", "dns": "NAME", "endpoint": "ADDRESS",
 	"event": "NAME", "expires-in": "DURATION", "federates-with": "TRUST-DOMAIN", "file": "PATH", "format": "FORMAT", "from": "ID", "grpc": "METHOD",
 	"header": "NAME:VALUE", "hint": "TEXT", "http": "REQUEST", "id": "ID", "jwt": "FILE", "jwt-ttl": "DURATION", "limit": "N", "lines": "N", "listen": "ADDRESS",
-	"log-format": "FORMAT", "log-level": "LEVEL", "match": "HOW", "mode": "MODE", "node-group": "NAME", "parent-id": "ID", "selector": "TYPE:VALUE",
+	"log-format": "FORMAT", "log-level": "LEVEL", "match": "HOW", "mode": "MODE", "node-group": "NAME", "parent-id": "ID", "peer": "ID", "service": "ID", "agent-socket": "PATH", "last": "N", "selector": "TYPE:VALUE",
 	"server": "HOST:PORT", "server-name": "NAME", "since": "WHEN", "socket": "PATH", "spiffe-id": "ID", "subject": "ID", "timeout": "DURATION", "to": "ID",
 	"trust-domain": "TRUST-DOMAIN", "ttl": "DURATION", "until": "WHEN", "write": "PATH", "x509-ttl": "DURATION",
 }

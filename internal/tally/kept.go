@@ -50,7 +50,7 @@ func weight(o *policyv1.Observation) int {
 	const usual = 512 // bytes
 	r, shadow := o.GetRule(), o.GetShadowRule()
 	return 1 + (len(o.GetPeer())+len(o.GetMethod())+len(o.GetPath())+len(o.GetReason())+len(o.GetShadowReason())+len(o.GetEpoch())+len(o.GetPoint())+
-		len(o.GetRollout())+len(o.GetRevocation())+len(r.GetPolicy())+len(r.GetFile())+len(shadow.GetPolicy())+len(shadow.GetFile()))/usual
+		len(o.GetToken())+len(o.GetRollout())+len(o.GetRevocation())+len(r.GetPolicy())+len(r.GetFile())+len(shadow.GetPolicy())+len(shadow.GetFile()))/usual
 }
 
 // A countKey tells apart what is added up.
@@ -421,5 +421,6 @@ func copyOf(o *policyv1.Observation) *policyv1.Observation {
 		Protocol: o.GetProtocol(), Method: o.GetMethod(), Path: o.GetPath(), Allowed: o.GetAllowed(), Reason: o.GetReason(), Rule: o.GetRule(),
 		ShadowAllowed: o.GetShadowAllowed(), ShadowReason: o.GetShadowReason(), ShadowRule: o.GetShadowRule(), Epoch: o.GetEpoch(), Revision: o.GetRevision(),
 		Point: o.GetPoint(), FormerlyAllowed: o.GetFormerlyAllowed(), Rollout: o.GetRollout(), Revocation: o.GetRevocation(), AgentId: o.GetAgentId(),
+		Token: o.GetToken(),
 	}
 }

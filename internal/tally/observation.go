@@ -20,6 +20,7 @@ const (
 	maxFile       = 1024
 	maxShort      = 32 // of reasons and points
 	maxDecisionID = 64
+	maxToken      = 256
 	// maxCount bounds what one observation may stand for, so that sums stay numbers.
 	maxCount = 1 << 40
 )
@@ -60,6 +61,7 @@ func checkSizes(o *policyv1.Observation) error {
 		{"decision_id", o.GetDecisionId(), maxDecisionID}, {"service", o.GetService(), maxID}, {"peer", o.GetPeer(), maxID},
 		{"method", o.GetMethod(), maxMethod}, {"path", o.GetPath(), maxPath}, {"reason", o.GetReason(), maxShort}, {"shadow_reason", o.GetShadowReason(), maxShort},
 		{"epoch", o.GetEpoch(), maxName}, {"point", o.GetPoint(), maxShort}, {"rollout", o.GetRollout(), maxName}, {"revocation", o.GetRevocation(), maxName},
+		{"token", o.GetToken(), maxToken},
 		{"rule.policy", o.GetRule().GetPolicy(), maxName}, {"rule.file", o.GetRule().GetFile(), maxFile},
 		{"shadow_rule.policy", o.GetShadowRule().GetPolicy(), maxName}, {"shadow_rule.file", o.GetShadowRule().GetFile(), maxFile},
 	} {
@@ -177,6 +179,9 @@ func (k *key) single(j *policy.Judgement) *policyv1.Observation {
 	o.DecisionId, o.Count = j.ID, 1
 	o.First, o.Last = j.Time.UnixNano(), j.Time.UnixNano()
 	o.Epoch, o.Revision = text(j.Decision.Epoch), j.Decision.Revision
+	if !o.GetAllowed() {
+		o.Token = text(j.Call.Token)
+	}
 	return o
 }
 

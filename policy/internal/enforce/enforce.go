@@ -148,18 +148,23 @@ func (p *Point) Peer(state *tls.ConnectionState) (spiffeid.ID, error) {
 func (p *Point) Judge(ctx context.Context, r *policy.Request, authorization []string) (policy.Judgement, error) {
 	policies := p.config.Policies.Policies()
 	r.Service = p.config.Service
+	call := policy.CallOf(r)
 	attrs := []slog.Attr{slog.String("method", excerpt(r.Method)), slog.String("path", excerpt(r.Path))}
 	if audiences := policies.Audiences(r.Service, r.Peer); len(audiences) > 0 {
 		var err error
 		if r.Token, err = p.token(policies.Revocations(), authorization, audiences); err != nil {
 			attrs = append(attrs, slog.String("token", err.Error()))
+			call = call.WithToken(err)
 		}
 	}
 	var err error
 	if r.User, err = policies.User(r, p.config.Now()); err != nil {
 		attrs = append(attrs, slog.String("user_token", err.Error()))
+		if call.Token == "" {
+			call = call.WithToken(fmt.Errorf("user token: %w", err))
+		}
 	}
-	return p.tell(ctx, r.Peer, policy.CallOf(r), policies.Decide(r), attrs...)
+	return p.tell(ctx, r.Peer, call, policies.Decide(r), attrs...)
 }
 
 // RefuseSVID is the judgement on a call whose peer is not known for sure.

@@ -192,7 +192,7 @@ type ListObservationsRequest struct {
 	Since   *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
 	Until   *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
 	Verdict Verdict                `protobuf:"varint,5,opt,name=verdict,proto3,enum=signet.admin.v1.Verdict" json:"verdict,omitempty"`
-	// At most this many; 0 means 100000.
+	// At most this many, the latest ones; 0 means 100000.
 	Limit         int32 `protobuf:"varint,6,opt,name=limit,proto3" json:"limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -74,7 +74,7 @@ func (CallProtocol) EnumDescriptor() ([]byte, []int) {
 }
 
 // An Observation is one decision, or many alike that were counted together, as an enforcement point reports it to its agent
-// and the agent to its CA. It holds no header, no claim and no query.
+// and the agent to its CA. It holds no header, no claim but for what token says, and no query.
 type Observation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Of a single decision; empty where several are counted.
@@ -88,7 +88,8 @@ type Observation struct {
 	Protocol CallProtocol `protobuf:"varint,7,opt,name=protocol,proto3,enum=signet.policy.v1.CallProtocol" json:"protocol,omitempty"`
 	// Cut at 64 bytes. POST for gRPC.
 	Method string `protobuf:"bytes,8,opt,name=method,proto3" json:"method,omitempty"`
-	// Without the query, cut at 256 bytes.
+	// Without the query, cut at 256 bytes. Empty where it is not kept: by the agent's configuration, or because there were too
+	// many.
 	Path    string `protobuf:"bytes,9,opt,name=path,proto3" json:"path,omitempty"`
 	Allowed bool   `protobuf:"varint,10,opt,name=allowed,proto3" json:"allowed,omitempty"`
 	// The stable text of the reason.
@@ -108,7 +109,10 @@ type Observation struct {
 	// Name of the revocation that refused the call.
 	Revocation string `protobuf:"bytes,21,opt,name=revocation,proto3" json:"revocation,omitempty"`
 	// The agent that reported it. The CA fills it in.
-	AgentId       string `protobuf:"bytes,22,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	AgentId string `protobuf:"bytes,22,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	// Why the JWT-SVID that a rule asks for did not count, in words, cut at 256 bytes: it may name the audience, the subject and
+	// the times of the token. Of single denials only.
+	Token         string `protobuf:"bytes,23,opt,name=token,proto3" json:"token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -297,6 +301,13 @@ func (x *Observation) GetAgentId() string {
 	return ""
 }
 
+func (x *Observation) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
 // A RuleRef names a rule as of one revision.
 type RuleRef struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -372,7 +383,7 @@ var File_signet_policy_v1_observation_proto protoreflect.FileDescriptor
 
 const file_signet_policy_v1_observation_proto_rawDesc = "" +
 	"\n" +
-	"\"signet/policy/v1/observation.proto\x12\x10signet.policy.v1\"\xb5\x05\n" +
+	"\"signet/policy/v1/observation.proto\x12\x10signet.policy.v1\"\xcb\x05\n" +
 	"\vObservation\x12\x1f\n" +
 	"\vdecision_id\x18\x01 \x01(\tR\n" +
 	"decisionId\x12\x14\n" +
@@ -400,7 +411,8 @@ const file_signet_policy_v1_observation_proto_rawDesc = "" +
 	"\n" +
 	"revocation\x18\x15 \x01(\tR\n" +
 	"revocation\x12\x19\n" +
-	"\bagent_id\x18\x16 \x01(\tR\aagentId\"_\n" +
+	"\bagent_id\x18\x16 \x01(\tR\aagentId\x12\x14\n" +
+	"\x05token\x18\x17 \x01(\tR\x05token\"_\n" +
 	"\aRuleRef\x12\x16\n" +
 	"\x06policy\x18\x01 \x01(\tR\x06policy\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x05R\x05index\x12\x12\n" +
