@@ -9,7 +9,7 @@ import (
 	"github.com/signet-id/signet/internal/strictyaml"
 )
 
-// Check reads all CallPolicies and the PolicyDefaults among docs, documents of other kinds are left alone, and returns
+// Check reads all CallPolicies, UserIssuers and the PolicyDefaults among docs, documents of other kinds are left alone, and returns
 // them compiled for the trust domain td. The epoch and the revision are zero: nobody has applied the set.
 //
 // The error is of type strictyaml.Errors and holds the mistakes of all documents: those of each, and two documents of
@@ -41,6 +41,14 @@ func Check(docs []strictyaml.Document, td spiffeid.TrustDomain) (*policyv1.Polic
 				gather(err)
 			}
 			set.Defaults = mode
+		case KindUserIssuer:
+			issuer, _, err := ParseUserIssuer(doc)
+			if err != nil {
+				gather(err)
+			} else {
+				set.UserIssuers = append(set.UserIssuers, issuer)
+			}
+			name, line, column, _ = doc.Field("name")
 		default:
 			continue
 		}

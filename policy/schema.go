@@ -8,7 +8,7 @@ import (
 )
 
 // Schema returns the JSON Schema of a kind of document, for editors and other checkers. It is made from the types that
-// ParsePolicy, ParseDefaults and ParseTests decode into; those check more than a schema can say.
+// ParsePolicy, ParseDefaults, ParseUserIssuer and ParseTests decode into; those check more than a schema can say.
 func Schema(kind string) ([]byte, error) {
 	var t reflect.Type
 	switch kind {
@@ -16,12 +16,14 @@ func Schema(kind string) ([]byte, error) {
 		t = reflect.TypeFor[callPolicyDoc]()
 	case KindPolicyDefaults:
 		t = reflect.TypeFor[defaultsDoc]()
+	case KindUserIssuer:
+		t = reflect.TypeFor[userIssuerDoc]()
 	case KindPolicyTest:
 		t = reflect.TypeFor[testsDoc]()
 	case KindRevocation:
 		t = reflect.TypeFor[revocationDoc]()
 	default:
-		return nil, fmt.Errorf("kind %q has no schema here; it must be %s, %s, %s or %s", kind, KindCallPolicy, KindPolicyDefaults, KindPolicyTest, KindRevocation)
+		return nil, fmt.Errorf("kind %q has no schema here; it must be %s, %s, %s, %s or %s", kind, KindCallPolicy, KindPolicyDefaults, KindUserIssuer, KindPolicyTest, KindRevocation)
 	}
 	s := schemaOf(t)
 	s["$schema"] = "https://json-schema.org/draft/2020-12/schema"

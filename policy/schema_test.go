@@ -11,7 +11,7 @@ import (
 var update = flag.Bool("update", false, "write the published schemas anew")
 
 func TestPublishedSchemasAreThoseOfTheCode(t *testing.T) {
-	for _, kind := range []string{KindCallPolicy, KindPolicyDefaults, KindPolicyTest, KindRevocation} {
+	for _, kind := range []string{KindCallPolicy, KindPolicyDefaults, KindUserIssuer, KindPolicyTest, KindRevocation} {
 		want, err := Schema(kind)
 		if err != nil {
 			t.Fatal(err)
