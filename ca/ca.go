@@ -37,6 +37,7 @@ import (
 	"github.com/signet-id/signet/ca/rotation"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/ca/store/bolt"
+	"github.com/signet-id/signet/ca/userkeys"
 	"github.com/signet-id/signet/internal/durable"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -59,6 +60,7 @@ type CA struct {
 	node     *nodeapi.API
 	rotator  *rotation.Rotator
 	poller   *federation.Poller
+	userKeys *userkeys.Poller
 	svid     *serverSVID
 
 	upstream *upstreamKeeper // nil without an upstream CA
@@ -164,6 +166,9 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage,
 		Observations: ca.observationsOfNodes(), MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Rotation: ca.rotator, ReissueRate: c.Authorities.ReissueRate, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	if ca.poller, err = newPoller(ca); err != nil {
+		return ca, err
+	}
+	if ca.userKeys, err = newUserKeys(ca); err != nil {
 		return ca, err
 	}
 	ca.makeServers()

@@ -16,6 +16,7 @@ import (
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/federation"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/userkeys"
 )
 
 // Federation says how the bundles of foreign trust domains are fetched. With whom is in the store: see signet federation.
@@ -54,6 +55,19 @@ func newPoller(ca *CA) (*federation.Poller, error) {
 	}
 	f := &federation.Fetcher{Bundles: bundles{ca.set, ca.reg}, WebRoots: roots, Now: ca.c.Now}
 	return federation.New(federation.Config{Registry: ca.reg, Fetch: f.Fetch, Actor: registry.ServerID(ca.td).String(), Now: ca.c.Now, Log: ca.log,
+		Audit: func(ctx context.Context, rec auditlog.Record) error {
+			return ca.audit.Append(ctx, auditlog.Essential, rec)
+		}}), nil
+}
+
+// newUserKeys returns what fetches the keys of issuers of user tokens, verified by the roots that verify bundle endpoints.
+func newUserKeys(ca *CA) (*userkeys.Poller, error) {
+	roots, err := ca.c.Federation.roots()
+	if err != nil {
+		return nil, fmt.Errorf("federation.web_roots: %w", err)
+	}
+	f := &federation.Fetcher{WebRoots: roots, Now: ca.c.Now}
+	return userkeys.New(userkeys.Config{Registry: ca.reg, Fetch: f.FetchWeb, Actor: registry.ServerID(ca.td).String(), Now: ca.c.Now, Log: ca.log,
 		Audit: func(ctx context.Context, rec auditlog.Record) error {
 			return ca.audit.Append(ctx, auditlog.Essential, rec)
 		}}), nil

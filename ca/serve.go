@@ -124,6 +124,8 @@ func (ca *CA) Run(ctx context.Context) error {
 		})
 	}
 	g.Go(func() error { return ca.poller.Run(gctx) })
+	g.Go(func() error { return ca.userKeys.Run(gctx) })
+	g.Go(func() error { return ca.moveRollouts(gctx) })
 	if ca.web != nil {
 		g.Go(func() error { return ca.serveMetrics(gctx) })
 	}

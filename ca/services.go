@@ -124,6 +124,14 @@ func methods() map[string]access.Kind {
 	for _, rpc := range adminv1.Admin_ServiceDesc.Streams {
 		m["/"+adminv1.Admin_ServiceDesc.ServiceName+"/"+rpc.StreamName] = operators
 	}
+	for _, d := range []grpc.ServiceDesc{adminv1.Rollouts_ServiceDesc} {
+		for _, rpc := range d.Methods {
+			m["/"+d.ServiceName+"/"+rpc.MethodName] = operators
+		}
+		for _, rpc := range d.Streams {
+			m["/"+d.ServiceName+"/"+rpc.StreamName] = operators
+		}
+	}
 	addOperatorMethods(m)
 	return m
 }
@@ -177,6 +185,7 @@ func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1
 	localauthorityv1.RegisterLocalAuthorityServer(s, &localAuthorityService{adminAPI: a})
 	adminv1.RegisterAdminServer(s, &adminapi.AdminServer{API: admin})
 	adminv1.RegisterObservationsServer(s, &adminapi.ObservationsServer{API: admin})
+	adminv1.RegisterRolloutsServer(s, &adminapi.RolloutsServer{API: admin})
 	healthv1.RegisterHealthServer(s, h)
 	reflection.Register(s)
 }

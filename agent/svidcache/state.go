@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
@@ -227,18 +228,27 @@ func (p *policies) equal(o *policies) bool {
 
 func samePolicies(a, b []*policyv1.Policy) bool {
 	return slices.EqualFunc(a, b, func(x, y *policyv1.Policy) bool {
-		return x == y || x.GetName() == y.GetName() && x.GetRevision() == y.GetRevision()
+		return x == y || x.GetName() == y.GetName() && x.GetRevision() == y.GetRevision() && sameCompany(x, y)
 	})
 }
 
-// of returns the policies whose service is id, by name.
+// sameCompany compares what can change of a policy without a new revision.
+func sameCompany(x, y *policyv1.Policy) bool {
+	return slices.Equal(x.GetServices(), y.GetServices()) && proto.Equal(x.GetRollout(), y.GetRollout()) &&
+		slices.EqualFunc(x.GetPeerHints(), y.GetPeerHints(), func(a, b *policyv1.PeerHint) bool {
+			return a.GetSpiffeId() == b.GetSpiffeId() && a.GetHint() == b.GetHint()
+		})
+}
+
+// of returns the policies whose service is id, by name, and those whose service it was before they were rolled out.
 func (p *policies) of(id spiffeid.ID, matches func(pattern string, id spiffeid.ID) bool) []*policyv1.Policy {
 	if known, ok := p.ofID.Load(id); ok {
 		return known.([]*policyv1.Policy)
 	}
 	var found []*policyv1.Policy
 	for _, policy := range p.sorted {
-		if slices.ContainsFunc(policy.GetServices(), func(pattern string) bool { return matches(pattern, id) }) {
+		covers := func(pattern string) bool { return matches(pattern, id) }
+		if slices.ContainsFunc(policy.GetServices(), covers) || slices.ContainsFunc(policy.GetRollout().GetFormer().GetServices(), covers) {
 			found = append(found, policy)
 		}
 	}

@@ -100,6 +100,8 @@ func (a *API) toStatus(err error) error {
 		return status.Error(codes.Unimplemented, authority.ErrNoWIT.Error())
 	case errors.Is(err, registry.ErrNotFound):
 		return status.Error(codes.NotFound, err.Error())
+	case errors.Is(err, registry.ErrInRollout), errors.Is(err, registry.ErrRolloutOver):
+		return status.Error(codes.FailedPrecondition, err.Error())
 	case errors.Is(err, registry.ErrConflict):
 		return status.Error(codes.Aborted, err.Error())
 	case errors.Is(err, registry.ErrNotReady):

@@ -56,10 +56,15 @@ func (a *API) plan(req *adminv1.ApplyRequest) (*registry.Plan, error) {
 		return nil, err
 	}
 	p, err := a.c.Registry.Plan(docs, registry.Options{Prune: req.Prune, PlannedAt: store.Revision(req.PlannedAt)})
-	if err != nil && !errors.Is(err, registry.ErrConflict) && !errors.Is(err, registry.ErrTooMany) && !errors.Is(err, registry.ErrTooManyRevocations) {
+	if err != nil && isPlanFault(err) {
 		return nil, fmt.Errorf("%w: %w", errDocument, err)
 	}
 	return p, err
+}
+
+// isPlanFault tells whether an error of planning is one of the documents.
+func isPlanFault(err error) bool {
+	return !errors.Is(err, registry.ErrConflict) && !errors.Is(err, registry.ErrTooMany) && !errors.Is(err, registry.ErrTooManyRevocations) && !errors.Is(err, registry.ErrInRollout)
 }
 
 // Plan implements signet.admin.v1.

@@ -49,6 +49,21 @@ func (f *Fetcher) Fetch(ctx context.Context, rel *registry.Federation) (*spiffeb
 	if err := registry.CheckEndpointURL(rel.URL); err != nil {
 		return nil, nil, err
 	}
+	doc, err := f.get(ctx, rel.URL, f.tlsConfig(rel), spiffe.MaxBundleBytes)
+	if err != nil {
+		return nil, nil, err
+	}
+	return spiffe.ParseBundle(rel.TrustDomain, doc)
+}
+
+// FetchWeb gets a document of at most limit bytes, and one more of a longer one, from a server that the roots of the web
+// verify, by the same rules as a bundle.
+func (f *Fetcher) FetchWeb(ctx context.Context, url string, limit int64) ([]byte, error) {
+	return f.get(ctx, url, f.tlsConfig(&registry.Federation{Profile: registry.ProfileWeb}), limit)
+}
+
+// get gets a document and one byte more if it is longer than limit.
+func (f *Fetcher) get(ctx context.Context, url string, config *tls.Config, limit int64) ([]byte, error) {
 	timeout := f.Timeout
 	if timeout == 0 {
 		timeout = fetchTimeout
@@ -57,37 +72,37 @@ func (f *Fetcher) Fetch(ctx context.Context, rel *registry.Federation) (*spiffeb
 	defer cancel()
 	transport := &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
-		TLSClientConfig:        f.tlsConfig(rel),
+		TLSClientConfig:        config,
 		DisableKeepAlives:      true, // each fetch is judged by the authorities of its own moment
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: maxHeaderBytes,
 	}
 	defer transport.CloseIdleConnections()
 	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, rel.URL, http.NoBody)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	req.Header.Set("Accept", "application/json")
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, nil, why(ctx, err)
+		return nil, why(ctx, err)
 	}
 	defer resp.Body.Close()
 	switch {
 	case resp.StatusCode >= 300 && resp.StatusCode < 400:
-		return nil, nil, fmt.Errorf("the endpoint redirects to %q, which is not followed; set that URL, if it is right", clip(resp.Header.Get("Location")))
+		return nil, fmt.Errorf("the endpoint redirects to %q, which is not followed; set that URL, if it is right", clip(resp.Header.Get("Location")))
 	case resp.StatusCode != http.StatusOK:
-		return nil, nil, fmt.Errorf("the endpoint answered %d instead of 200 [FED-22]", resp.StatusCode)
+		return nil, fmt.Errorf("the endpoint answered %d instead of 200", resp.StatusCode)
 	}
-	doc, err := io.ReadAll(io.LimitReader(resp.Body, spiffe.MaxBundleBytes+1))
+	doc, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
 	if err == nil {
 		err = ctx.Err() // an answer that was cut by our own end can look complete
 	}
 	if err != nil {
-		return nil, nil, why(ctx, err)
+		return nil, why(ctx, err)
 	}
-	return spiffe.ParseBundle(rel.TrustDomain, doc)
+	return doc, nil
 }
 
 // why prefers the reason for which ctx ended to what came of it.

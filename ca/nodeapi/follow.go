@@ -297,6 +297,7 @@ func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Fo
 	}
 	part.RemovedPolicies = d.RemovedPolicies
 	part.RemovedRevocations = d.RemovedRevocations
+	part.RemovedUserIssuers = d.RemovedUserIssuers
 	for _, td := range d.RemovedBundles {
 		part.RemovedBundles = append(part.RemovedBundles, td.Name())
 	}
@@ -305,7 +306,7 @@ func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Fo
 
 // tooLarge tells whether a difference is better sent as a snapshot: what came or went with the parent of many entries.
 func tooLarge(d *registry.Delta, items []item) bool {
-	if len(items)+len(d.RemovedEntries)+len(d.RemovedPolicies)+len(d.RemovedBundles)+len(d.RemovedRevocations) > maxDeltaItems {
+	if len(items)+len(d.RemovedEntries)+len(d.RemovedPolicies)+len(d.RemovedBundles)+len(d.RemovedRevocations)+len(d.RemovedUserIssuers) > maxDeltaItems {
 		return true
 	}
 	size := 0
@@ -345,6 +346,9 @@ func (a *API) items(d *registry.Delta) []item {
 	}
 	for _, p := range d.Policies {
 		out = append(out, policyItem(p))
+	}
+	for _, i := range d.UserIssuers {
+		out = append(out, item{i, func(m *nodev1.FollowResponse) { m.UserIssuers = append(m.UserIssuers, i) }})
 	}
 	for _, e := range d.Entries {
 		m := protoEntry(e)

@@ -310,9 +310,12 @@ func (r *Registry) Federations() []*Federation {
 func (r *Registry) FederationsChanged() <-chan struct{} { return r.federationsChanged }
 
 // noteFederations fills the slot.
-func (r *Registry) noteFederations() {
+func (r *Registry) noteFederations() { notify(r.federationsChanged) }
+
+// notify fills a channel of one slot.
+func notify(slot chan struct{}) {
 	select {
-	case r.federationsChanged <- struct{}{}:
+	case slot <- struct{}{}:
 	default:
 	}
 }

@@ -2,9 +2,9 @@ package registry
 
 import (
 	"context"
-	"hash/fnv"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -15,14 +15,14 @@ import (
 
 // itemKey names a thing that an agent can hold.
 type itemKey struct {
-	kind byte // 'e' entry, 'p' policy, 'b' bundle
+	kind byte // 'e' entry, 'p' policy, 'b' bundle, 'u' issuer of user tokens
 	name string
 }
 
 // itemVersion changes whenever the thing must be sent again.
 type itemVersion struct {
 	rev  store.Revision
-	part uint64 // policies: which of its services concern the agent
+	part uint64 // policies: which of its services concern the agent, and what goes with it
 }
 
 // A Delta is what changed for one agent between two revisions.
@@ -40,11 +40,14 @@ type Delta struct {
 	// Every agent gets all revocations.
 	Revocations        []*policyv1.Revocation
 	RemovedRevocations []string
+	// UserIssuers go to every agent that gets a policy.
+	UserIssuers        []*policyv1.UserIssuer
+	RemovedUserIssuers []string
 }
 
 func (d *Delta) empty() bool {
 	return !d.Snapshot && len(d.Entries)+len(d.RemovedEntries)+len(d.Policies)+len(d.RemovedPolicies)+len(d.Bundles)+len(d.RemovedBundles) == 0 &&
-		len(d.Revocations)+len(d.RemovedRevocations) == 0 && d.Defaults == nil && !d.OwnBundle
+		len(d.Revocations)+len(d.RemovedRevocations)+len(d.UserIssuers)+len(d.RemovedUserIssuers) == 0 && d.Defaults == nil && !d.OwnBundle
 }
 
 // Bounds of what is remembered for agents, connected or not.
@@ -102,6 +105,8 @@ type Follower struct {
 	agent spiffeid.ID
 	held  *held
 	wake  chan struct{} // one slot: look again
+	// sides names the roll-outs whose policies concern the agent, with whether it has the new versions.
+	sides atomic.Pointer[map[string]bool]
 
 	// guarded by followers.mu
 	roots   map[spiffeid.ID]bool
@@ -270,7 +275,7 @@ func (fs *followers) mark(ix *index, ch *changes) {
 			}
 		}
 	}
-	if len(ch.policies) > 0 || ch.defaults {
+	if len(ch.policies) > 0 || ch.defaults || ch.policySide {
 		for f := range fs.active {
 			f.policy = true
 			f.signal()
@@ -463,28 +468,10 @@ func (h *held) drop(k itemKey, at store.Revision) bool {
 }
 
 func (f *Follower) policies(ix *index, h *held, d *Delta) {
-	concern := map[string]*Policy{}
-	for id := range h.ids {
-		for name, p := range ix.exact[id.String()] {
-			concern[name] = p
-		}
-	}
-	for name, p := range ix.wild {
-		concern[name] = p
-	}
-	for name, p := range concern {
-		services := servicesOf(p, h.ids)
-		if services == nil {
-			delete(concern, name)
-			continue
-		}
-		sum := fnv.New64a()
-		for _, s := range services {
-			sum.Write([]byte(s))
-			sum.Write([]byte{0})
-		}
-		if h.hold(itemKey{'p', name}, itemVersion{p.Revision, sum.Sum64()}, d.To) {
-			d.Policies = append(d.Policies, cut(p.Compiled, services))
+	concern := f.concern(ix, h)
+	for name, c := range concern {
+		if h.hold(itemKey{'p', name}, itemVersion{c.policy.Revision, c.sum(ix)}, d.To) {
+			d.Policies = append(d.Policies, c.wire(ix))
 		}
 	}
 	for k := range h.items {
@@ -492,6 +479,7 @@ func (f *Follower) policies(ix *index, h *held, d *Delta) {
 			d.RemovedPolicies = append(d.RemovedPolicies, k.name)
 		}
 	}
+	f.userIssuers(ix, h, d, len(concern) > 0)
 	mode := policyv1.DefaultsMode_DEFAULTS_MODE_DENY
 	if ix.defaults != nil {
 		mode = ix.defaults.Mode
@@ -500,11 +488,6 @@ func (f *Follower) policies(ix *index, h *held, d *Delta) {
 		h.defaults, h.defSentAt = mode, d.To
 		d.Defaults = &mode
 	}
-}
-
-// cut returns p with other services. What it shares with p is not changed by anybody.
-func cut(p *policyv1.Policy, services []string) *policyv1.Policy {
-	return &policyv1.Policy{Name: p.Name, Revision: p.Revision, Services: services, Mode: p.Mode, Rules: p.Rules, File: p.File, Line: p.Line}
 }
 
 func (f *Follower) foreignBundles(ix *index, h *held, d *Delta) {

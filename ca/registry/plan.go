@@ -116,6 +116,12 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 	if len(p.writes) > store.MaxWrites {
 		return nil, ErrTooMany
 	}
+	if err := r.checkUserIssuers(p, all); err != nil {
+		return nil, err
+	}
+	if err := r.guardRollouts(p); err != nil {
+		return nil, err
+	}
 	p.Lockouts = r.lockouts(all, p)
 	if r.revocationsAfter(p) > MaxRevocations {
 		return nil, ErrTooManyRevocations
@@ -152,6 +158,10 @@ func (ix *index) current(kind, name string) (doc *Document, rev store.Revision, 
 		if v := ix.revocations.documents[name]; v != nil {
 			return &v.Document, v.Revision, v.CreatedAt, nil
 		}
+	case KindUserIssuer:
+		if i := ix.issuers.byName[name]; i != nil {
+			return &i.Document, i.Revision, i.CreatedAt, nil
+		}
 	case KindPolicyDefaults:
 		if d := ix.defaults; d != nil && (name == "" || d.Document.Name == name) {
 			return &d.Document, d.Revision, d.CreatedAt, nil
@@ -175,6 +185,9 @@ func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string
 		if ok && id != x.entry.ID && r.ix.entries[id].Identity != nil && !goes(entryPrefix+string(id)) {
 			return fmt.Errorf("%s:%d: Identity %q is the same registration as Identity %q: one spiffeID, one `on`, one `match`", x.doc.File, x.doc.Line, x.name, r.ix.entries[id].Identity.Name)
 		}
+	}
+	if err := r.ix.checkHints(x); err != nil {
+		return err
 	}
 	ch := PlannedChange{Kind: x.kind, Name: x.name, Action: Create, Entry: x.entry}
 	if doc == nil {
@@ -252,6 +265,9 @@ func (x *resource) encode(created time.Time) ([]byte, error) {
 		x.revoked.CreatedAt = created
 		return x.revoked.encode()
 	}
+	if x.issuer != nil {
+		return x.encodeUserIssuer(created)
+	}
 	rec := policyRecord{V: recordVersion, Document: document{x.doc.Name, string(x.doc.Content), x.doc.File, x.doc.Line}, Mode: int32(x.mode), CreatedAt: unix(created)}
 	if x.compiled != nil {
 		b, err := proto.Marshal(x.compiled)
@@ -307,6 +323,8 @@ func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string 
 			diff("reason", was.Items[0].Reason, x.revocation.Reason)
 		}
 		diff("expires", was.Expires, x.revocation.Expires)
+	case x.issuer != nil:
+		r.ix.issuers.byName[x.name].differences(x, diff)
 	case x.kind == KindPolicyDefaults:
 		diff("name", doc.Name, x.name)
 		diff("mode", r.ix.defaults.Mode, x.mode)
@@ -369,6 +387,9 @@ func (r *Registry) planPrune(p *Plan, all []*resource) {
 	// Revocations are never pruned: un-revoking is always explicit, and commands and alarms make them beside the files.
 	for name, pol := range r.ix.policies {
 		remove(KindCallPolicy, name, policyPrefix+name, pol.Revision)
+	}
+	for name, i := range r.ix.issuers.byName {
+		remove(KindUserIssuer, name, userIssuerPrefix+name, i.Revision)
 	}
 	slices.SortStableFunc(p.Changes, func(a, b PlannedChange) int {
 		if (a.Action == Delete) != (b.Action == Delete) {
@@ -474,6 +495,27 @@ func (r *Registry) stillAlone(p *Plan) error {
 	return nil
 }
 
+// guardRollouts refuses a plan that changes a policy which is being rolled out, and makes it fail if a roll-out begins before
+// it is committed. What was fetched for a UserIssuer goes with it. mu is held.
+func (r *Registry) guardRollouts(p *Plan) error {
+	guarded := false
+	for _, w := range slices.Clone(p.writes) {
+		if name, ok := strings.CutPrefix(w.Key, userIssuerPrefix); ok && w.Delete && len(p.writes) < store.MaxWrites {
+			p.writes = append(p.writes, store.Write{Key: userKeysPrefix + name, Delete: true})
+		}
+		if name, ok := strings.CutPrefix(w.Key, policyPrefix); ok {
+			if err := r.ix.rollouts.refuse(name); err != nil {
+				return err
+			}
+			guarded = true
+		}
+	}
+	if guarded {
+		p.checks = append(p.checks, store.Check{Key: rolloutGuard, Modified: r.ix.rollouts.guard})
+	}
+	return nil
+}
+
 // A Resource is a stored document.
 type Resource struct {
 	Kind      string
@@ -497,6 +539,10 @@ func (r *Registry) Resources(kind, name string) ([]Resource, error) {
 		}
 	case KindCallPolicy:
 		for n := range r.ix.policies {
+			names = append(names, n)
+		}
+	case KindUserIssuer:
+		for n := range r.ix.issuers.byName {
 			names = append(names, n)
 		}
 	case KindPolicyDefaults:
@@ -540,6 +586,9 @@ func (r *Registry) PlanDelete(kind, name string) (*Plan, error) {
 	key := (&resource{kind: kind, name: name}).key()
 	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{r.ix.deletion(kind, name)},
 		checks: []store.Check{{Key: key, Modified: rev}}, writes: []store.Write{{Key: key, Delete: true}}}
+	if err := r.guardRollouts(p); err != nil {
+		return nil, err
+	}
 	p.Lockouts = r.lockouts(nil, p)
 	return p, nil
 }
@@ -553,7 +602,10 @@ func (r *Registry) PolicySet(epoch string) *policyv1.PolicySet {
 		set.Defaults = r.ix.defaults.Mode
 	}
 	for _, p := range r.ix.policies {
-		set.Policies = append(set.Policies, p.Compiled)
+		set.Policies = append(set.Policies, r.ix.hintsOf(p).withHints(p.Compiled))
+	}
+	for _, i := range r.ix.issuers.sorted() {
+		set.UserIssuers = append(set.UserIssuers, i.Compiled)
 	}
 	slices.SortFunc(set.Policies, func(a, b *policyv1.Policy) int { return strings.Compare(a.Name, b.Name) })
 	return set

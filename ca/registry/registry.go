@@ -76,6 +76,9 @@ type Registry struct {
 	follow  followers
 
 	federationsChanged chan struct{} // one slot: look again
+	issuersChanged     chan struct{} // likewise
+
+	denied denials // by roll-outs, not yet written down
 
 	// wmu guards pending: registrations that are being written, by what makes them similar.
 	wmu     sync.Mutex
@@ -93,6 +96,8 @@ type Policy struct {
 	Document  Document
 	CreatedAt time.Time
 	Revision  store.Revision
+
+	hinted []*policyv1.Rule // those whose conditions ask for peer.hint
 }
 
 // Defaults is the PolicyDefaults document.
@@ -118,7 +123,7 @@ func Open(ctx context.Context, c Config) (*Registry, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}, federationsChanged: make(chan struct{}, 1)}
+	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}, federationsChanged: make(chan struct{}, 1), issuersChanged: make(chan struct{}, 1), denied: newDenials()}
 	r.follow.init()
 	if err := r.openSalt(ctx); err != nil {
 		return nil, fmt.Errorf("the salt of the agents' tags: %w", err)
@@ -152,6 +157,7 @@ func (r *Registry) load(ctx context.Context) error {
 	r.moved()
 	r.follow.markAll()
 	r.noteFederations()
+	notify(r.issuersChanged)
 	return nil
 }
 
@@ -211,6 +217,9 @@ func (r *Registry) applyBatch(b store.Batch) error {
 	r.follow.mark(r.ix, &ch)
 	if ch.federations {
 		r.noteFederations()
+	}
+	if ch.issuers {
+		notify(r.issuersChanged)
 	}
 	r.moved()
 	return nil
@@ -284,6 +293,9 @@ type index struct {
 
 	federations map[spiffeid.TrustDomain]*Federation
 	revocations *revocations
+	issuers     userIssuers
+	rollouts    rollouts
+	hints       hints
 }
 
 type nodeGroup struct {
@@ -298,6 +310,7 @@ func newIndex() *index {
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
 		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
 		revocations: newRevocations(),
+		issuers:     newUserIssuers(), rollouts: newRollouts(), hints: newHints(),
 	}
 }
 
@@ -310,6 +323,8 @@ type changes struct {
 	defaults    bool
 	federations bool
 	revocations bool
+	issuers     bool // documents of UserIssuers
+	policySide  bool // what goes with policies: hints, keys of issuers, roll-outs
 	roots       bool // aliases or groups changed: which node has which roots must be worked out again
 }
 
@@ -353,6 +368,22 @@ func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) err
 	}
 	if name, ok := strings.CutPrefix(ev.Key, federationPrefix); ok {
 		return ix.applyFederation(td, name, ev, ch)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, userIssuerPrefix); ok {
+		ch.issuers, ch.policySide = true, true
+		return ix.issuers.apply(name, ev)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, userKeysPrefix); ok {
+		ch.policySide = true
+		return ix.issuers.applyKeys(name, ev)
+	}
+	if name, ok := strings.CutPrefix(ev.Key, rolloutPrefix); ok {
+		ch.policySide = true
+		return ix.rollouts.apply(name, ev)
+	}
+	if ev.Key == rolloutGuard {
+		ix.rollouts.guard = ev.Modified
+		return nil
 	}
 	if ev.Key == defaultsKey {
 		ch.defaults = true
@@ -422,6 +453,11 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 			g.entries++
 		}
 	}
+	for _, e := range []*Entry{old, new} {
+		if e != nil && ix.noteHint(e.SPIFFEID) {
+			ch.policySide = true
+		}
+	}
 	ch.entries = append(ch.entries, entryChange{old, new})
 	return nil
 }
@@ -479,18 +515,14 @@ func (ix *index) applyPolicy(name string, ev store.Event, ch *changes) error {
 			drop(ix.exact, s, name)
 		}
 		delete(ix.policies, name)
+		ix.hints.forget(name)
 	}
 	var new *Policy
 	if !ev.Deleted {
-		var rec policyRecord
-		if err := decodeRecord(ev.Item, &rec, func() int { return rec.V }); err != nil {
+		var err error
+		if new, err = decodePolicy(ev.Item); err != nil {
 			return err
 		}
-		new = &Policy{&policyv1.Policy{}, rec.Document.domain(), fromUnix(rec.CreatedAt), ev.Modified}
-		if err := proto.Unmarshal(rec.Compiled, new.Compiled); err != nil {
-			return fmt.Errorf("record %s: %w (is the store damaged?)", ev.Key, err)
-		}
-		new.Compiled.Revision = int64(ev.Modified)
 		ix.policies[name] = new
 		for _, s := range new.Compiled.Services {
 			if strings.Contains(s, "*") {
@@ -502,6 +534,20 @@ func (ix *index) applyPolicy(name string, ev store.Event, ch *changes) error {
 	}
 	ch.policies = append(ch.policies, policyChange{old, new})
 	return nil
+}
+
+func decodePolicy(it store.Item) (*Policy, error) {
+	var rec policyRecord
+	if err := decodeRecord(it, &rec, func() int { return rec.V }); err != nil {
+		return nil, err
+	}
+	p := &Policy{Compiled: &policyv1.Policy{}, Document: rec.Document.domain(), CreatedAt: fromUnix(rec.CreatedAt), Revision: it.Modified}
+	if err := proto.Unmarshal(rec.Compiled, p.Compiled); err != nil {
+		return nil, fmt.Errorf("record %s: %w (is the store damaged?)", it.Key, err)
+	}
+	p.Compiled.Revision = int64(it.Modified)
+	p.hinted = asksHints(p.Compiled)
+	return p, nil
 }
 
 type bundleRecord struct {

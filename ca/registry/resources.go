@@ -25,7 +25,7 @@ const (
 )
 
 // kinds are those, for messages.
-var kinds = strings.Join([]string{KindIdentity, KindCallPolicy, KindPolicyDefaults, KindRevocation}, ", ")
+var kinds = strings.Join([]string{KindIdentity, KindCallPolicy, KindPolicyDefaults, KindRevocation, KindUserIssuer}, ", ")
 
 // MaxDocuments bounds one apply: it is one commit.
 const MaxDocuments = store.MaxWrites
@@ -55,7 +55,9 @@ type resource struct {
 	compiled   *policyv1.Policy // CallPolicy
 	mode       policyv1.DefaultsMode
 	revocation *policy.RevocationDocument
-	revoked    *Revocation // what it is compiled into, once it is planned
+	revoked    *Revocation          // what it is compiled into, once it is planned
+	issuer     *policyv1.UserIssuer // UserIssuer
+	jwksURL    string
 }
 
 func (x *resource) key() string {
@@ -66,6 +68,8 @@ func (x *resource) key() string {
 		return policyPrefix + x.name
 	case KindRevocation:
 		return revocationPrefix + x.name
+	case KindUserIssuer:
+		return userIssuerPrefix + x.name
 	}
 	return defaultsKey
 }
@@ -215,6 +219,14 @@ func (r *Registry) parseResource(doc strictyaml.Document) (*resource, error) {
 			return nil, err
 		}
 		x.name = x.revocation.Name
+		if err := CheckName(x.name); err != nil {
+			return nil, fmt.Errorf("%s: name: %w", where(doc, "name"), err)
+		}
+	case KindUserIssuer:
+		if x.issuer, x.jwksURL, err = policy.ParseUserIssuer(doc); err != nil {
+			return nil, err
+		}
+		x.name = x.issuer.Name
 		if err := CheckName(x.name); err != nil {
 			return nil, fmt.Errorf("%s: name: %w", where(doc, "name"), err)
 		}

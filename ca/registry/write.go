@@ -370,6 +370,7 @@ func (r *Registry) NoteEnds() []*Entry {
 			continue
 		}
 		r.ix.ended[id] = is
+		ch.policySide = r.ix.noteHint(e.SPIFFEID) || ch.policySide
 		ch.entries = append(ch.entries, entryChange{e, e})
 		ch.roots = ch.roots || e.alias()
 		if is {

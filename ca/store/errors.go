@@ -16,7 +16,7 @@ var (
 	// ErrFuture says that the revision asked for does not exist yet, as after a restore: list again.
 	ErrFuture = errors.New("revision does not exist yet, list again")
 
-	// ErrTooLarge says that a commit is over MaxWrites or MaxCommitBytes: split it.
+	// ErrTooLarge says that a commit is over MaxWrites, MaxChecks or MaxCommitBytes: split it.
 	ErrTooLarge = errors.New("commit is too large, split it")
 
 	// ErrInvalid says that a commit can never succeed because of how it is written.
@@ -50,8 +50,8 @@ func CheckCommit(checks []Check, writes []Write) error {
 	if len(writes) > MaxWrites {
 		return fmt.Errorf("%w: %d writes, at most %d", ErrTooLarge, len(writes), MaxWrites)
 	}
-	if len(checks) > MaxWrites {
-		return fmt.Errorf("%w: %d checks, at most %d", ErrTooLarge, len(checks), MaxWrites)
+	if len(checks) > MaxChecks {
+		return fmt.Errorf("%w: %d checks, at most %d", ErrTooLarge, len(checks), MaxChecks)
 	}
 	size := 0
 	for _, c := range checks {

@@ -13,8 +13,11 @@ import (
 
 // Limits of one Commit. They hold for every store, so that nothing which works on one fails on another.
 const (
-	// MaxWrites is the largest number of writes in a Commit, and likewise of checks. etcd's own limit is 128 operations.
+	// MaxWrites is the largest number of writes in a Commit. etcd's own limit is 128 operations, and as many checks.
 	MaxWrites = 100
+
+	// MaxChecks is the largest number of checks in a Commit: one for each write, and some for what else it builds on.
+	MaxChecks = 120
 
 	// MaxCommitBytes is the largest sum of all keys and values in a Commit, checks included. etcd refuses requests over 1.5 MiB.
 	MaxCommitBytes = 1 << 20

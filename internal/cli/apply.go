@@ -68,6 +68,7 @@ func (p plan) pending() []change {
 
 func (a *app) applyCommand() *cobra.Command {
 	var prune, yes bool
+	var roll rolloutFlags
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE...",
 		Short: "Make documents hold: identities, call policies, policy defaults, revocations",
@@ -75,16 +76,24 @@ func (a *app) applyCommand() *cobra.Command {
 of the store is reported. Up to 100 changes are one commit. Larger sets go in commits of 100; if one fails, the same
 command again goes on where it stopped.
 
-What was planned is what is applied: if somebody else changes one of the resources in between, nothing is written.`,
+What was planned is what is applied: if somebody else changes one of the resources in between, nothing is written.
+
+With --rollout, new versions of call policies reach a share of the agents first, then step by step all, and go back by
+themselves if calls are denied that were allowed before: see 'signet rollout'.`,
 		Example: `  signet apply -f policies/
   signet apply -f identities.yaml -f policies.yaml --prune
+  signet apply -f policies/documents.yaml --rollout 10%,50%,100% --bake 30m
   kubectl kustomize . | signet apply -f -`,
 	}
 	output := outputFlag(cmd)
 	files := filesFlag(cmd, "file or directory of documents, - for stdin (repeatable)")
 	cmd.Flags().BoolVar(&prune, "prune", false, "delete resources of the kinds in the documents that no document names, but no revocations")
 	cmd.Flags().BoolVar(&yes, "yes", false, "apply also what removes the last allow of a service with live callers, and revocations that hit much or an admin")
+	roll.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := roll.check(cmd, prune); err != nil {
+			return err
+		}
 		docs, err := a.documentsFrom(cmd, *files)
 		if err != nil {
 			return err
@@ -100,6 +109,21 @@ What was planned is what is applied: if somebody else changes one of the resourc
 			pending := planned.pending()
 			if people {
 				a.printPlan(planned)
+			}
+			if len(pending) > 0 && roll.shares != "" {
+				if len(batches) > 1 {
+					return fmt.Errorf("a roll-out takes at most %d documents and %d bytes; roll them out in parts", applyChunk, applyBytes)
+				}
+				started, err := a.startRollout(ctx, c, &roll, docs, planned, yes)
+				if err != nil {
+					return err
+				}
+				if !people {
+					return a.show(*output, started, nil)
+				}
+				_, err = fmt.Fprintf(a.stdout, "rolling out %s as %s: %s, %s agents; 'signet rollout status %s' shows how it goes\n",
+					count(len(pending), "change"), escape(started.Name), started.share(), started.agents(), escape(started.Name))
+				return err
 			}
 			if len(pending) > 0 {
 				if planned.Revision, err = a.commit(ctx, c, batches, len(pending), yes); err != nil {

@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
@@ -27,16 +30,42 @@ commands check them before, and explain what they decide.`,
 
 // livePolicies asks the CA for the policies that are in force.
 func livePolicies(ctx context.Context, c *caConn) (*policy.Policies, spiffeid.TrustDomain, error) {
-	answer, err := adminv1.NewAdminClient(c).GetPolicySet(ctx, &adminv1.GetPolicySetRequest{})
+	set, err := policySet(ctx, c)
 	if err != nil {
 		return nil, spiffeid.TrustDomain{}, caError("asking the CA for its policies", c, err)
 	}
-	compiled, err := policy.Compile(answer.GetPolicies())
+	compiled, err := policy.Compile(set)
 	if err != nil {
 		return nil, spiffeid.TrustDomain{}, fmt.Errorf("reading the policies of the CA: %w", err)
 	}
-	td, err := spiffe.ParseTrustDomain(answer.GetPolicies().GetTrustDomain())
+	td, err := spiffe.ParseTrustDomain(set.GetTrustDomain())
 	return compiled, td, err
+}
+
+// policySet asks the CA for all policies in compiled form. An older CA sends them in one message.
+func policySet(ctx context.Context, c *caConn) (*policyv1.PolicySet, error) {
+	stream, err := adminv1.NewRolloutsClient(c).StreamPolicySet(ctx, &adminv1.StreamPolicySetRequest{})
+	if err != nil {
+		return nil, err
+	}
+	var set *policyv1.PolicySet
+	for {
+		answer, err := stream.Recv()
+		switch {
+		case errors.Is(err, io.EOF) && set != nil:
+			return set, nil
+		case status.Code(err) == codes.Unimplemented:
+			answer, err := adminv1.NewAdminClient(c).GetPolicySet(ctx, &adminv1.GetPolicySetRequest{})
+			return answer.GetPolicies(), err
+		case err != nil:
+			return nil, err
+		case set == nil:
+			set = answer.GetPart()
+		default:
+			set.Policies = append(set.Policies, answer.GetPart().GetPolicies()...)
+			set.UserIssuers = append(set.UserIssuers, answer.GetPart().GetUserIssuers()...)
+		}
+	}
 }
 
 // compileDocuments compiles the policies among docs. A document of no known kind is a mistake: it may be a policy that

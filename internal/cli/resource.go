@@ -21,6 +21,7 @@ var resourceKinds = []struct{ kind, plural, singular string }{
 	{"CallPolicy", "policies", "policy"},
 	{"PolicyDefaults", "defaults", "policydefaults"},
 	{"Revocation", "revocations", "revocation"},
+	{"UserIssuer", "userissuers", "userissuer"},
 }
 
 func kindArg(cmd *cobra.Command, word string) (string, error) {
@@ -84,7 +85,7 @@ func (r resource) place() string {
 
 func (a *app) getCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "get identities|policies|defaults|revocations [NAME]",
+		Use:   "get identities|policies|defaults|revocations|userissuers [NAME]",
 		Short: "List resources that were applied, or show one",
 		Long:  `List resources that were applied, or show one. With -o yaml the documents are printed as they were applied, ready for 'signet apply -f -'.`,
 		Example: `  signet get policies
@@ -170,7 +171,7 @@ func (a *app) writeDocument(text string, further bool) error {
 func (a *app) deleteCommand() *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
-		Use:               "delete identity|policy|defaults|revocation NAME...",
+		Use:               "delete identity|policy|defaults|revocation|userissuer NAME...",
 		Short:             "Delete resources that were applied",
 		Example:           "  signet delete policy documents",
 		ValidArgsFunction: completeKinds,

@@ -87,7 +87,8 @@ var neighbours = map[string][]string{
 	"ca/rotation":   {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"}, // docs/decisions/0008-rotation.md
 	"ca/spireproto": {"ca/registry"},
 	"ca/registry":   {"ca/store"},
-	"ca/federation": {"ca/registry", "ca/auditlog"}, // keeps bundles in the one, and says so in the other
+	"ca/federation": {"ca/registry", "ca/auditlog"},             // keeps bundles in the one, and says so in the other
+	"ca/userkeys":   {"ca/registry", "ca/auditlog", "ca/store"}, // likewise, keys of issuers of user tokens
 	"ca/authority":  {"ca/store", "ca/keys"},
 	"agent":         {onSocket}, // docs/decisions/0029-ext-authz-on-the-agents-socket.md
 }

@@ -205,8 +205,8 @@ func (su Suite) limits(t *testing.T) {
 	}{
 		{"most writes", nil, many(store.MaxWrites), nil},
 		{"too many writes", nil, many(store.MaxWrites + 1), store.ErrTooLarge},
-		{"most checks", manyChecks(store.MaxWrites), nil, nil},
-		{"too many checks", manyChecks(store.MaxWrites + 1), nil, store.ErrTooLarge},
+		{"most checks", manyChecks(store.MaxChecks), nil, nil},
+		{"too many checks", manyChecks(store.MaxChecks + 1), nil, store.ErrTooLarge},
 		{"most bytes", nil, []store.Write{set("k", strings.Repeat("v", store.MaxCommitBytes-1))}, nil},
 		{"too many bytes", nil, []store.Write{set("k", strings.Repeat("v", store.MaxCommitBytes))}, store.ErrTooLarge},
 		{"checks count as bytes", []store.Check{{Key: "none"}}, []store.Write{set("k", strings.Repeat("v", store.MaxCommitBytes-1))}, store.ErrTooLarge},
