@@ -71,9 +71,9 @@ func TestParseUserIssuer(t *testing.T) {
 		head + "jwks: '{}'\njwksURL: https://a":      "exclude each other",
 		head + "jwks: '{}'":                          "no keys",
 		head + "jwks: {keys: []}":                    "it must be",
-		head + "header: Cookie\njwksURL: https://a":  "has a meaning of its own",
-		head + "header: 'a b'\njwksURL: https://a":   "is no name of a header",
-		head + "header: ':path'\njwksURL: https://a": "is no name of a header",
+		head + "header: Cookie\njwksURL: https://a":  "cannot hold the token",
+		head + "header: 'a b'\njwksURL: https://a":   "cannot hold the token",
+		head + "header: ':path'\njwksURL: https://a": "cannot hold the token",
 		head + "secret: x\njwksURL: https://a":       `unknown field "secret"`,
 	} {
 		_, _, err := parseIssuer(doc)
