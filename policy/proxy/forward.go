@@ -103,8 +103,11 @@ func (out *outbound) newServer(c *outboundConfig) *backend {
 	protocols.SetHTTP2(true)
 	b := &backend{transport: &http.Transport{
 		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			_, conn, err := out.connect(ctx, c)
+			w, conn, err := out.connect(ctx, c)
 			if err != nil {
+				return nil, err
+			}
+			if err := out.keep(w, conn, w.Reset); err != nil {
 				return nil, err
 			}
 			return conn, nil

@@ -231,3 +231,8 @@ func eventually(t testing.TB, what string, holds func() bool) {
 		time.Sleep(time.Millisecond) // between looks at a state that tells nobody of its changes
 	}
 }
+
+// clientCertificate shows one SVID.
+func clientCertificate(svid *x509svid.SVID) func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	return tlsconfig.GetClientCertificate(svid)
+}

@@ -35,6 +35,9 @@ type identity struct {
 	client   atomic.Pointer[workloadapi.Client]
 
 	changed func() // called after each change; must not block
+
+	mu          sync.Mutex
+	subscribers map[chan struct{}]struct{}
 }
 
 // A policySource has the policies of the moment; a source.Source is one.
@@ -78,10 +81,39 @@ func (i *identity) watchPolicies(ctx context.Context) error {
 	i.policies.Store(&p)
 	for {
 		i.changed()
+		i.tell()
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-s.Updated():
+		}
+	}
+}
+
+// Subscribe returns a channel with one slot that is filled after each change of the policies, until stop is called.
+func (i *identity) Subscribe() (changed <-chan struct{}, stop func()) {
+	c := make(chan struct{}, 1)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.subscribers == nil {
+		i.subscribers = make(map[chan struct{}]struct{})
+	}
+	i.subscribers[c] = struct{}{}
+	return c, func() {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		delete(i.subscribers, c)
+	}
+}
+
+// tell says to subscribers that the policies have changed.
+func (i *identity) tell() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for c := range i.subscribers {
+		select {
+		case c <- struct{}{}:
+		default:
 		}
 	}
 }

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/policy/httpauthz"
 	"github.com/signet-id/signet/policy/internal/enforce"
+	"github.com/signet-id/signet/policy/internal/live"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -28,6 +30,7 @@ type inbound struct {
 	svid    svid
 	tls     *tls.Config
 	relays  relays
+	live    *live.Table
 	config  atomic.Pointer[Inbound]
 
 	// Of protocol http.
@@ -36,12 +39,12 @@ type inbound struct {
 	backend atomic.Pointer[backend]
 }
 
-func newInbound(c Inbound, l *listener, id *identity, now func() time.Time) (*inbound, error) {
+func newInbound(c Inbound, l *listener, id *identity, table *live.Table, now func() time.Time) (*inbound, error) {
 	service, err := spiffe.ParseWorkloadID(c.Service)
 	if err != nil {
 		return nil, err // Check has seen it
 	}
-	in := &inbound{listener: l, service: service, svid: svid{id, service}}
+	in := &inbound{listener: l, service: service, svid: svid{id, service}, live: table}
 	in.config.Store(&c)
 	l.limits = func() Limits { return in.config.Load().Limits }
 	l.handle = in.handle
@@ -73,7 +76,7 @@ func (in *inbound) handle(ctx context.Context, w *wire) {
 		return
 	}
 	if in.front != nil {
-		in.front.hand(conn)
+		in.serve(w, conn)
 		return
 	}
 	in.relay(ctx, w, conn)
@@ -105,6 +108,41 @@ func (in *inbound) failed(w *wire, err error) {
 	}
 }
 
+// serve hands a connection to the HTTP server. Its requests are decided one by one; it ends with whatever would let none of them
+// through.
+func (in *inbound) serve(w *wire, conn *tls.Conn) {
+	id, leaf := peerOf(conn)
+	remove, d := in.live.Add(live.Link{Leaf: leaf, Judge: live.Prefiltered(in.service, id, leaf), Parting: true, Close: func(d policy.Decision) {
+		in.withdrawn(w, id, d)
+		_ = w.Close()
+	}})
+	if !d.Allowed {
+		in.withdrawn(w, id, d)
+		w.Reset()
+		return
+	}
+	w.end.Then(remove)
+	in.counts.passed.Inc()
+	in.front.hand(conn)
+}
+
+// withdrawn logs the end of a connection that was let in.
+func (in *inbound) withdrawn(w *wire, id spiffeid.ID, d policy.Decision) {
+	in.counts.withdrawn.Inc()
+	in.log.Info("a connection was ended, since its peer would not be let in any more", "spiffe_id", id.String(), "service", in.service.String(),
+		"remote", w.RemoteAddr(), "decision", d)
+}
+
+// peerOf is the peer of a connection whose handshake is over.
+func peerOf(conn *tls.Conn) (spiffeid.ID, *x509.Certificate) {
+	leaf := conn.ConnectionState().PeerCertificates[0]
+	id, err := spiffe.CheckX509SVIDLeaf(leaf)
+	if err != nil {
+		return spiffeid.ID{}, leaf // it was verified: this cannot be, and no rule is for this ID
+	}
+	return id, leaf
+}
+
 // relay passes on the bytes of a connection that was allowed.
 func (in *inbound) relay(ctx context.Context, w *wire, conn *tls.Conn) {
 	c := in.config.Load()
@@ -120,8 +158,19 @@ func (in *inbound) relay(ctx context.Context, w *wire, conn *tls.Conn) {
 		in.log.Warn("the backend cannot be reached; the connection was closed", "backend", c.Backend, "err", err)
 		return
 	}
-	in.counts.passed.Inc()
 	r := &relay{a: end{wire: w, tls: conn}, b: end{wire: to}, idle: c.Limits.IdleTimeout, halfClosed: c.Limits.HalfClosedTimeout}
+	id, leaf := peerOf(conn)
+	remove, d := in.live.Add(live.Link{Leaf: leaf, Judge: live.Connection(in.service, id, leaf), Close: func(d policy.Decision) {
+		in.withdrawn(w, id, d)
+		r.abort(errWithdrawn)
+	}})
+	if !d.Allowed {
+		in.withdrawn(w, id, d)
+		r.abort(errWithdrawn)
+		return
+	}
+	defer remove()
+	in.counts.passed.Inc()
 	err = in.relays.run(r)
 	in.counts.ended(r, err)
 	in.log.Debug("a connection ended", "remote", w.RemoteAddr(), "received", r.aToB.Load(), "sent", r.bToA.Load(), "err", err)

@@ -81,10 +81,10 @@ func (l *listener) take(ctx context.Context, c net.Conn) {
 	}
 	l.open.Add(1)
 	l.counts.open.Inc()
-	w.onClose = func() {
+	w.end.Then(func() {
 		l.open.Add(-1)
 		l.counts.open.Dec()
-	}
+	})
 	l.serving.Go(func() { l.handle(ctx, w) })
 }
 

@@ -34,7 +34,7 @@ func newMetrics(p *Proxy) *metrics {
 		open: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "signet_proxy_connections",
 			Help: "Open connections that were accepted, by listener."}, []string{"listener"}),
 		connections: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_proxy_connections_total",
-			Help: "Connections, by listener and what became of them: passed on, denied, handshake (failed), no_identity (of the proxy), limit (too many), backend (not reached)."},
+			Help: "Connections, by listener and what became of them: passed on, denied, handshake (failed), no_identity (of the proxy), limit (too many), backend (not reached); withdrawn are those of the passed ones whose peer would not be let in any more."},
 			[]string{"listener", "outcome"}),
 		ended: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_proxy_connections_ended_total",
 			Help: "Relayed connections that have ended, by listener and how: closed (in order), idle, drained, withdrawn (by revocation, policy or expiry), truncated, error."}, []string{"listener", "how"}),
@@ -60,17 +60,17 @@ func newMetrics(p *Proxy) *metrics {
 
 // counts are the metrics of one listener.
 type counts struct {
-	m                                                     *metrics
-	name                                                  string
-	open                                                  prometheus.Gauge
-	passed, denied, handshake, noIdentity, limit, backend prometheus.Counter
-	accept                                                prometheus.Counter
+	m                                                                *metrics
+	name                                                             string
+	open                                                             prometheus.Gauge
+	passed, denied, handshake, noIdentity, limit, backend, withdrawn prometheus.Counter
+	accept                                                           prometheus.Counter
 }
 
 func (m *metrics) of(name string) *counts {
 	outcome := func(what string) prometheus.Counter { return m.connections.WithLabelValues(name, what) }
 	return &counts{m: m, name: name, open: m.open.WithLabelValues(name), passed: outcome("passed"), denied: outcome("denied"), handshake: outcome("handshake"),
-		noIdentity: outcome("no_identity"), limit: outcome("limit"), backend: outcome("backend"), accept: m.accept.WithLabelValues(name)}
+		noIdentity: outcome("no_identity"), limit: outcome("limit"), backend: outcome("backend"), withdrawn: outcome("withdrawn"), accept: m.accept.WithLabelValues(name)}
 }
 
 // decided counts a decision.

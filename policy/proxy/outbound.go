@@ -14,6 +14,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
+	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/policy/internal/live"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -23,6 +25,7 @@ type outbound struct {
 	id     *identity
 	now    func() time.Time
 	relays relays
+	live   *live.Table
 	config atomic.Pointer[outboundConfig]
 
 	front *front // of protocol http
@@ -36,21 +39,24 @@ type outboundConfig struct {
 	backend *backend
 }
 
-// An unexpectedServerError says that a server is who it should not be.
-type unexpectedServerError struct {
-	id      spiffeid.ID
-	revoked string // the revocation, if it is expected all the same
+// A serverError says that a server is not one to talk to.
+type serverError struct {
+	id       spiffeid.ID
+	decision *policy.Decision // why not, if it is expected
 }
 
-func (e *unexpectedServerError) Error() string {
-	if e.revoked != "" {
-		return fmt.Sprintf("the server's X509-SVID, of %s, is revoked by %q", e.id, e.revoked)
+func (e *serverError) Error() string {
+	switch {
+	case e.decision == nil:
+		return fmt.Sprintf("the server is %s, which servers does not list", e.id)
+	case e.decision.Revocation != "":
+		return fmt.Sprintf("the server %s is revoked by %q", e.id, e.decision.Revocation)
 	}
-	return fmt.Sprintf("the server is %s, which servers does not list", e.id)
+	return fmt.Sprintf("the server %s is not talked to: %s", e.id, e.decision.Reason)
 }
 
-func newOutbound(c Outbound, l *listener, id *identity, now func() time.Time) *outbound {
-	out := &outbound{listener: l, id: id, now: now}
+func newOutbound(c Outbound, l *listener, id *identity, table *live.Table, now func() time.Time) *outbound {
+	out := &outbound{listener: l, id: id, live: table, now: now}
 	out.config.Store(out.ready(c))
 	l.limits = func() Limits { return out.config.Load().Limits }
 	l.handle = out.handle
@@ -69,13 +75,13 @@ func (out *outbound) ready(c Outbound) *outboundConfig {
 	servers := ids(c.Servers)
 	authorize := func(id spiffeid.ID, chains [][]*x509.Certificate) error {
 		if !servers[id] {
-			return &unexpectedServerError{id: id}
+			return &serverError{id: id}
 		}
 		if len(chains) == 0 || len(chains[0]) == 0 {
 			return errors.New("no verified chain of the server was handed on")
 		}
-		if name, found := out.id.Policies().Revocations().X509SVID(chains[0][0]); found {
-			return &unexpectedServerError{id: id, revoked: name}
+		if d := out.id.Policies().DecideCallee(chains[0][0]); !d.Allowed {
+			return &serverError{id: id, decision: &d}
 		}
 		return nil
 	}
@@ -105,8 +111,10 @@ func (out *outbound) handle(ctx context.Context, w *wire) {
 		w.Reset()
 		return
 	}
-	out.counts.passed.Inc()
 	r := &relay{a: end{wire: w}, b: end{wire: to, tls: conn}, idle: c.Limits.IdleTimeout, halfClosed: c.Limits.HalfClosedTimeout}
+	if out.keep(to, conn, func() { r.abort(errWithdrawn) }) != nil {
+		return
+	}
 	err = out.relays.run(r)
 	out.counts.ended(r, err)
 	out.log.Debug("a connection ended", "sent", r.aToB.Load(), "received", r.bToA.Load(), "err", err)
@@ -128,7 +136,7 @@ func (out *outbound) connect(ctx context.Context, c *outboundConfig) (*wire, *tl
 		if problem := c.svid.problem(out.now()); problem != "" {
 			out.counts.noIdentity.Inc()
 			err = fmt.Errorf("%w (%s)", err, problem)
-		} else if unexpected := (*unexpectedServerError)(nil); errors.As(err, &unexpected) {
+		} else if unexpected := (*serverError)(nil); errors.As(err, &unexpected) {
 			out.counts.denied.Inc()
 		} else {
 			out.counts.handshake.Inc()
@@ -137,6 +145,24 @@ func (out *outbound) connect(ctx context.Context, c *outboundConfig) (*wire, *tl
 		return nil, nil, err
 	}
 	return w, conn, nil
+}
+
+// keep sees to it that a connection is ended when its server is revoked, or its SVID expires; at once, if that is so already.
+func (out *outbound) keep(w *wire, conn *tls.Conn, end func()) error {
+	id, leaf := peerOf(conn)
+	withdrawn := func(d policy.Decision) {
+		out.counts.withdrawn.Inc()
+		out.log.Info("a connection was ended, since its server is not one to talk to any more", "spiffe_id", id.String(), "remote", w.RemoteAddr(), "decision", d)
+		end()
+	}
+	remove, d := out.live.Add(live.Link{Leaf: leaf, Judge: live.Callee(leaf), Close: withdrawn})
+	if !d.Allowed {
+		withdrawn(d)
+		return &serverError{id: id, decision: &d}
+	}
+	w.end.Then(remove)
+	out.counts.passed.Inc()
+	return nil
 }
 
 // stop ends what is still open when the time for draining is over.

@@ -17,6 +17,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/signet-id/signet/policy/internal/live"
 )
 
 // A Proxy is all listeners of a configuration, with the identity that they share. It holds its sockets from New on and serves while
@@ -39,7 +41,7 @@ type Proxy struct {
 	running   Config // what is in force; guarded by reloading
 }
 
-// errWithdrawn is why a live connection ends that would not be let in any more.
+// errWithdrawn is why a connection ends that would not be let in any more.
 var errWithdrawn = errors.New("the peer would not be let in any more")
 
 // New listens. The configuration must be one that Check has passed.
@@ -60,6 +62,7 @@ func newProxy(c Config, id *identity) (_ *Proxy, err error) {
 	id.changed = p.changed
 	p.id = id
 	p.metrics = newMetrics(p)
+	table := live.New(live.Config{Policies: id, Now: c.Now})
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.Close())
@@ -70,7 +73,7 @@ func newProxy(c Config, id *identity) (_ *Proxy, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("inbound[%d].listen: %w", i, err)
 		}
-		in, err := newInbound(c.Inbound[i], l, id, c.Now)
+		in, err := newInbound(c.Inbound[i], l, id, table, c.Now)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("inbound[%d]: %w", i, err), l.l.Close())
 		}
@@ -81,7 +84,7 @@ func newProxy(c Config, id *identity) (_ *Proxy, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("outbound[%d].listen: %w", i, err)
 		}
-		p.outbound = append(p.outbound, newOutbound(c.Outbound[i], l, id, c.Now))
+		p.outbound = append(p.outbound, newOutbound(c.Outbound[i], l, id, table, c.Now))
 	}
 	if c.Metrics.Listen != "" {
 		if p.listen, err = net.Listen("tcp", c.Metrics.Listen); err != nil {
@@ -307,7 +310,7 @@ func (p *Proxy) notReady() string {
 			return "listener " + out.name + ": " + problem
 		}
 	}
-	if len(p.inbound) > 0 && p.id.Policies() == nil {
+	if p.id.Policies() == nil {
 		return "the agent has not given call policies to this process yet"
 	}
 	return ""

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/signet-id/signet/policy/internal/live"
 )
 
 // bufferSize is how much is read, and written, at once: two whole TLS records.
@@ -44,9 +46,9 @@ type wire struct {
 	mu     sync.Mutex // held while writing, so that records of two goroutines keep their order
 	corked *[]byte    // what is written goes there first; nil: to the kernel at once
 
-	close   sync.Once
-	closed  error
-	onClose func() // called once, when the connection is closed; may be nil
+	close  sync.Once
+	closed error
+	end    live.End // comes when the connection is closed
 }
 
 // newWire takes over a connection.
@@ -161,9 +163,7 @@ func (w *wire) CloseWrite() error {
 func (w *wire) Close() error {
 	w.close.Do(func() {
 		w.closed = w.Conn.Close()
-		if w.onClose != nil {
-			w.onClose()
-		}
+		w.end.Come()
 	})
 	return w.closed
 }
