@@ -382,6 +382,9 @@ func setTime(d *time.Duration, otherwise, most time.Duration, field string, bad 
 }
 
 func checkName(name string, bad complain) {
+	if name == "metrics" {
+		bad("name", "%q is taken", name)
+	}
 	if !listenerName.MatchString(name) {
 		bad("name", "%q is not a name of 1 to 63 letters, digits and \"-\", such as documents", name)
 	}

@@ -208,6 +208,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 		serving.Go(f.run)
 	}
 	if p.listen != nil {
+		p.log.Info("listening", "listener", "metrics", "address", p.listen.Addr().String())
 		g.Go(func() error { return p.metrics.serve(ctx, p.listen, p.notReady) })
 	}
 	g.Go(func() error {
