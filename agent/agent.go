@@ -161,7 +161,7 @@ func (a *Agent) open() error {
 	}
 	a.endpoint, err = workloadapi.New(workloadapi.Config{
 		Socket: c.Sockets[SocketWorkload], Executables: c.Executables,
-		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway, MaxOffline: c.MaxOffline,
+		Source: a.cache, WIT: witSource, Attestor: a.attestor, SocketPath: c.SocketPath, Log: a.log, Now: c.Now, JWTLeeway: c.JWTLeeway, MaxOffline: c.MaxOffline, MaxRevocationStaleness: c.MaxRevocationStaleness,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, RequireHeaderEverywhere: c.RequireHeaderEverywhere,
 		AllowBundlesWithoutIdentity: c.AllowBundlesWithoutIdentity, MaxStreams: c.MaxStreams, MaxStreamsPerUID: c.MaxStreamsPerUID, MaxCallsPerSecond: c.MaxCallsPerSecond,
 		OwnRates:     map[string]int{extauthz.CheckMethod: c.ExtAuthz.MaxChecksPerSecond},

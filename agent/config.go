@@ -63,6 +63,9 @@ type Config struct {
 	// the CA was lost. From then on enforcement points deny every call, and an agent that is started serves nothing until
 	// the CA is back. Default 24h; 1m to 720h.
 	MaxOffline time.Duration `yaml:"max_offline"`
+	// MaxRevocationStaleness is how long after the contact to the CA was lost calls go on by the revocations that are known;
+	// from then on enforcement points deny every call. Default 0: as long as max_offline; else 10s to max_offline.
+	MaxRevocationStaleness time.Duration `yaml:"max_revocation_staleness"`
 	// SealedCache says how X509-SVIDs, their keys and the CA's state are kept on disk, so that an agent that is started while
 	// the CA is away serves its workloads.
 	SealedCache SealedCache `yaml:"sealed_cache"`
@@ -174,6 +177,7 @@ const (
 	defaultMaxOffline = 24 * time.Hour
 	leastMaxOffline   = time.Minute
 	mostMaxOffline    = 30 * 24 * time.Hour
+	leastMaxStaleness = 10 * time.Second // a CA that is restarted is no reason to deny
 )
 
 // ReadConfig reads a configuration file. Errors name file, line and column.
@@ -344,6 +348,9 @@ func (c *Config) checkLimits(bad func(field, format string, args ...any)) {
 	}
 	if c.MaxOffline < leastMaxOffline || c.MaxOffline > mostMaxOffline {
 		bad("max_offline", "%s is not between %s and %s", c.MaxOffline, leastMaxOffline, mostMaxOffline)
+	}
+	if s := c.MaxRevocationStaleness; s != 0 && (s < leastMaxStaleness || s > c.MaxOffline) {
+		bad("max_revocation_staleness", "%s is not between %s and max_offline, which is %s; leave it out to go on by the revocations that are known", s, leastMaxStaleness, c.MaxOffline)
 	}
 	if c.MaxStreams < 0 {
 		bad("max_streams", "%d is negative", c.MaxStreams)

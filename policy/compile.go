@@ -128,6 +128,15 @@ func (p *Policies) Revision() (epoch string, revision int64) {
 	return p.set.GetEpoch(), p.set.GetRevision()
 }
 
+// TrustDomain is that of the services that the policies can be about. It is zero for a nil *Policies.
+func (p *Policies) TrustDomain() spiffeid.TrustDomain {
+	if p == nil {
+		return spiffeid.TrustDomain{}
+	}
+	td, _ := spiffeid.TrustDomainFromString(p.td) // Compile has taken it
+	return td
+}
+
 // Set returns a copy of what was compiled, or nil.
 func (p *Policies) Set() *policyv1.PolicySet {
 	if p == nil {

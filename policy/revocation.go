@@ -19,9 +19,10 @@ const maxSerial = 20
 // Revocations say which SVIDs are revoked. They are immutable and safe for concurrent use; a nil *Revocations revokes
 // nothing. They hold no clock: whoever has them removes what has ended.
 type Revocations struct {
+	set         *policyv1.RevocationSet
 	revision    int64
 	td          string
-	unknown     string                             // the name of one whose target is not understood
+	unknown     string                             // the name of one that is not understood; empty: all are
 	ids         map[string]*trie[[]*revoked]       // by trust domain
 	serials     map[string]*policyv1.Revocation    // by serial number without leading zeros
 	prefixes    [maxSerial + 1]map[string]*revoked // by length and bytes
@@ -37,16 +38,18 @@ type revoked struct {
 
 func (r *revoked) covers(issued time.Time) bool { return r.before.IsZero() || issued.Before(r.before) }
 
-// CompileRevocations prepares revocations for the members of trust domain td. One that is malformed, or whose target this
+// CompileRevocations prepares revocations for the members of trust domain td. It keeps set, which nobody may change then. One that is malformed, or whose target this
 // program does not know, revokes everything: it is unknown what it is meant to withdraw.
 func CompileRevocations(set *policyv1.RevocationSet, td spiffeid.TrustDomain) *Revocations {
 	r := &Revocations{
-		revision: set.GetRevision(), td: td.Name(), ids: make(map[string]*trie[[]*revoked]), serials: make(map[string]*policyv1.Revocation),
+		set: set, revision: set.GetRevision(), td: td.Name(), ids: make(map[string]*trie[[]*revoked]), serials: make(map[string]*policyv1.Revocation),
 		tokens: make(map[[sha256.Size]byte]*policyv1.Revocation), authorities: make(map[string]*policyv1.Revocation),
 	}
 	for _, spec := range set.GetRevocations() {
 		if err := r.add(spec); err != nil && r.unknown == "" {
-			r.unknown = spec.GetName()
+			if r.unknown = spec.GetName(); r.unknown == "" {
+				r.unknown = "a revocation without a name"
+			}
 		}
 	}
 	return r
@@ -113,6 +116,33 @@ func (r *Revocations) add(spec *policyv1.Revocation) error {
 		return fmt.Errorf("issued_before and tokens_only go with IDs, and issued_before with prefixes of serial numbers")
 	}
 	return nil
+}
+
+// Understood returns the revocations without the consequence of those that this program does not understand. It is for who
+// hands out SVIDs, which whoever verifies them refuses all the same: to hand out none would stop what no revocation means.
+func (r *Revocations) Understood() *Revocations {
+	if r == nil || r.unknown == "" {
+		return r
+	}
+	understood := *r
+	understood.unknown = ""
+	return &understood
+}
+
+// Unknown is the name of a revocation that this program does not understand, which revokes everything; empty if there is none.
+func (r *Revocations) Unknown() string {
+	if r == nil {
+		return ""
+	}
+	return r.unknown
+}
+
+// Set returns what was compiled, which nobody changes. It is empty for a nil *Revocations.
+func (r *Revocations) Set() *policyv1.RevocationSet {
+	if r == nil {
+		return &policyv1.RevocationSet{}
+	}
+	return r.set
 }
 
 // Revision is that of the set. It is zero for a nil *Revocations.

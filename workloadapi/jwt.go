@@ -118,6 +118,9 @@ func (s *Server) validate(u Update, audience, token string) (*workload.ValidateJ
 	if err != nil {
 		return nil, &ArgumentError{Text: fmt.Sprintf("svid: %v", err), Reason: ReasonTokenInvalid}
 	}
+	if name, found := u.Revocations.JWTSVID(svid.ID, svid.JTI, svid.IssuedAt); found {
+		return nil, &ArgumentError{Text: fmt.Sprintf("svid: it is revoked by %q", name), Reason: ReasonTokenInvalid}
+	}
 	claims := svid.Claims
 	if svid.ID.TrustDomain() != u.TrustDomain && !s.cfg.AllowForeignPrivateClaims {
 		claims = registeredClaims(claims)

@@ -91,6 +91,10 @@ type Config struct {
 	// is theirs to say.
 	MaxOffline time.Duration
 
+	// MaxRevocationStaleness is for how long calls go on by revocations that may be out of date, as enforcement points are
+	// told. Zero: as long as policies count.
+	MaxRevocationStaleness time.Duration
+
 	// JWTLeeway is how far the clock of a JWT-SVID's issuer may be off. Zero means 30 s; at most 60 s.
 	JWTLeeway time.Duration
 
@@ -263,6 +267,8 @@ func (c *Config) check() error {
 		return errors.New("config of the Workload Endpoint: Attestor is nil")
 	case c.MaxOffline < 0:
 		return fmt.Errorf("MaxOffline is %s: must not be negative", c.MaxOffline)
+	case c.MaxRevocationStaleness < 0:
+		return fmt.Errorf("MaxRevocationStaleness is %s: must not be negative", c.MaxRevocationStaleness)
 	case c.JWTLeeway < 0 || c.JWTLeeway > time.Minute:
 		return fmt.Errorf("JWTLeeway is %s: must be between 0 and 1m", c.JWTLeeway)
 	case c.IssueWait < 0 || c.SpreadUpdates < 0:

@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/workloadapi/peer"
 )
@@ -123,6 +124,9 @@ type Update struct {
 
 	// Policies are the call policies of the caller's own IDs and no others; nil if policies were never synchronised.
 	Policies *policyv1.PolicySet
+
+	// Revocations are all that is revoked, whether or not it concerns the caller; nil where nothing ever was.
+	Revocations *policy.Revocations
 
 	// NoPolicies says that the CA is one without call policies, as a SPIRE server, so that none will come.
 	NoPolicies bool

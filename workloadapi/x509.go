@@ -44,7 +44,7 @@ func (w *workloadService) FetchX509Bundles(_ *workload.X509BundlesRequest, ss gr
 			if err != nil {
 				return Message{}, err
 			}
-			resp := &workload.X509BundlesResponse{Bundles: bundles}
+			resp := &workload.X509BundlesResponse{Bundles: bundles, Crl: u.CRLs[u.TrustDomain]}
 			return Show(resp, ss)
 		},
 	})
@@ -55,7 +55,7 @@ func x509SVIDResponse(u Update) (*workload.X509SVIDResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	resp := &workload.X509SVIDResponse{FederatedBundles: federated}
+	resp := &workload.X509SVIDResponse{FederatedBundles: federated, Crl: u.CRLs[u.TrustDomain]}
 	for _, i := range identities {
 		resp.Svids = append(resp.Svids, &workload.X509SVID{
 			SpiffeId: i.ID.String(), X509Svid: i.Chain, X509SvidKey: i.Key, Bundle: u.X509Bundles[i.ID.TrustDomain()], Hint: i.Hint,

@@ -193,6 +193,9 @@ func (s *snapshot) add(m *nodev1.FollowResponse) (*nodev1.FollowResponse, error)
 		p.Entries = append(p.Entries, m.GetEntries()...)
 		p.Policies = append(p.Policies, m.GetPolicies()...)
 		p.Bundles = append(p.Bundles, m.GetBundles()...)
+		p.Revocations = append(p.Revocations, m.GetRevocations()...)
+		p.Crls = append(p.Crls, m.GetCrls()...)
+		p.UserIssuers = append(p.UserIssuers, m.GetUserIssuers()...)
 		if m.PolicyDefaults != nil {
 			p.PolicyDefaults = m.PolicyDefaults
 		}

@@ -18,17 +18,21 @@ type recordKey struct {
 	id   string
 }
 
-// The kinds of records. Entries, policies and bundles are messages as the CA sent them, with the fields that this program
-// does not know.
+// The kinds of records. Those of the CA are messages as it sent them, with the fields that this program does not know. A
+// program that meets a kind it does not know refuses the cache as a whole: what it cannot read may be a revocation.
 const (
 	kindState  = 'm' // a FollowResponse that has epoch, revision and defaults only
 	kindEntry  = 'e' // by entry id
 	kindPolicy = 'p' // by name
 	kindBundle = 'b' // by trust domain
 	kindSVID   = 's' // by entry id
+
+	kindRevocation = 'r' // by name
+	kindCRL        = 'c' // by authority id
+	kindUserIssuer = 'u' // by name
 )
 
-var kinds = []byte{kindState, kindEntry, kindPolicy, kindBundle, kindSVID}
+var kinds = []byte{kindState, kindEntry, kindPolicy, kindBundle, kindSVID, kindRevocation, kindCRL, kindUserIssuer}
 
 // The operations of records.
 const (
@@ -163,6 +167,15 @@ func fold(m *nodev1.FollowResponse, defaults *policyv1.DefaultsMode) (changes re
 	for _, td := range m.GetRemovedBundles() {
 		changes[recordKey{kindBundle, td}] = nil
 	}
+	for _, name := range m.GetRemovedRevocations() {
+		changes[recordKey{kindRevocation, name}] = nil
+	}
+	for _, id := range m.GetRemovedCrls() {
+		changes[recordKey{kindCRL, id}] = nil
+	}
+	for _, name := range m.GetRemovedUserIssuers() {
+		changes[recordKey{kindUserIssuer, name}] = nil
+	}
 	for _, e := range m.GetEntries() {
 		put(kindEntry, e.GetId(), e)
 	}
@@ -171,6 +184,15 @@ func fold(m *nodev1.FollowResponse, defaults *policyv1.DefaultsMode) (changes re
 	}
 	for _, b := range m.GetBundles() {
 		put(kindBundle, b.GetTrustDomain(), b)
+	}
+	for _, r := range m.GetRevocations() {
+		put(kindRevocation, r.GetName(), r)
+	}
+	for _, c := range m.GetCrls() {
+		put(kindCRL, c.GetAuthorityId(), c)
+	}
+	for _, u := range m.GetUserIssuers() {
+		put(kindUserIssuer, u.GetName(), u)
 	}
 	weighty = len(changes) > 0 || m.GetSnapshot() || m.PolicyDefaults != nil
 	put(kindState, "", &nodev1.FollowResponse{Format: m.GetFormat(), Epoch: m.GetEpoch(), To: m.GetTo(), PolicyDefaults: defaults})
@@ -204,6 +226,18 @@ func (r records) unfold() (*nodev1.FollowResponse, []SVID, error) {
 			b := &nodev1.Bundle{}
 			err = proto.Unmarshal(value, b)
 			m.Bundles = append(m.Bundles, b)
+		case kindRevocation:
+			one := &policyv1.Revocation{}
+			err = proto.Unmarshal(value, one)
+			m.Revocations = append(m.Revocations, one)
+		case kindCRL:
+			c := &nodev1.CRL{}
+			err = proto.Unmarshal(value, c)
+			m.Crls = append(m.Crls, c)
+		case kindUserIssuer:
+			u := &policyv1.UserIssuer{}
+			err = proto.Unmarshal(value, u)
+			m.UserIssuers = append(m.UserIssuers, u)
 		case kindSVID:
 			var s SVID
 			s, err = decodeSVID(k.id, value)
@@ -218,5 +252,5 @@ func (r records) unfold() (*nodev1.FollowResponse, []SVID, error) {
 
 // replacedBySnapshot are the kinds of which a snapshot names all there are.
 func replacedBySnapshot(kind byte) bool {
-	return kind == kindEntry || kind == kindPolicy || kind == kindBundle
+	return kind != kindSVID && kind != kindState
 }

@@ -207,7 +207,7 @@ func TestKeepsUnknownFields(t *testing.T) {
 // What Follow carries must be kept as a whole: a field that is added there has to be added to fold and unfold, too.
 func TestFoldKnowsAllOfFollow(t *testing.T) {
 	known := []string{"format", "epoch", "from", "to", "snapshot", "complete", "sync_ids", "entries", "removed_entry_ids", "policies", "removed_policies",
-		"policy_defaults", "bundles", "removed_bundles"}
+		"policy_defaults", "bundles", "removed_bundles", "revocations", "removed_revocations", "crls", "removed_crls", "user_issuers", "removed_user_issuers"}
 	fields := (&nodev1.FollowResponse{}).ProtoReflect().Descriptor().Fields()
 	for i := range fields.Len() {
 		if name := string(fields.Get(i).Name()); !slices.Contains(known, name) {

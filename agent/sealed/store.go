@@ -269,7 +269,7 @@ func (s *Store) fail(err error) (news bool) {
 // wrote.
 var schema = sync.OnceValue(func() [sha256.Size]byte {
 	h := sha256.New()
-	for _, file := range []protoreflect.FileDescriptor{nodev1.File_signet_node_v1_node_proto, policyv1.File_signet_policy_v1_policy_proto} {
+	for _, file := range []protoreflect.FileDescriptor{nodev1.File_signet_node_v1_node_proto, policyv1.File_signet_policy_v1_policy_proto, policyv1.File_signet_policy_v1_revocation_proto} {
 		raw, err := deterministic.Marshal(protodesc.ToFileDescriptorProto(file))
 		if err != nil {
 			continue // what was compiled into the program can be encoded

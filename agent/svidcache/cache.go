@@ -321,6 +321,9 @@ func (c *Cache) Apply(m *nodev1.FollowResponse) error {
 func (c *Cache) takeOver(next *state, change change) {
 	c.mu.Lock()
 	old := c.state.Swap(next)
+	if change.revoked {
+		c.takeRevocations(next, c.config.Now())
+	}
 	c.takeChange(next, change, old.revision > 0 && next.epoch != old.epoch)
 	c.past.removed(old, next, change.entries, c.config.Now())
 	c.mu.Unlock()
@@ -330,7 +333,7 @@ func (c *Cache) takeOver(next *state, change change) {
 	default:
 		close(c.synced)
 	}
-	if len(change.entries) > 0 || change.own {
+	if len(change.entries) > 0 || change.own || change.revoked {
 		c.jwts.sweep(next, c.config.TrustDomain, c.config.Now())
 	}
 }
@@ -389,7 +392,7 @@ func (c *Cache) takeChange(s *state, change change, epoch bool) {
 		kick(c.witLane)
 	}
 	c.tellUse()
-	if change.own || change.foreign || change.policies {
+	if change.own || change.foreign || change.policies || change.crls {
 		for w := range c.watchers {
 			c.kick(w)
 		}

@@ -71,6 +71,8 @@ type token struct {
 	revision    int64
 	value       string
 	keyID       string
+	id          spiffeid.ID
+	jti         string // empty: it has none
 	issued, end time.Time
 	refreshedAt time.Time // last attempt to refresh, on the steady clock
 }
@@ -176,6 +178,9 @@ func (c *Cache) entriesOf(ctx context.Context, caller workloadapi.Caller, id spi
 		return found
 	}
 	if found := find(); len(found) > 0 {
+		if found = c.unrevoked(found); len(found) == 0 {
+			return nil, workloadapi.ErrNoIdentity
+		}
 		return found, nil
 	}
 	c.subscribe(w)
@@ -321,13 +326,16 @@ func (c *Cache) begin(ctx context.Context, turn *turn, name, key string, e *entr
 		if err == nil {
 			err = checkJWT(e, audience, answer, c.config.Now())
 		}
+		t := newToken(key, e, answer)
+		if err == nil && t.revoked(c.state.Load()) {
+			err = errors.New("it was revoked as soon as it was issued")
+		}
 		if err != nil {
 			answer = JWTAnswer{}
 		}
 		c.countJWT(err)
-		var t *token
-		if err == nil && name != "" {
-			t = newToken(key, e, answer)
+		if err != nil || name == "" {
+			t = nil
 		}
 		c.jwts.leave(turn.uid, name, t)
 		call.answer, call.err = answer, err
@@ -375,7 +383,7 @@ func (j *jwtCache) leave(uid uint32, name string, t *token) {
 
 func newToken(key string, e *entry, a JWTAnswer) *token {
 	return &token{
-		key: key, entryID: e.id, revision: e.revision, value: a.Token, keyID: keyIDOf(a.Token), issued: a.IssuedAt, end: a.ExpiresAt,
+		key: key, entryID: e.id, revision: e.revision, value: a.Token, keyID: keyIDOf(a.Token), id: e.spiffeID, jti: jtiOf(a.Token), issued: a.IssuedAt, end: a.ExpiresAt,
 	}
 }
 
@@ -463,7 +471,12 @@ func (t *token) good(now time.Time, s *state, td spiffeid.TrustDomain) bool {
 		return false
 	}
 	own := s.bundles[td]
-	return own != nil && has(own.jwtKnown, t.keyID)
+	return own != nil && has(own.jwtKnown, t.keyID) && !t.revoked(s)
+}
+
+func (t *token) revoked(s *state) bool {
+	_, found := s.revoked.serving.JWTSVID(t.id, t.jti, t.issued)
+	return found
 }
 
 // sweep drops what may not be handed out any more.

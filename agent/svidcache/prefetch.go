@@ -17,6 +17,7 @@ func (c *Cache) newRecord(e *entry) *record {
 		r.svid, r.used = s, s.used
 		c.use(nil, s)
 	}
+	r.judge(c.state.Load())
 	c.records[e.id] = r
 	return r
 }

@@ -54,3 +54,22 @@ func checkJWT(e *entry, audience []string, a JWTAnswer, now time.Time) error {
 }
 
 func sorted(s []string) []string { return slices.Compact(slices.Sorted(slices.Values(s))) }
+
+// jtiOf reads the jti of a JWT-SVID; it is empty if there is none.
+func jtiOf(jwt string) string {
+	parts := strings.Split(jwt, ".")
+	if len(parts) != 3 || len(parts[1]) > maxTokenBytes {
+		return ""
+	}
+	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		return ""
+	}
+	var claims struct {
+		JTI string `json:"jti"`
+	}
+	if err := json.Unmarshal(payload, &claims); err != nil {
+		return ""
+	}
+	return claims.JTI
+}

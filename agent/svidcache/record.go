@@ -52,6 +52,8 @@ type record struct {
 	triedAt  time.Time // the last failure, on the steady clock
 	retryAt  time.Time // on the steady clock; zero: at once
 	usable   bool      // what the last look at the clock found
+	revoked  bool      // its SVID is
+	barred   bool      // its entry's ID is: the CA would issue none
 	waveAt   time.Time // on the steady clock: its moment, if a tainted authority signed its SVID; zero: not planned
 }
 
@@ -63,10 +65,11 @@ type svid struct {
 	key                 []byte // PKCS#8 DER
 	notBefore, notAfter time.Time
 	renewAt             time.Time
-	until               time.Time // restored, and not to be used from then on; zero: until notAfter
-	used                bool      // restored, and somebody had asked for it
-	signer              string    // key id of the authority that ends the chain; empty: not stated
-	authority           string    // id of the authority that signed the leaf
+	until               time.Time         // restored, and not to be used from then on; zero: until notAfter
+	used                bool              // restored, and somebody had asked for it
+	signer              string            // key id of the authority that ends the chain; empty: not stated
+	authority           string            // id of the authority that signed the leaf
+	facts               *x509.Certificate // see revokedFacts
 }
 
 // A key is one that was made for a workload and is not certified yet.
@@ -153,6 +156,7 @@ func newSVID(e *entry, k *key, revision int64, chain [][]byte, now time.Time) (*
 			}
 			s.notBefore, s.notAfter = cert.NotBefore, cert.NotAfter
 			s.authority = hex.EncodeToString(cert.AuthorityKeyId)
+			s.facts = revokedFacts(cert)
 		}
 		s.chain = append(s.chain, der...)
 		last = cert
@@ -207,6 +211,9 @@ func (r *record) stale(own *bundle, now time.Time) string {
 	if r.foreign {
 		return "its entry is another CA's"
 	}
+	if r.revoked {
+		return "it is revoked"
+	}
 	if why := r.svid.stale(r.entry, own, now); why != "" {
 		return why
 	}
@@ -223,13 +230,13 @@ func has(set map[string]struct{}, k string) bool {
 
 // serves says whether r has what its entry's callers may get at now.
 func (r *record) serves(now time.Time) bool {
-	return r.svid != nil && r.svid.valid(now) && r.svid.id == r.entry.spiffeID
+	return r.svid != nil && !r.revoked && !r.barred && r.svid.valid(now) && r.svid.id == r.entry.spiffeID
 }
 
 // settling says whether an issuance is on its way whose outcome callers should wait for: there is nothing to serve, or
 // what there is was built from an older revision of the entry.
 func (r *record) settling(now time.Time) bool {
-	return r.failures == 0 && (!r.serves(now) || r.svid.entryRevision < r.entry.revision)
+	return r.failures == 0 && !r.barred && (!r.serves(now) || r.svid.entryRevision < r.entry.revision)
 }
 
 // check queues r for issuance if it needs one and its time has come, and sees to it that the clock is looked at in time
@@ -241,6 +248,12 @@ func (c *Cache) check(r *record, now time.Time) {
 	}
 	if c.source.Load() != nil {
 		return // nothing is asked for until the CA has said what there is now
+	}
+	if r.barred {
+		for lane := range c.due {
+			delete(c.due[lane], r)
+		}
+		return // looked at again when the revocation is gone
 	}
 	own := c.state.Load().bundles[c.config.TrustDomain]
 	if r.svid != nil && r.stale(own, now) == "" {

@@ -22,6 +22,8 @@ type state struct {
 	index    *table[spiffe.Selector, []*entry]
 	bundles  map[spiffeid.TrustDomain]*bundle
 	policies *policies
+	revoked  *revocations
+	crls     *crls
 }
 
 func newState() *state {
@@ -29,6 +31,8 @@ func newState() *state {
 		entries:  newTable[string, *entry](),
 		index:    newTable[spiffe.Selector, []*entry](),
 		policies: &policies{},
+		revoked:  &revocations{},
+		crls:     &crls{},
 	}
 }
 
@@ -38,6 +42,8 @@ type change struct {
 	own      bool     // the own bundle
 	foreign  bool     // any other bundle
 	policies bool
+	revoked  bool
+	crls     bool
 }
 
 // next returns the state after m, and what is different. Entries and authorities that are broken are left out and told
@@ -59,8 +65,10 @@ func (s *state) next(td spiffeid.TrustDomain, m *nodev1.FollowResponse) (*state,
 		return nil, change{}, nil, fmt.Errorf("there is no usable X.509 authority of the own trust domain %q in it", td.Name())
 	}
 	n.policies = base.policies.next(m)
+	n.revoked = base.revoked.next(td, m, s.revoked)
+	n.crls = base.crls.next(m, own, s.crls, &skipped)
 
-	c := change{entries: touched, policies: n.policies != s.policies && !n.policies.equal(s.policies)}
+	c := change{entries: touched, policies: n.policies != s.policies && !n.policies.equal(s.policies), revoked: n.revoked != s.revoked, crls: !sameCRLs(n.crls.der, s.crls.der)}
 	if m.GetSnapshot() {
 		c.entries = differing(s.entries, n.entries)
 		if !c.policies && n.epoch == s.epoch {
@@ -183,6 +191,7 @@ type policies struct {
 	defaults policyv1.DefaultsMode
 	byName   map[string]*policyv1.Policy
 	sorted   []*policyv1.Policy
+	issuers  []*policyv1.UserIssuer // by name
 
 	// ofID remembers which policies cover an ID; only IDs of entries are asked for, which bounds it.
 	ofID sync.Map // spiffeid.ID → []*policyv1.Policy
@@ -194,10 +203,11 @@ func (p *policies) next(m *nodev1.FollowResponse) *policies {
 	if !p.synced && m.PolicyDefaults == nil {
 		return p
 	}
-	if p.synced && p.epoch == m.GetEpoch() && len(m.GetPolicies()) == 0 && len(m.GetRemovedPolicies()) == 0 && m.PolicyDefaults == nil {
+	if p.synced && p.epoch == m.GetEpoch() && len(m.GetPolicies()) == 0 && len(m.GetRemovedPolicies()) == 0 && m.PolicyDefaults == nil &&
+		len(m.GetUserIssuers()) == 0 && len(m.GetRemovedUserIssuers()) == 0 {
 		return p
 	}
-	n := &policies{synced: true, epoch: m.GetEpoch(), revision: m.GetTo(), defaults: p.defaults, byName: make(map[string]*policyv1.Policy, len(p.byName)+1)}
+	n := &policies{issuers: userIssuers(p.issuers, m), synced: true, epoch: m.GetEpoch(), revision: m.GetTo(), defaults: p.defaults, byName: make(map[string]*policyv1.Policy, len(p.byName)+1)}
 	for name, policy := range p.byName {
 		n.byName[name] = policy
 	}
@@ -223,7 +233,7 @@ func (p *policies) next(m *nodev1.FollowResponse) *policies {
 }
 
 func (p *policies) equal(o *policies) bool {
-	return p.synced == o.synced && p.epoch == o.epoch && p.defaults == o.defaults && samePolicies(p.sorted, o.sorted)
+	return p.synced == o.synced && p.epoch == o.epoch && p.defaults == o.defaults && samePolicies(p.sorted, o.sorted) && sameIssuers(p.issuers, o.issuers)
 }
 
 func samePolicies(a, b []*policyv1.Policy) bool {

@@ -384,6 +384,8 @@ type shown struct {
 	policies   *policyv1.PolicySet
 	noPolicies bool      // the CA has none to tell
 	offline    time.Time // since when; zero: not
+	revoked    *revocations
+	crls       [][]byte
 	entitled   bool
 	pending    bool // an identity is left out, because its SVID is on its way
 }
@@ -402,7 +404,7 @@ func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 	s := c.state.Load()
 	wall := c.config.Now()
 	complete = true
-	n := &shown{bundles: make(map[spiffeid.TrustDomain]*bundle, 1), ownTD: c.config.TrustDomain, offline: c.told, entitled: len(w.entries) > 0}
+	n := &shown{bundles: make(map[spiffeid.TrustDomain]*bundle, 1), ownTD: c.config.TrustDomain, offline: c.told, revoked: s.revoked, crls: s.crls.der}
 	if own := s.bundles[n.ownTD]; own != nil {
 		n.bundles[n.ownTD] = own
 	}
@@ -412,6 +414,11 @@ func (c *Cache) show(w *watcher) (now *shown, complete, lost bool) {
 	var policies []*policyv1.Policy
 	for _, e := range w.entries {
 		policies = append(policies, s.policies.of(e.spiffeID, c.config.ServiceMatches)...)
+		if s.revokedID(e.spiffeID) {
+			lost = true // nothing is on its way
+			continue
+		}
+		n.entitled = true
 		r := c.records[e.id]
 		if r == nil {
 			continue
@@ -468,20 +475,24 @@ func (p *policies) set(td spiffeid.TrustDomain, found []*policyv1.Policy, sent *
 		return 0
 	})
 	found = slices.CompactFunc(found, func(a, b *policyv1.Policy) bool { return a.GetName() == b.GetName() })
+	var issuers []*policyv1.UserIssuer
+	if len(found) > 0 { // nobody else can have a condition
+		issuers = p.issuers
+	}
 	if sent != nil && sent.policies != nil {
 		old := sent.policies
-		if old.GetEpoch() == p.epoch && old.GetDefaults() == p.defaults && samePolicies(old.GetPolicies(), found) {
+		if old.GetEpoch() == p.epoch && old.GetDefaults() == p.defaults && samePolicies(old.GetPolicies(), found) && sameIssuers(old.GetUserIssuers(), issuers) {
 			return old
 		}
 	}
 	return &policyv1.PolicySet{
-		Format: policyFormat, TrustDomain: td.Name(), Epoch: p.epoch, Revision: p.revision, Defaults: p.defaults, Policies: found,
+		Format: policyFormat, TrustDomain: td.Name(), Epoch: p.epoch, Revision: p.revision, Defaults: p.defaults, Policies: found, UserIssuers: issuers,
 	}
 }
 
 // same says whether a caller sees no difference between n and what was sent (WAPI-07).
 func (n *shown) same(sent *shown) bool {
-	if sent == nil || n.entitled != sent.entitled || n.pending != sent.pending || n.policies != sent.policies || n.noPolicies != sent.noPolicies || !n.offline.Equal(sent.offline) || len(n.bundles) != len(sent.bundles) {
+	if sent == nil || n.entitled != sent.entitled || n.pending != sent.pending || n.policies != sent.policies || n.revoked != sent.revoked || !sameCRLs(n.crls, sent.crls) || n.noPolicies != sent.noPolicies || !n.offline.Equal(sent.offline) || len(n.bundles) != len(sent.bundles) {
 		return false
 	}
 	for td, b := range n.bundles {
@@ -503,6 +514,7 @@ func (n *shown) update(own spiffeid.TrustDomain) workloadapi.Update {
 		WITBundles:  make(map[spiffeid.TrustDomain]map[string]crypto.PublicKey, len(n.bundles)),
 		Policies:    n.policies,
 		NoPolicies:  n.noPolicies,
+		Revocations: n.revoked.compiled,
 		Offline:     n.offline,
 		Entitled:    n.entitled,
 		Pending:     n.pending,
@@ -517,6 +529,9 @@ func (n *shown) update(own spiffeid.TrustDomain) workloadapi.Update {
 		u.X509Bundles[td] = b.x509DER
 		u.JWTBundles[td] = b.jwt
 		u.WITBundles[td] = b.wit
+	}
+	if len(n.crls) > 0 {
+		u.CRLs = map[spiffeid.TrustDomain][][]byte{own: n.crls}
 	}
 	if b := n.bundles[own]; b != nil {
 		u.BundleRevision = b.revision

@@ -53,9 +53,13 @@ type Options struct {
 	// denied until that ends. Zero means what the agent's configuration says as max_offline, and 24 hours by default. Where
 	// both say something, the shorter time holds.
 	MaxOffline time.Duration
+	// MaxRevocationStaleness is how long after the contact to the CA was lost calls go on by the revocations that are known;
+	// after that every call is denied until there is contact again. Zero means what the agent's configuration says as
+	// max_revocation_staleness, and no limit beside MaxOffline by default. Where both say something, the shorter time holds.
+	MaxRevocationStaleness time.Duration
 	// Log gets the loss and the return of the contact. Nil means slog.Default.
 	Log *slog.Logger
-	// Now is the clock for MaxOffline. Nil means time.Now.
+	// Now is the clock for MaxOffline and MaxRevocationStaleness. Nil means time.Now.
 	Now func() time.Time
 }
 
@@ -70,25 +74,38 @@ type Source struct {
 	current atomic.Pointer[state]
 	changed chan struct{} // one slot
 
-	mu    sync.Mutex
-	ready chan struct{} // closed with the first set or a fatal error
-	err   error         // why there is no set: fatal if ready is closed, otherwise the last trouble
+	mu      sync.Mutex
+	ready   chan struct{}              // closed with the first set or a fatal error
+	err     error                      // why there is no set: fatal if ready is closed, otherwise the last trouble
+	readers map[chan struct{}]struct{} // of Subscribe
 }
 
 // state is what the agent said last.
 type state struct {
-	policies, stale *policy.Policies
+	bare            *policy.Policies // as compiled, without revocations
+	policies, stale *policy.Policies // with the revocations
+	revocations     *policy.Revocations
 	services        []spiffeid.ID
 	lost            time.Time // when the contact to the agent was lost; zero while there is one
 	offline         time.Time // when the agent said that it lost the contact to its CA; zero while it has one
 	maxOffline      time.Duration
-	refused         time.Time // when the first of the sets came that could not be taken since; zero if none did
+	maxStaleness    time.Duration // 0: none
+	refused         time.Time     // when the first of the sets came that could not be taken since; zero if none did
 }
 
-// since is from when on the policies have not been up to date; zero if they are.
-func (st *state) since() time.Time {
+// tooOld says whether policies or revocations are too old to be relied on.
+func (st *state) tooOld(now time.Time) bool {
+	if since := st.since(st.lost, st.offline, st.refused); !since.IsZero() && now.Sub(since) > st.maxOffline {
+		return true
+	}
+	since := st.since(st.lost, st.offline)
+	return st.maxStaleness > 0 && !since.IsZero() && now.Sub(since) > st.maxStaleness
+}
+
+// since is the earliest of the times that are not zero; zero if all are.
+func (st *state) since(times ...time.Time) time.Time {
 	var since time.Time
-	for _, t := range [...]time.Time{st.lost, st.offline, st.refused} {
+	for _, t := range times {
 		if since.IsZero() || !t.IsZero() && t.Before(since) {
 			since = t
 		}
@@ -101,6 +118,9 @@ func (st *state) since() time.Time {
 func New(ctx context.Context, o Options) (*Source, error) {
 	if o.MaxOffline < 0 {
 		return nil, fmt.Errorf("option MaxOffline is %v; it must not be negative", o.MaxOffline)
+	}
+	if o.MaxRevocationStaleness < 0 {
+		return nil, fmt.Errorf("option MaxRevocationStaleness is %v; it must not be negative", o.MaxRevocationStaleness)
 	}
 	if o.Log == nil {
 		o.Log = slog.Default()
@@ -154,7 +174,7 @@ func (s *Source) Policies() *policy.Policies {
 	if st == nil {
 		return nil
 	}
-	if since := st.since(); !since.IsZero() && s.now().Sub(since) > st.maxOffline {
+	if st.tooOld(s.now()) {
 		return st.stale
 	}
 	return st.policies
@@ -176,8 +196,43 @@ func (s *Source) ServiceIDs() []spiffeid.ID {
 	return nil
 }
 
-// Updated returns a channel with one slot that is filled after each change of the policies. It is for one reader.
+// Updated returns a channel with one slot that is filled after each change of the policies or revocations. It is for one
+// reader; Subscribe is for several.
 func (s *Source) Updated() <-chan struct{} { return s.changed }
+
+// Subscribe returns a channel with one slot that is filled after each change of the policies or revocations, until stop is
+// called. It is not filled when they become too old.
+func (s *Source) Subscribe() (changed <-chan struct{}, stop func()) {
+	c := make(chan struct{}, 1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.readers == nil {
+		s.readers = make(map[chan struct{}]struct{})
+	}
+	s.readers[c] = struct{}{}
+	return c, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.readers, c)
+	}
+}
+
+// tell fills the slots of those who want to know of changes.
+func (s *Source) tell() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	fill(s.changed)
+	for c := range s.readers {
+		fill(c)
+	}
+}
+
+func fill(slot chan struct{}) {
+	select {
+	case slot <- struct{}{}:
+	default:
+	}
+}
 
 // Close ends the watch and waits for it, after it has reported to the agent what was decided last, for at most a second.
 // The policies stay as they are. It may be called more than once.
@@ -225,7 +280,7 @@ func (s *Source) run(ctx context.Context) {
 func (s *Source) watch(ctx context.Context) (received bool, err error) {
 	ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true"))
 	defer cancel()
-	stream, err := policyapi.NewPoliciesClient(s.conn).Watch(ctx, &policyapi.WatchRequest{Format: policy.Format})
+	stream, err := policyapi.NewPoliciesClient(s.conn).Watch(ctx, &policyapi.WatchRequest{Format: policy.Format, Partial: true})
 	if err != nil {
 		return false, err
 	}
@@ -247,13 +302,19 @@ func (s *Source) watch(ctx context.Context) (received bool, err error) {
 	}
 }
 
-// take makes a response the policies of the moment.
+// take makes a response the policies and revocations of the moment. What it does not repeat stays as it is: an agent that
+// was away, or one that knows nothing of revocations, revives nobody.
 func (s *Source) take(r *policyapi.WatchResponse) error {
-	policies, err := policy.Compile(r.GetPolicies())
+	if r.GetPartial() {
+		return s.takePart(r)
+	}
+	bare, err := policy.Compile(r.GetPolicies())
 	if err != nil {
 		return err
 	}
-	st := &state{policies: policies, stale: policies.Stale(), offline: offlineSince(r), maxOffline: s.maxOffline(r)}
+	st := &state{bare: bare, offline: offlineSince(r), maxOffline: s.maxOffline(r), maxStaleness: s.maxStaleness(r)}
+	st.revocations = s.revocationsOf(r, st.trustDomain())
+	st.unite()
 	for _, service := range r.GetServiceIds() {
 		id, err := spiffe.ParseWorkloadID(service)
 		if err != nil {
@@ -261,7 +322,53 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 		}
 		st.services = append(st.services, id)
 	}
-	old := s.current.Swap(st)
+	s.taken(s.current.Swap(st), st)
+	return nil
+}
+
+// takePart is take for a response that does not repeat the policies. If those were refused, it is about others than are in
+// force, and the revocations count all the same.
+func (s *Source) takePart(r *policyapi.WatchResponse) error {
+	old := s.current.Load()
+	if old == nil {
+		return errors.New("the agent's first answer holds no policies")
+	}
+	st := *old
+	st.lost, st.offline, st.maxOffline, st.maxStaleness = time.Time{}, offlineSince(r), s.maxOffline(r), s.maxStaleness(r)
+	if r.Revocations != nil {
+		st.revocations = s.revocationsOf(r, st.trustDomain())
+		st.unite()
+	}
+	s.taken(s.current.Swap(&st), &st)
+	return nil
+}
+
+// revocationsOf compiles those of a response, and returns the last ones if it has none.
+func (s *Source) revocationsOf(r *policyapi.WatchResponse, td spiffeid.TrustDomain) *policy.Revocations {
+	if r.Revocations == nil {
+		if old := s.current.Load(); old != nil {
+			return old.revocations
+		}
+	}
+	revocations := policy.CompileRevocations(r.GetRevocations(), td)
+	if name := revocations.Unknown(); name != "" {
+		s.options.Log.Error("a revocation is of a kind that this program does not know: every call is denied until the program is upgraded or the revocation is gone", "revocation", name)
+	}
+	return revocations
+}
+
+// unite puts policies and revocations together.
+func (st *state) unite() {
+	st.policies = st.bare.WithRevocations(st.revocations)
+	st.stale = st.policies.Stale()
+}
+
+func (st *state) trustDomain() spiffeid.TrustDomain {
+	return st.bare.TrustDomain()
+}
+
+// taken tells of what is different.
+func (s *Source) taken(old, st *state) {
 	if old != nil && !old.lost.IsZero() {
 		s.options.Log.Info("policies are watched again")
 	}
@@ -277,22 +384,25 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 	s.err = nil
 	s.settle()
 	s.mu.Unlock()
-	select {
-	case s.changed <- struct{}{}:
-	default:
-	}
-	return nil
+	s.tell()
 }
 
 // contact notes that the agent is there, although its policies are not taken: those in force are out of date.
 func (s *Source) contact(r *policyapi.WatchResponse) {
 	if st := s.current.Load(); st != nil {
 		found := *st
-		found.lost, found.offline, found.maxOffline = time.Time{}, offlineSince(r), s.maxOffline(r)
+		found.lost, found.offline, found.maxOffline, found.maxStaleness = time.Time{}, offlineSince(r), s.maxOffline(r), s.maxStaleness(r)
+		if r.Revocations != nil { // they can be read although the policies cannot
+			found.revocations = s.revocationsOf(r, found.trustDomain())
+			found.unite()
+		}
 		if found.refused.IsZero() {
 			found.refused = s.now()
 		}
 		s.current.Store(&found)
+		if r.Revocations != nil {
+			s.tell()
+		}
 	}
 }
 
@@ -312,6 +422,16 @@ func (s *Source) maxOffline(r *policyapi.WatchResponse) time.Duration {
 	case agent <= 0 && own == 0:
 		return DefaultMaxOffline
 	case agent <= 0, own > 0 && own < agent:
+		return own
+	}
+	return agent
+}
+
+// maxStaleness is how long revocations hold without contact; 0: as long as policies.
+func (s *Source) maxStaleness(r *policyapi.WatchResponse) time.Duration {
+	agent := time.Duration(min(max(r.GetMaxRevocationStaleness(), 0), int64(mostMaxOffline/time.Second))) * time.Second
+	own := s.options.MaxRevocationStaleness
+	if agent == 0 || own > 0 && own < agent {
 		return own
 	}
 	return agent

@@ -89,9 +89,12 @@ type WatchResponse struct {
 	// All that is revoked. In the first response, and in each in which it differs from the last one sent.
 	Revocations *v1.RevocationSet `protobuf:"bytes,5,opt,name=revocations,proto3" json:"revocations,omitempty"`
 	// policies and service_ids are as in the last response and not repeated. Only for callers that asked for it.
-	Partial       bool `protobuf:"varint,6,opt,name=partial,proto3" json:"partial,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Partial bool `protobuf:"varint,6,opt,name=partial,proto3" json:"partial,omitempty"`
+	// For how many seconds from offline_since on the agent's operator lets calls go on by revocations that may be out of date;
+	// after that every call is denied. 0: without end, as long as the policies count.
+	MaxRevocationStaleness int64 `protobuf:"varint,7,opt,name=max_revocation_staleness,json=maxRevocationStaleness,proto3" json:"max_revocation_staleness,omitempty"`
+	unknownFields          protoimpl.UnknownFields
+	sizeCache              protoimpl.SizeCache
 }
 
 func (x *WatchResponse) Reset() {
@@ -164,6 +167,13 @@ func (x *WatchResponse) GetPartial() bool {
 		return x.Partial
 	}
 	return false
+}
+
+func (x *WatchResponse) GetMaxRevocationStaleness() int64 {
+	if x != nil {
+		return x.MaxRevocationStaleness
+	}
+	return 0
 }
 
 type ReportRequest struct {
@@ -253,7 +263,7 @@ const file_signet_policy_v1_service_proto_rawDesc = "" +
 	"\x1esignet/policy/v1/service.proto\x12\x10signet.policy.v1\x1a\"signet/policy/v1/observation.proto\x1a\x1dsignet/policy/v1/policy.proto\x1a!signet/policy/v1/revocation.proto\"@\n" +
 	"\fWatchRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x18\n" +
-	"\apartial\x18\x02 \x01(\bR\apartial\"\x8c\x02\n" +
+	"\apartial\x18\x02 \x01(\bR\apartial\"\xc6\x02\n" +
 	"\rWatchResponse\x12\x1f\n" +
 	"\vservice_ids\x18\x01 \x03(\tR\n" +
 	"serviceIds\x127\n" +
@@ -262,7 +272,8 @@ const file_signet_policy_v1_service_proto_rawDesc = "" +
 	"\vmax_offline\x18\x04 \x01(\x03R\n" +
 	"maxOffline\x12A\n" +
 	"\vrevocations\x18\x05 \x01(\v2\x1f.signet.policy.v1.RevocationSetR\vrevocations\x12\x18\n" +
-	"\apartial\x18\x06 \x01(\bR\apartial\"R\n" +
+	"\apartial\x18\x06 \x01(\bR\apartial\x128\n" +
+	"\x18max_revocation_staleness\x18\a \x01(\x03R\x16maxRevocationStaleness\"R\n" +
 	"\rReportRequest\x12A\n" +
 	"\fobservations\x18\x01 \x03(\v2\x1d.signet.policy.v1.ObservationR\fobservations\"\x10\n" +
 	"\x0eReportResponse2\xa3\x01\n" +
