@@ -94,6 +94,8 @@ func TestConfigCheck(t *testing.T) {
 		{name: "negative prefetch", change: func(c *Config) { c.MaxPrefetch = -1 }, want: "max_prefetch: -1 is negative; to keep none ready set disable_prefetch"},
 		{name: "no time at all without a CA", change: func(c *Config) { c.MaxOffline = time.Second }, want: "max_offline: 1s is not between 1m0s and 720h0m0s"},
 		{name: "a year without a CA", change: func(c *Config) { c.MaxOffline = 365 * 24 * time.Hour }, want: "max_offline: 8760h0m0s is not between"},
+		{name: "revocations that age in a second", change: func(c *Config) { c.MaxRevocationStaleness = time.Second }, want: "max_revocation_staleness: 1s is not between 10s and max_offline, which is 24h0m0s"},
+		{name: "revocations older than policies", change: func(c *Config) { c.MaxRevocationStaleness = 25 * time.Hour }, want: "max_revocation_staleness: 25h0m0s is not between"},
 		{name: "a key of the sealed cache that is none", change: func(c *Config) { c.SealedCache.Key = "hsm" }, want: `sealed_cache.key: "hsm" is not file, keyring or tpm`},
 		{name: "a TPM without key: tpm", change: func(c *Config) { c.SealedCache.TPMDevice = "/dev/tpmrm0" }, want: "sealed_cache.tpm_device: is for sealed_cache.key: tpm"},
 		{name: "a relative TPM", change: func(c *Config) { c.SealedCache.Key, c.SealedCache.TPMDevice = "tpm", "tpm0" }, want: `sealed_cache.tpm_device: "tpm0" must be absolute`},

@@ -37,6 +37,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/workloadapi"
 	"github.com/signet-id/signet/workloadapi/peer"
@@ -147,18 +148,20 @@ func having(selector string) func(workloadapi.Caller) bool {
 type memory struct {
 	own *authority
 
-	mu       sync.Mutex
-	changed  chan struct{} // closed at each change
-	err      error         // returned by everything, if set
-	jwtErr   error
-	entries  []entry
-	x509     map[spiffeid.TrustDomain][]byte
-	jwt      map[spiffeid.TrustDomain]map[string]crypto.PublicKey
-	policies *policyv1.PolicySet
-	offline  time.Time
-	revision int64
-	watching int
-	handedOn chan int64
+	mu          sync.Mutex
+	changed     chan struct{} // closed at each change
+	err         error         // returned by everything, if set
+	jwtErr      error
+	entries     []entry
+	x509        map[spiffeid.TrustDomain][]byte
+	jwt         map[spiffeid.TrustDomain]map[string]crypto.PublicKey
+	policies    *policyv1.PolicySet
+	offline     time.Time
+	revocations *policy.Revocations
+	crls        map[spiffeid.TrustDomain][][]byte
+	revision    int64
+	watching    int
+	handedOn    chan int64
 }
 
 func newMemory(own *authority, entries ...entry) *memory {
@@ -194,7 +197,7 @@ func (m *memory) state(c workloadapi.Caller) (workloadapi.Update, <-chan struct{
 	}
 	u := workloadapi.Update{
 		TrustDomain: m.own.td, X509Bundles: map[spiffeid.TrustDomain][]byte{}, JWTBundles: map[spiffeid.TrustDomain]map[string]crypto.PublicKey{},
-		Policies: m.policies, Offline: m.offline, BundleRevision: m.revision,
+		Policies: m.policies, Revocations: m.revocations, CRLs: m.crls, Offline: m.offline, BundleRevision: m.revision,
 	}
 	for td, b := range m.x509 {
 		u.X509Bundles[td] = b

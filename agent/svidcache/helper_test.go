@@ -50,7 +50,7 @@ func newAuthority(t testing.TB, id string) *authority {
 	now := time.Now()
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(10 * 365 * 24 * time.Hour),
-		Subject: pkix.Name{CommonName: id}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		Subject: pkix.Name{CommonName: id}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		URIs: []*url.URL{{Scheme: "spiffe", Host: td.Name()}}, SubjectKeyId: []byte("ski of " + id),
 	}, &x509.Certificate{}, key.Public(), key)
 	if err != nil {

@@ -164,9 +164,20 @@ func joinDistinct(errs []error) error {
 	return errors.Join(distinct...)
 }
 
-// entriesOf returns the caller's entries in their order, those of id alone if it is not zero. It waits for a
-// registration in flight.
+// entriesOf returns the caller's entries in their order, those of id alone if it is not zero, without those whose JWT-SVIDs
+// are revoked. It waits for a registration in flight.
 func (c *Cache) entriesOf(ctx context.Context, caller workloadapi.Caller, id spiffeid.ID) ([]*entry, error) {
+	found, err := c.registered(ctx, caller, id)
+	if err != nil {
+		return nil, err
+	}
+	if found = c.unrevoked(found); len(found) == 0 {
+		return nil, workloadapi.ErrNoIdentity
+	}
+	return found, nil
+}
+
+func (c *Cache) registered(ctx context.Context, caller workloadapi.Caller, id spiffeid.ID) ([]*entry, error) {
 	w := newWatcher(caller, false)
 	find := func() []*entry {
 		var found []*entry
@@ -178,9 +189,6 @@ func (c *Cache) entriesOf(ctx context.Context, caller workloadapi.Caller, id spi
 		return found
 	}
 	if found := find(); len(found) > 0 {
-		if found = c.unrevoked(found); len(found) == 0 {
-			return nil, workloadapi.ErrNoIdentity
-		}
 		return found, nil
 	}
 	c.subscribe(w)
