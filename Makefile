@@ -77,6 +77,7 @@ modules:
 	go mod tidy -diff
 	go mod verify
 	cd tools && go mod tidy -diff && go mod verify
+	cd test/bench/engines && go mod tidy -diff && go mod verify
 
 # Documents made from the code: conformance, command line, configuration, and the modules that binaries link.
 docs:

@@ -7,13 +7,18 @@ cd "$(dirname "$0")/.."
 count=${COUNT:-5} time=${TIME:-1s}
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
+# Folders that are modules of their own come last, each from within.
 [ $# -gt 0 ] || set -- $(grep -rlE '^func Benchmark' --include='*_test.go' . | xargs -n1 dirname | sort -u)
+own="" main=""
+for folder; do
+	if [ -f "$folder/go.mod" ]; then own="$own $folder"; else main="$main $folder"; fi
+done
 load=$(cut -d' ' -f1-3 /proc/loadavg)
 # One package at a time: benchmarks that run beside each other measure each other.
-if ! go test -p 1 -run '^$' -bench "${BENCH:-.}" -benchmem -benchtime "$time" -count "$count" -timeout 30m "$@" >"$tmp/bench.txt" 2>&1; then
-	cat "$tmp/bench.txt"
-	exit 1
-fi
+run() { go test -p 1 -run '^$' -bench "${BENCH:-.}" -benchmem -benchtime "$time" -count "$count" -timeout 30m "$@" >>"$tmp/bench.txt" 2>&1 || { cat "$tmp/bench.txt"; exit 1; }; }
+# shellcheck disable=SC2086 # folders of this tree have no spaces
+[ -z "$main" ] || run $main
+for folder in $own; do (cd "$folder" && run .); done
 echo "$(date -u +%Y-%m-%d), $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), $(nproc) cores, Linux $(uname -r), $(go env GOVERSION), commit $(git rev-parse --short HEAD), load before: $load"
 echo
 awk -v cores="$(nproc)" '

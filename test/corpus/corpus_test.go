@@ -89,7 +89,7 @@ func (f *fleet) points(t *testing.T, services []spiffeid.ID, service *backend) [
 	}}}
 	points = append(points, f.library(t, services, service)...)
 	points = append(points, f.envoy(t)...)
-	return points
+	return append(points, f.proxied(t, services, service)...)
 }
 
 // library are the enforcement points of the Go library.
@@ -103,25 +103,26 @@ func (f *fleet) library(t *testing.T, services []spiffeid.ID, service *backend) 
 		}
 		server := h.Server(service, f.svids, f.svids)
 		server.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
-		web[id] = serve(t, server)
+		web[id] = background(t, func(l net.Listener) { server.ServeTLS(l, "", "") }, func() { server.Close() })
 
 		g, err := grpcauthz.New(grpcauthz.Config{Policies: f.policies, Service: id, JWTBundles: f.tokens, Log: log})
 		if err != nil {
 			t.Fatal(err)
 		}
-		rpc[id] = serveGRPC(t, grpc.NewServer(append(g.ServerOptions(f.svids, f.svids), grpc.UnknownServiceHandler(func(_ any, s grpc.ServerStream) error {
+		rpcs := grpc.NewServer(append(g.ServerOptions(f.svids, f.svids), grpc.UnknownServiceHandler(func(_ any, s grpc.ServerStream) error {
 			method, _ := grpc.MethodFromServerStream(s)
 			service.mu.Lock()
 			service.reached = append(service.reached, "POST "+method)
 			service.mu.Unlock()
 			return s.SendHeader(metadata.Pairs("reached", "yes"))
-		}))...))
+		}))...)
+		rpc[id] = background(t, func(l net.Listener) { rpcs.Serve(l) }, rpcs.Stop)
 
 		config, err := tlsauthz.ServerConfig(tlsauthz.Config{Policies: f.policies, Service: id, Log: log}, f.svids, f.svids)
 		if err != nil {
 			t.Fatal(err)
 		}
-		connections[id] = serveTLS(t, config)
+		connections[id] = background(t, func(l net.Listener) { greet(tls.NewListener(l, config)) }, func() {})
 	}
 	return []point{
 		{"httpauthz over HTTP/1.1", isHTTP, func(t *testing.T, c *policy.TestCase) answer {
@@ -139,46 +140,7 @@ func (f *fleet) library(t *testing.T, services []spiffeid.ID, service *backend) 
 	}
 }
 
-func serveGRPC(t *testing.T, server *grpc.Server) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		server.Serve(l)
-	}()
-	t.Cleanup(func() { server.Stop(); <-done })
-	return l.Addr().String()
-}
-
 const greeting = "reached"
-
-// serveTLS greets everyone whose handshake succeeds.
-func serveTLS(t *testing.T, config *tls.Config) string {
-	t.Helper()
-	l, err := tls.Listen("tcp", "127.0.0.1:0", config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			conn.SetDeadline(time.Now().Add(within))
-			io.WriteString(conn, greeting)
-			conn.Close()
-		}
-	}()
-	t.Cleanup(func() { l.Close(); <-done })
-	return l.Addr().String()
-}
 
 // greeted reports whether a connection gets through: with TLS 1.3 a client learns of a refusal only when it reads.
 func greeted(addr string, config *tls.Config) answer {

@@ -332,19 +332,3 @@ func tables(t *testing.T) (documents string, cases []policy.TestCase) {
 	}
 	return string(b), cases
 }
-
-// serve serves until the test ends.
-func serve(t *testing.T, server *http.Server) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		server.ServeTLS(l, "", "")
-	}()
-	t.Cleanup(func() { server.Close(); <-done })
-	return l.Addr().String()
-}
