@@ -105,6 +105,7 @@ func (a *API) banAndPlan(ctx context.Context, p *registry.Plan, req *adminv1.App
 	return a.plan(req)
 }
 
+// refuseLockout refuses a plan by which nobody could call a service any more, unless that is meant.
 func refuseLockout(p *registry.Plan, yes bool) error {
 	if yes {
 		return nil
@@ -115,7 +116,16 @@ func refuseLockout(p *registry.Plan, yes bool) error {
 	if len(p.Lockouts) == 0 {
 		return nil
 	}
-	return status.Errorf(codes.FailedPrecondition, "this removes the last allow of %s, which has callers; apply it with --yes if that is meant", strings.Join(p.Lockouts, ", "))
+	const named = 5
+	var lines []string
+	for i, l := range p.Lockouts {
+		if i == named {
+			lines = append(lines, fmt.Sprintf("and %d more services", len(p.Lockouts)-named))
+			break
+		}
+		lines = append(lines, l.String())
+	}
+	return status.Errorf(codes.FailedPrecondition, "this takes the last allow away:\n%s\napply it with --yes if that is meant", strings.Join(lines, "\n"))
 }
 
 func (a *API) commit(ctx context.Context, event string, p *registry.Plan, class auditlog.Class) (*adminv1.ApplyResponse, error) {
@@ -172,8 +182,17 @@ func answer(p *registry.Plan, rev store.Revision) *adminv1.ApplyResponse {
 			registry.Change: adminv1.Action_ACTION_CHANGE, registry.Delete: adminv1.Action_ACTION_DELETE}[c.Action]
 		out.Changes = append(out.Changes, &adminv1.Change{Action: action, Kind: c.Kind, Name: c.Name, Differences: c.Differences})
 	}
-	for _, s := range p.Lockouts {
-		out.Warnings = append(out.Warnings, fmt.Sprintf("%s loses its last allow and has callers", s))
+	for _, l := range p.Lockouts {
+		out.Warnings = append(out.Warnings, l.String())
+	}
+	if p.LockoutsUnsure {
+		out.Warnings = append(out.Warnings, "there is so much to look at that it is not sure whether this locks anybody out; 'signet policy diff' looks at one service")
+	}
+	for _, f := range p.Findings {
+		out.Warnings = append(out.Warnings, f.String())
+	}
+	if p.FindingsOmitted > 0 {
+		out.Warnings = append(out.Warnings, fmt.Sprintf("and %d more findings", p.FindingsOmitted))
 	}
 	out.Warnings = append(out.Warnings, p.Dangers...)
 	return out

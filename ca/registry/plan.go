@@ -15,6 +15,7 @@ import (
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/policy/analyse"
 )
 
 // An Action is what apply does with one resource.
@@ -46,8 +47,14 @@ type PlannedChange struct {
 type Plan struct {
 	Changes  []PlannedChange
 	Revision store.Revision
-	// Lockouts names services that lose their last allow by this plan.
-	Lockouts []string
+	// Lockouts are the services that nobody could call any more after this plan. LockoutsUnsure says that there was too
+	// much to look at.
+	Lockouts       []analyse.Lockout
+	LockoutsUnsure bool
+	// Findings are what the static checks say about the policies that the plan changes, none of them an error, and
+	// FindingsOmitted how many more there are.
+	Findings        []analyse.Finding
+	FindingsOmitted int
 	// Dangers say why revocations need an explicit yes.
 	Dangers []string
 	// Bans are the agents that must be banned before the plan is made anew and applied: they are revoked, and what they obtain
@@ -101,21 +108,31 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
 	}
+	p, view, err := r.planAll(all, o, seen)
+	if err != nil {
+		return nil, err
+	}
+	return p, p.checkPolicies(view, all)
+}
+
+// planAll works out what changes. The view it returns is what the policies of the plan are checked on, without the lock.
+func (r *Registry) planAll(all []*resource, o Options, seen map[string]string) (*Plan, *policyView, error) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	p := &Plan{Revision: r.ix.revision}
 	goes := func(key string) bool { return o.Prune && seen[key] == "" }
 	for _, x := range all {
 		if err := r.planOne(p, x, o, goes); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	if o.Prune {
 		r.planPrune(p, all)
 	}
 	if len(p.writes) > store.MaxWrites {
-		return nil, ErrTooMany
+		return nil, nil, ErrTooMany
 	}
+<<<<<<< HEAD
 	if err := r.checkUserIssuers(p, all); err != nil {
 		return nil, err
 	}
@@ -123,10 +140,12 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 		return nil, err
 	}
 	p.Lockouts = r.lockouts(all, p)
+=======
+>>>>>>> 33e6544 (policy/analyse, ca/registry: apply says who is locked out and what is hardly meant)
 	if r.revocationsAfter(p) > MaxRevocations {
-		return nil, ErrTooManyRevocations
+		return nil, nil, ErrTooManyRevocations
 	}
-	return p, nil
+	return p, r.policyView(p), nil
 }
 
 // revocationsAfter counts what is revoked after a plan. mu is held.
@@ -405,63 +424,6 @@ func (r *Registry) planPrune(p *Plan, all []*resource) {
 	})
 }
 
-// lockouts returns the services that some enforced rule allows now and none would after the plan. mu is held.
-func (r *Registry) lockouts(all []*resource, p *Plan) []string {
-	gone := map[string]bool{}
-	for _, w := range p.writes {
-		if name, ok := strings.CutPrefix(w.Key, policyPrefix); ok {
-			gone[name] = true
-		}
-	}
-	after := map[string]bool{}
-	for name, pol := range r.ix.policies {
-		if !gone[name] {
-			allows(pol.Compiled, after)
-		}
-	}
-	for _, x := range all {
-		if x.compiled != nil && gone[x.name] {
-			allows(x.compiled, after)
-		}
-	}
-	var out []string
-	for name := range gone {
-		old := r.ix.policies[name]
-		if old == nil {
-			continue
-		}
-		before := map[string]bool{}
-		allows(old.Compiled, before)
-		for s := range before {
-			if !after[s] && !slices.Contains(out, s) && r.live(s) {
-				out = append(out, s)
-			}
-		}
-	}
-	slices.Sort(out)
-	return out
-}
-
-func allows(p *policyv1.Policy, into map[string]bool) {
-	for _, rule := range p.Rules {
-		if p.Mode == policyv1.Mode_MODE_ENFORCE && !rule.Shadow && rule.Effect == policyv1.Effect_EFFECT_ALLOW {
-			for _, s := range p.Services {
-				into[s] = true
-			}
-		}
-	}
-}
-
-// live tells whether some entry issues an ID that the service pattern names, so that somebody may be calling it.
-func (r *Registry) live(service string) bool {
-	for id := range r.ix.byID {
-		if policy.ServiceMatches(service, id) {
-			return true
-		}
-	}
-	return false
-}
-
 // Apply commits a plan: all of it, or nothing with ErrConflict if a resource was changed after planning.
 func (r *Registry) Apply(ctx context.Context, p *Plan) (store.Revision, error) {
 	if len(p.writes) == 0 {
@@ -580,23 +542,37 @@ func (r *Registry) PlanDelete(kind, name string) (*Plan, error) {
 	if _, err := r.Resources(kind, name); err != nil {
 		return nil, err
 	}
+	p, view := r.planDelete(kind, name)
+	return p, p.checkPolicies(view, nil)
+}
+
+func (r *Registry) planDelete(kind, name string) (*Plan, *policyView) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	_, rev, _, _ := r.ix.current(kind, name)
 	key := (&resource{kind: kind, name: name}).key()
 	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{r.ix.deletion(kind, name)},
 		checks: []store.Check{{Key: key, Modified: rev}}, writes: []store.Write{{Key: key, Delete: true}}}
+<<<<<<< HEAD
 	if err := r.guardRollouts(p); err != nil {
 		return nil, err
 	}
 	p.Lockouts = r.lockouts(nil, p)
 	return p, nil
+=======
+	return p, r.policyView(p)
+>>>>>>> 33e6544 (policy/analyse, ca/registry: apply says who is locked out and what is hardly meant)
 }
 
 // PolicySet returns all policies in compiled form, in order of name. It must not be changed.
 func (r *Registry) PolicySet(epoch string) *policyv1.PolicySet {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
+	return r.policySet(epoch)
+}
+
+// policySet is PolicySet with mu held.
+func (r *Registry) policySet(epoch string) *policyv1.PolicySet {
 	set := &policyv1.PolicySet{Format: policy.Format, TrustDomain: r.c.TrustDomain.Name(), Epoch: epoch, Revision: int64(r.ix.revision), Defaults: policyv1.DefaultsMode_DEFAULTS_MODE_DENY}
 	if r.ix.defaults != nil {
 		set.Defaults = r.ix.defaults.Mode

@@ -60,8 +60,10 @@ type Config struct {
 	// Relisted is called after the watch fell behind the store's history and everything was read afresh: what Observe
 	// feeds missed batches. Nil: nobody else.
 	Relisted func(context.Context) error
-	Now      func() time.Time // nil: time.Now
-	Log      *slog.Logger     // nil: discarded
+	// Callers returns, of services whose calls were seen lately, the callers that were allowed. Nil: no calls are seen.
+	Callers func() map[spiffeid.ID][]spiffeid.ID
+	Now     func() time.Time // nil: time.Now
+	Log     *slog.Logger     // nil: discarded
 }
 
 // A Registry is safe for concurrent use once Open has returned and while Run runs.
@@ -83,6 +85,8 @@ type Registry struct {
 	// wmu guards pending: registrations that are being written, by what makes them similar.
 	wmu     sync.Mutex
 	pending map[string]chan struct{}
+
+	checks policyChecks
 
 	// amu is held while a plan is committed and indexed: of two that make the same registration one comes first.
 	amu sync.Mutex

@@ -51,8 +51,9 @@ type identityDocument struct {
 type resource struct {
 	kind, name string
 	doc        Document
-	entry      *Entry           // Identity
-	compiled   *policyv1.Policy // CallPolicy
+	source     *strictyaml.Document // as it was parsed
+	entry      *Entry               // Identity
+	compiled   *policyv1.Policy     // CallPolicy
 	mode       policyv1.DefaultsMode
 	revocation *policy.RevocationDocument
 	revoked    *Revocation          // what it is compiled into, once it is planned
@@ -190,7 +191,7 @@ func (r *Registry) parseResource(doc strictyaml.Document) (*resource, error) {
 	if err != nil {
 		return nil, err
 	}
-	x := &resource{kind: kind, doc: Document{Content: doc.Content, File: doc.File, Line: doc.Line}}
+	x := &resource{kind: kind, doc: Document{Content: doc.Content, File: doc.File, Line: doc.Line}, source: &doc}
 	switch kind {
 	case KindIdentity:
 		if x.entry, err = ParseIdentity(doc, r.c.TrustDomain); err != nil {

@@ -88,7 +88,7 @@ themselves if calls are denied that were allowed before: see 'signet rollout'.`,
 	output := outputFlag(cmd)
 	files := filesFlag(cmd, "file or directory of documents, - for stdin (repeatable)")
 	cmd.Flags().BoolVar(&prune, "prune", false, "delete resources of the kinds in the documents that no document names, but no revocations")
-	cmd.Flags().BoolVar(&yes, "yes", false, "apply also what removes the last allow of a service with live callers, and revocations that hit much or an admin")
+	cmd.Flags().BoolVar(&yes, "yes", false, "apply also what locks all callers of a service out, and revocations that hit much or an admin")
 	roll.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := roll.check(cmd, prune); err != nil {

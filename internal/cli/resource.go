@@ -187,7 +187,7 @@ func (a *app) deleteCommand() *cobra.Command {
 			return nil
 		},
 	}
-	cmd.Flags().BoolVar(&yes, "yes", false, "delete also what holds the last allow of a service with live callers")
+	cmd.Flags().BoolVar(&yes, "yes", false, "delete also what locks all callers of a service out")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		kind, err := kindArg(cmd, args[0])
 		if err != nil {

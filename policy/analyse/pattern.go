@@ -186,10 +186,6 @@ func serves(p *policyv1.Policy, service spiffeid.ID) bool {
 
 func isDeny(r *policyv1.Rule) bool { return r.GetEffect() != policyv1.Effect_EFFECT_ALLOW }
 
-func isShadow(p *policyv1.Policy, r *policyv1.Rule) bool {
-	return r.GetShadow() || p.GetMode() == policyv1.Mode_MODE_SHADOW
-}
-
 func open(r *policyv1.Rule) bool { return len(r.GetHttp())+len(r.GetGrpc()) == 0 }
 
 func conditional(r *policyv1.Rule) bool { return r.GetJwt() != nil || r.GetWhen() != "" }

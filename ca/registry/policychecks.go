@@ -1,0 +1,121 @@
+package registry
+
+import (
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/policy/analyse"
+)
+
+// policyChecks keeps who there is from one plan to the next.
+type policyChecks struct {
+	mu    sync.Mutex // guards the rest
+	known *analyse.Known
+	of    store.Revision
+}
+
+// A policyView is what the policies of a plan are checked on: what the index held when the plan was made.
+type policyView struct {
+	td       spiffeid.TrustDomain
+	revision store.Revision
+	set      *policyv1.PolicySet
+	cached   *analyse.Known // nil: it is made of ids and foreign
+	ids      []spiffeid.ID
+	foreign  []spiffeid.TrustDomain
+	checks   *policyChecks
+	seen     func() map[spiffeid.ID][]spiffeid.ID
+}
+
+// policyView returns nil if the plan changes no policies. mu is held.
+func (r *Registry) policyView(p *Plan) *policyView {
+	if !slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == defaultsKey || strings.HasPrefix(w.Key, policyPrefix) }) {
+		return nil
+	}
+	v := &policyView{td: r.c.TrustDomain, revision: r.ix.revision, set: r.policySet(""), checks: &r.checks, seen: r.c.Callers}
+	r.checks.mu.Lock()
+	defer r.checks.mu.Unlock()
+	if r.checks.known != nil && r.checks.of == v.revision {
+		v.cached = r.checks.known
+	} else {
+		v.ids = make([]spiffeid.ID, 0, len(r.ix.byID))
+		v.ids = slices.AppendSeq(v.ids, maps.Keys(r.ix.byID))
+		v.foreign = slices.Collect(maps.Keys(r.ix.bundles))
+		v.foreign = slices.AppendSeq(v.foreign, maps.Keys(r.ix.federations))
+	}
+	return v
+}
+
+func (v *policyView) known() *analyse.Known {
+	if v.cached != nil {
+		return v.cached
+	}
+	known := analyse.NewKnown(v.td, slices.Values(v.ids), v.foreign)
+	v.checks.mu.Lock()
+	defer v.checks.mu.Unlock()
+	if v.revision >= v.checks.of {
+		v.checks.known, v.checks.of = known, v.revision
+	}
+	return known
+}
+
+// checkPolicies fills in what the static checks find and who is locked out. What can never have an effect is an error.
+func (p *Plan) checkPolicies(v *policyView, all []*resource) error {
+	if v == nil {
+		return nil
+	}
+	changes, changed := make(map[string]*policyv1.Policy), make(map[string]bool)
+	defaults := false
+	for _, w := range p.writes {
+		if name, ok := strings.CutPrefix(w.Key, policyPrefix); ok {
+			changes[name], changed[name] = nil, true
+		}
+		defaults = defaults || w.Key == defaultsKey
+	}
+	docs := make(map[string]*strictyaml.Document)
+	mode := v.set.GetDefaults()
+	if defaults {
+		mode = policyv1.DefaultsMode_DEFAULTS_MODE_DENY // if it is deleted
+	}
+	var fresh []spiffeid.ID
+	for _, x := range all {
+		switch {
+		case x.compiled != nil && changed[x.name]:
+			changes[x.name], docs[x.name] = x.compiled, x.source
+		case x.kind == KindPolicyDefaults && defaults:
+			mode = x.mode
+		case x.entry != nil:
+			fresh = append(fresh, x.entry.SPIFFEID)
+		}
+	}
+	known := v.known()
+	after := analyse.Replaced(v.set, changes)
+	after.Defaults = mode
+	lint := analyse.Lint{Set: after, Only: changed, Documents: docs, Known: known.With(slices.Values(fresh))}
+	p.Findings, p.FindingsOmitted = lint.Findings()
+	var errs []error
+	for _, f := range p.Findings {
+		if f.Severity == analyse.SeverityError {
+			errs = append(errs, errors.New(strings.Replace(f.String(), "error: ", "", 1)))
+		}
+	}
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	change := analyse.Replacement{Before: v.set, After: after, Changed: changed, Known: known}
+	if v.seen != nil {
+		change.Seen = v.seen()
+	}
+	var complete bool
+	var err error
+	p.Lockouts, complete, err = change.Lockouts()
+	p.LockoutsUnsure = !complete
+	return err
+}
