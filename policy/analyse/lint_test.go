@@ -86,7 +86,7 @@ func TestLintOverlapsAreTrue(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 2))
 	checked := map[string]int{}
-	for range 1500 {
+	for range 600 {
 		s := randomSet(t, rnd)
 		l := Lint{Set: s}
 		found, _ := l.Findings()
@@ -117,7 +117,7 @@ func TestLintOverlapsAreTrue(t *testing.T) {
 			}
 		}
 	}
-	if checked["shadowed"] < 50 || checked["subsumed"] < 50 {
+	if checked["shadowed"] < 20 || checked["subsumed"] < 20 {
 		t.Errorf("only %v were checked", checked)
 	}
 }
