@@ -132,16 +132,12 @@ func (r *Registry) planAll(all []*resource, o Options, seen map[string]string) (
 	if len(p.writes) > store.MaxWrites {
 		return nil, nil, ErrTooMany
 	}
-<<<<<<< HEAD
 	if err := r.checkUserIssuers(p, all); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := r.guardRollouts(p); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	p.Lockouts = r.lockouts(all, p)
-=======
->>>>>>> 33e6544 (policy/analyse, ca/registry: apply says who is locked out and what is hardly meant)
 	if r.revocationsAfter(p) > MaxRevocations {
 		return nil, nil, ErrTooManyRevocations
 	}
@@ -542,26 +538,24 @@ func (r *Registry) PlanDelete(kind, name string) (*Plan, error) {
 	if _, err := r.Resources(kind, name); err != nil {
 		return nil, err
 	}
-	p, view := r.planDelete(kind, name)
+	p, view, err := r.planDelete(kind, name)
+	if err != nil {
+		return nil, err
+	}
 	return p, p.checkPolicies(view, nil)
 }
 
-func (r *Registry) planDelete(kind, name string) (*Plan, *policyView) {
+func (r *Registry) planDelete(kind, name string) (*Plan, *policyView, error) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	_, rev, _, _ := r.ix.current(kind, name)
 	key := (&resource{kind: kind, name: name}).key()
 	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{r.ix.deletion(kind, name)},
 		checks: []store.Check{{Key: key, Modified: rev}}, writes: []store.Write{{Key: key, Delete: true}}}
-<<<<<<< HEAD
 	if err := r.guardRollouts(p); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	p.Lockouts = r.lockouts(nil, p)
-	return p, nil
-=======
-	return p, r.policyView(p)
->>>>>>> 33e6544 (policy/analyse, ca/registry: apply says who is locked out and what is hardly meant)
+	return p, r.policyView(p), nil
 }
 
 // PolicySet returns all policies in compiled form, in order of name. It must not be changed.
