@@ -75,6 +75,7 @@ var rules = []rule{
 	{"cmd/signet", []string{"internal/...", "ca/keys/lookup"}}, // with the drivers that it completes
 	{"cmd/...", []string{"internal/..."}},
 	{"test/...", []string{"..."}},
+	{"jwtauth", []string{"policy", "spiffe"}}, // for programs that show and check JWT-SVIDs; it knows the agent by the Workload API only
 	{"examples/...", []string{"policy/...", "spiffe"}},
 }
 
