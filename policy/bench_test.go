@@ -3,6 +3,8 @@ package policy
 import (
 	"crypto/sha256"
 	"fmt"
+	"net/http"
+	"strings"
 	"testing"
 
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
@@ -67,6 +69,59 @@ func BenchmarkDecide(b *testing.B) {
 				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/reference, "sha256/op")
 			})
 		}
+	}
+}
+
+// benchConditions are conditions of which benchmarks tell the cost.
+var benchConditions = []struct{ name, when string }{
+	{"four-terms", `peer.trust_domain == "example.org" && request.method == "GET" && request.path.startsWith("/v1/") && !("x-debug" in request.headers)`},
+	{"header", `request.headers["x-tenant"] == "blue"`},
+	{"claim", `jwt.trust_domain == "example.org" && jwt.claims.level >= 3`},
+	{"scope", `jwt.trust_domain == "example.org" && "documents.read" in jwt.claims.scope.split(" ")`},
+	{"groups", `user.issuer == "https://login.example" && user.claims.groups.exists(g, g in ["editors", "admins"])`},
+}
+
+// BenchmarkDecideWhen is BenchmarkDecide with a condition on each rule.
+func BenchmarkDecideWhen(b *testing.B) {
+	for _, c := range benchConditions {
+		for _, n := range []int{10, 1_000, 100_000} {
+			set := many(n)
+			for _, p := range set.Policies {
+				for _, r := range p.Rules {
+					r.When = c.when
+					if strings.Contains(c.when, "jwt.") {
+						r.Jwt = &policyv1.JWTMatch{Audience: []string{"s"}, Subject: policyv1.SubjectBinding_SUBJECT_BINDING_PEER}
+					}
+				}
+			}
+			p := compile(b, set)
+			r := call(b, "/ns/0/sa/web", "/service/0", "GET /v1/0/documents/7")
+			r.Headers = http.Header{"X-Tenant": {"blue"}}
+			r.Token = &Token{ID: r.Peer, Audience: []string{"s"}, Claims: claims(b, `{"level":5,"scope":"documents.write documents.read"}`)}
+			r.User = &User{Issuer: "https://login.example", Claims: claims(b, `{"groups":["readers","writers","editors"]}`)}
+			if d := p.Decide(r); !d.Allowed {
+				b.Fatalf("%s: %s", c.name, p.Explain(r))
+			}
+			b.Run(fmt.Sprintf("%s/rules=%d", c.name, n), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					p.Decide(r)
+				}
+			})
+		}
+	}
+}
+
+func BenchmarkCompileCondition(b *testing.B) {
+	for _, c := range benchConditions {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, errs := compileCondition(c.when, false); len(errs) > 0 {
+					b.Fatal(errs[0])
+				}
+			}
+		})
 	}
 }
 

@@ -22,6 +22,8 @@ type condition struct {
 	facts   sync.Pool // of *facts
 	// What it reads.
 	hint, jwt, user, method, path, grpc bool
+	// counted: it has a loop, or something as long.
+	counted bool
 	// issuers are those that it takes users of.
 	issuers []string
 }
@@ -98,10 +100,10 @@ func compileCondition(when string, deny bool) (*condition, []*conditionError) {
 	switch {
 	case err != nil:
 		return nil, whole("its cost cannot be told: %v", err)
-	case estimate.Max > maxEstimate:
-		return nil, whole("evaluating it could cost %d steps, for lists of %d items and texts of %d bytes; at most %d are allowed: write fewer loops within loops", estimate.Max, usualItems, usualBytes, maxEstimate)
+	case estimate.Max > maxCost:
+		return nil, whole("evaluating it could cost %d steps, for lists of %d items and texts of %d bytes; at most %d are allowed: write fewer loops within loops", estimate.Max, usualItems, usualBytes, maxCost)
 	}
-	if c.program, err = e.Program(tree, programOptions()...); err != nil {
+	if c.program, err = e.Program(tree, programOptions(c.counted)...); err != nil {
 		return nil, whole("%v", err)
 	}
 	slices.Sort(c.issuers)
@@ -260,8 +262,11 @@ func (f *facts) ResolveName(name string) (any, bool) {
 // Parent returns nil: there are no other variables.
 func (f *facts) Parent() interpreter.Activation { return nil }
 
-// conditionSteps is how many steps of a search an evaluation counts for.
-const conditionSteps = 64
+// An evaluation counts for conditionSteps of a search, and one more for every costPerStep that it costs.
+const (
+	conditionSteps = 64
+	costPerStep    = 4
+)
 
 // holds reports whether the condition of a rule holds for the call; one that meets an error does not hold in an allow and
 // holds in a deny. The rest of the rule fits.
@@ -302,7 +307,8 @@ func (s *scan) evaluate(r *rule, path string) (bool, error) {
 		f = new(facts)
 	}
 	s.factsFor(f, r, path)
-	held, err := c.eval(f)
+	held, cost, err := c.eval(f)
+	s.steps += int(cost / costPerStep)
 	*f = facts{} // nothing of a call stays behind
 	c.facts.Put(f)
 	return held, err
@@ -322,14 +328,17 @@ func (s *scan) plainPath() string {
 
 var errNotBool = errors.New("the condition is neither true nor false")
 
-func (c *condition) eval(f *facts) (bool, error) {
-	value, _, err := c.program.Eval(f)
+func (c *condition) eval(f *facts) (held bool, cost uint64, err error) {
+	value, details, err := c.program.Eval(f)
+	if n := details.ActualCost(); n != nil {
+		cost = *n
+	}
 	if err != nil {
-		return false, err
+		return false, cost, err
 	}
-	held, ok := value.(types.Bool)
+	truth, ok := value.(types.Bool)
 	if !ok {
-		return false, errNotBool
+		return false, cost, errNotBool
 	}
-	return bool(held), nil
+	return bool(truth), cost, nil
 }

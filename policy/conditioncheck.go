@@ -215,8 +215,12 @@ func (c *conditionCheck) call(e ast.Expr, k known) {
 			c.header(args[0])
 			return
 		}
+		c.condition.counted = c.condition.counted || args[1].Kind() != ast.ListKind
 	case overloads.Matches:
+		c.condition.counted = true
 		c.regex(args[1])
+	case operators.Add, "split":
+		c.condition.counted = true
 	}
 	for _, arg := range args {
 		c.walk(arg, k.bound())
@@ -224,6 +228,7 @@ func (c *conditionCheck) call(e ast.Expr, k known) {
 }
 
 func (c *conditionCheck) loop(e ast.Expr, k known) {
+	c.condition.counted = true
 	l := e.AsComprehension()
 	name := l.IterVar()
 	if root, _, _ := strings.Cut(name, "."); root == "peer" || root == "request" || root == "jwt" || root == "user" {

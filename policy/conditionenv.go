@@ -12,6 +12,7 @@ import (
 	"cel.dev/cel-go/common/overloads"
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/common/types/ref"
+	"cel.dev/cel-go/common/types/traits"
 	"cel.dev/cel-go/interpreter"
 )
 
@@ -39,13 +40,11 @@ const (
 	maxConditionDepth = 24
 	maxNesting        = 2   // comprehensions within comprehensions
 	maxRegexProgram   = 500 // instructions
-	// maxEstimate is the most that an expression may cost with claims and headers of the usual size: usualItems in a list,
-	// usualBytes in a text. What is estimated above it is refused when the policy is applied.
-	maxEstimate = 20_000
-	usualItems  = 64
-	usualBytes  = 256
-	// maxCost ends an evaluation, whatever the claims are.
-	maxCost = 100_000
+	// maxCost ends an evaluation. An expression is refused when the policy is applied if it could cost more than that with
+	// claims and headers of the usual size: usualItems in a list, usualBytes in a text.
+	maxCost    = 20_000
+	usualItems = 32
+	usualBytes = 256
 )
 
 // maxHeaderValue is the longest value of a header that a condition compares.
@@ -94,12 +93,14 @@ func overload(id, operand string) *env.Overload {
 	return env.NewOverload(id, []*env.TypeDesc{t, t}, t)
 }
 
-func programOptions() []cel.ProgramOption {
-	return []cel.ProgramOption{
-		cel.OptimizeRegex(interpreter.MatchesRegexOptimization),
-		cel.CustomDecoratorV2(strictly),
-		cel.CostTracking(functionCosts{}), cel.CostLimit(maxCost),
+// programOptions are how an expression is evaluated. Counting the cost takes as long as the rest, so it is done where the
+// cost depends on the call by more than the length of its texts.
+func programOptions(counted bool) []cel.ProgramOption {
+	o := []cel.ProgramOption{cel.OptimizeRegex(interpreter.MatchesRegexOptimization), cel.CustomDecoratorV2(strictly)}
+	if counted {
+		o = append(o, cel.CostTracking(functionCosts{}), cel.CostLimit(maxCost))
 	}
+	return o
 }
 
 func split(text, separator ref.Val) ref.Val {
@@ -121,16 +122,24 @@ func lowerASCII(text ref.Val) ref.Val {
 	return types.String(lower)
 }
 
-// functionCosts says what our own functions cost, before they run and after.
+// functionCosts says what a call cost. CEL's own model charges one step for a call whose operands were not typed when it
+// was compiled, as claims are not: endless lists and texts would be searched for nothing.
 type functionCosts struct{}
 
 func (functionCosts) CallCost(function, _ string, args []ref.Val, _ ref.Val) *uint64 {
-	if function != "split" && function != "lowerAscii" {
-		return nil
+	if function == overloads.Matches {
+		return nil // its operands have one type, and the model counts the pattern, too
 	}
 	n := uint64(1)
-	if s, ok := args[0].(types.String); ok {
-		n += uint64(len(s)) / 8
+	for _, arg := range args {
+		switch v := arg.(type) {
+		case types.String:
+			n += uint64(len(v)) / 10
+		case traits.Lister:
+			if size, ok := v.Size().(types.Int); ok && function == operators.In && size > 0 {
+				n += uint64(size)
+			}
+		}
 	}
 	return &n
 }

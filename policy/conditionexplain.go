@@ -16,7 +16,7 @@ func (s *scan) conditionMisfit(r *rule) string {
 func (s *scan) conditionTrouble(r *rule) string {
 	f := new(facts)
 	s.factsFor(f, r, s.path)
-	if _, err := r.condition.eval(f); err == nil {
+	if _, _, err := r.condition.eval(f); err == nil {
 		return ""
 	}
 	return "its condition meets an error, which counts as true in a deny: " + s.firstTerm(r, true)
@@ -37,11 +37,11 @@ func (s *scan) firstTerm(r *rule, mustErr bool) string {
 		if err != nil {
 			text = "a part of it"
 		}
-		program, err := e.PlanProgram(ast.NewCheckedAST(ast.NewAST(term, tree.SourceInfo()), tree.TypeMap(), tree.ReferenceMap()), programOptions()...)
+		program, err := e.PlanProgram(ast.NewCheckedAST(ast.NewAST(term, tree.SourceInfo()), tree.TypeMap(), tree.ReferenceMap()), programOptions(r.condition.counted)...)
 		if err != nil {
 			return fmt.Sprintf("%s cannot be judged alone", text)
 		}
-		held, err := (&condition{program: program}).eval(f)
+		held, _, err := (&condition{program: program}).eval(f)
 		switch {
 		case err != nil:
 			return fmt.Sprintf("%s: %s", shorten(text), shorten(printable(err.Error())))

@@ -240,6 +240,56 @@ cases:
 	}
 }
 
+// TestRunTestsWithConditions holds that a table can say what conditions ask for.
+func TestRunTestsWithConditions(t *testing.T) {
+	const documents = `kind: CallPolicy
+name: p
+service: /s
+allow:
+  - from: [/a]
+    http: [{methods: [GET]}]
+    when: request.headers["x-tenant"] == "blue" && peer.hint == "internal"
+  - from: [/a]
+    http: [{methods: [PUT]}]
+    when: user.issuer == "https://login.example" && user.claims.level >= 9007199254740993
+  - from: [/a]
+    http: [{methods: [POST]}]
+    jwt: {audience: [s]}
+    when: jwt.trust_domain == "example.org" && "w" in jwt.claims.scope.split(" ")
+`
+	const table = `kind: PolicyTest
+trustDomain: example.org
+cases:
+  - {from: /a, to: /s, http: GET /, headers: {X-Tenant: blue}, hint: internal, want: allow, rule: "p:5"}
+  - {from: /a, to: /s, http: GET /, headers: {x-tenant: blue}, want: deny}
+  - {from: /a, to: /s, http: GET /, headers: {x-tenant: [blue, red]}, hint: internal, want: deny}
+  - {from: /a, to: /s, http: GET /, headers: {x-tenant: red}, hint: internal, want: deny}
+  - {from: /a, to: /s, http: PUT /, user: {issuer: "https://login.example", claims: '{"level": 9007199254740993}'}, want: allow}
+  - {from: /a, to: /s, http: PUT /, user: {issuer: "https://login.example", claims: '{"level": 9007199254740992}'}, want: deny}
+  - {from: /a, to: /s, http: PUT /, user: {issuer: "https://other.example", claims: '{"level": 9007199254740993}'}, want: deny}
+  - {from: /a, to: /s, http: PUT /, want: deny}
+  - {from: /a, to: /s, http: POST /, jwt: {audience: [s], claims: '{"scope": "r w"}'}, want: allow, rule: "p:11"}
+  - {from: /a, to: /s, http: POST /, jwt: {audience: [s]}, want: deny}
+  - {from: /a, to: /s, http: POST /, jwt: {audience: [s], subject: /b, claims: '{"scope": "r w"}'}, want: deny}
+`
+	docs, err := strictyaml.Split([]byte(table), "t.yaml", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests, err := ParseTests(docs[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(tests.Cases) != 11 {
+		t.Errorf("read %d cases", len(tests.Cases))
+	}
+	for _, r := range RunTests(compile(t, set(t, documents)), tests) {
+		if !r.Passed {
+			t.Errorf("%s\n%s", r.Message, r.Explanation)
+		}
+	}
+}
+
 func TestParseTestsRefuses(t *testing.T) {
 	const head = "kind: PolicyTest\ntrustDomain: example.org\ncases:\n  - " // a case begins at 4:5
 	for _, tt := range []struct{ doc, want string }{
@@ -258,7 +308,12 @@ func TestParseTestsRefuses(t *testing.T) {
 		{head + "{from: /a, to: /b, tls: true, want: deny, rule: 'x:y'}", `rule is "x:y"`},
 		{head + "{from: /a, to: /b, tls: true, want: deny, contentType: x}", "contentType goes with http only"},
 		{head + "{from: /a, to: /b, http: GET /, want: deny, jwt: {subject: /a}}", "jwt needs audience"},
-		{head + "{from: /a, to: /b, headers: x, want: deny}", `unknown field "headers"`},
+		{head + "{from: /a, to: /b, header: x, want: deny}", `unknown field "header"`},
+		{head + "{from: /a, to: /b, tls: true, headers: {x: y}, want: deny}", `headers and user go with http and grpc only`},
+		{head + "{from: /a, to: /b, http: GET /, headers: x, want: deny}", `4:46: headers`},
+		{head + "{from: /a, to: /b, http: GET /, user: {claims: '{}'}, want: deny}", `user needs issuer`},
+		{head + "{from: /a, to: /b, http: GET /, user: {issuer: u, claims: '[]'}, want: deny}", `4:63: claims are "[]"`},
+		{head + "{from: /a, to: /b, http: GET /, jwt: {audience: [a], claims: '{} {}'}, want: deny}", `something behind their JSON object`},
 	} {
 		docs, err := strictyaml.Split([]byte(tt.doc), "t.yaml", 1)
 		if err != nil {

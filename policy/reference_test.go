@@ -150,14 +150,29 @@ func refDenies(rule *policyv1.Rule, r *Request) bool {
 	if !slices.ContainsFunc(rule.From, func(s string) bool { return refIDMatches(s, r.Peer, true) }) {
 		return false
 	}
-	if r.Protocol != ProtocolHTTP || len(rule.Http) == 0 && len(rule.Grpc) == 0 {
+	if r.Protocol != ProtocolHTTP {
 		return true
 	}
-	path, _, _ := strings.Cut(r.Path, "?")
+	// A header that overrides the method is refused where the rule is about methods.
+	if r.HasMethodOverride && strings.Contains(rule.When, "request.method") {
+		return true
+	}
 	for _, m := range rule.Http {
 		if r.HasMethodOverride && len(m.Methods) > 0 {
 			return true
 		}
+	}
+	if r.HasMethodOverride && len(rule.Grpc) > 0 {
+		return true
+	}
+	if !refHolds(rule, r) {
+		return false
+	}
+	if len(rule.Http) == 0 && len(rule.Grpc) == 0 {
+		return true
+	}
+	path, _, _ := strings.Cut(r.Path, "?")
+	for _, m := range rule.Http {
 		pathFits := len(m.Paths) == 0 || path != "*" && slices.ContainsFunc(m.Paths, func(p string) bool { return refPathMatches(p, path, true) })
 		if (len(m.Methods) == 0 || slices.Contains(m.Methods, r.Method)) && pathFits {
 			return true
@@ -165,7 +180,7 @@ func refDenies(rule *policyv1.Rule, r *Request) bool {
 	}
 	for _, m := range rule.Grpc {
 		m = "/" + m
-		if r.HasMethodOverride || path != "*" && r.Method == "POST" && refPathMatches(strings.Replace(m, "/*", "/**", 1), path, true) {
+		if path != "*" && r.Method == "POST" && refPathMatches(strings.Replace(m, "/*", "/**", 1), path, true) {
 			return true
 		}
 	}
@@ -177,7 +192,7 @@ func refAllows(rule *policyv1.Rule, r *Request) bool {
 		return false
 	}
 	if r.Protocol != ProtocolHTTP {
-		return len(rule.Http) == 0 && len(rule.Grpc) == 0 && rule.Jwt == nil
+		return len(rule.Http) == 0 && len(rule.Grpc) == 0 && rule.Jwt == nil && rule.When == ""
 	}
 	if rule.Jwt != nil {
 		if r.Token == nil || rule.Jwt.Subject == policyv1.SubjectBinding_SUBJECT_BINDING_PEER && r.Token.ID != r.Peer {
@@ -186,6 +201,9 @@ func refAllows(rule *policyv1.Rule, r *Request) bool {
 		if !slices.ContainsFunc(rule.Jwt.Audience, func(a string) bool { return slices.Contains(r.Token.Audience, a) }) {
 			return false
 		}
+	}
+	if !refHolds(rule, r) {
+		return false
 	}
 	if len(rule.Http) == 0 && len(rule.Grpc) == 0 {
 		return true
@@ -276,6 +294,9 @@ func (d dice) rule() *policyv1.Rule {
 	if d.IntN(6) == 0 && r.Effect == policyv1.Effect_EFFECT_ALLOW {
 		r.Jwt = &policyv1.JWTMatch{Audience: some(d, 2, func() string { return pick(d, "x", "y") }), Subject: pick(d, policyv1.SubjectBinding_SUBJECT_BINDING_PEER, policyv1.SubjectBinding_SUBJECT_BINDING_ANY)}
 	}
+	if d.IntN(8) == 0 {
+		d.condition(r)
+	}
 	if d.IntN(40) == 0 {
 		r.Requires = []string{"http", "new"}
 	}
@@ -323,6 +344,7 @@ func (d dice) request(path string) *Request {
 	if d.IntN(2) == 0 {
 		r.Token = &Token{ID: pick(d, r.Peer, spiffeid.RequireFromString("spiffe://example.org/a")), Audience: []string{pick(d, "x", "y", "z")}}
 	}
+	d.asks(r)
 	return r
 }
 

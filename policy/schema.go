@@ -49,6 +49,8 @@ func schemaOf(t reflect.Type) map[string]any {
 		return map[string]any{"type": "boolean"}
 	case reflect.Slice:
 		return map[string]any{"type": "array", "items": schemaOf(t.Elem()), "minItems": 1}
+	case reflect.Map:
+		return map[string]any{"type": "object", "additionalProperties": schemaOf(t.Elem()), "minProperties": 1}
 	case reflect.Struct:
 		return schemaOfStruct(t)
 	default:

@@ -1,7 +1,10 @@
 package policy
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 
@@ -28,7 +31,10 @@ import (
 //	    http: POST /v1/documents
 //	    contentType: application/json # optional
 //	    methodOverride: true          # optional: the request has a header such as X-HTTP-Method-Override
-//	    jwt: {audience: [documents], subject: /web}   # optional; the subject is the caller if it is absent
+//	    headers: {x-tenant: blue}     # optional; a list for a header that comes several times
+//	    jwt: {audience: [documents], subject: /web, claims: '{"scope": "a b"}'}   # optional; the subject is the caller if it is absent
+//	    user: {issuer: "https://login.example", claims: '{"groups": ["editors"]}'}   # optional
+//	    hint: internal                # optional: that of the caller's registration entry
 //	    want: deny
 type Tests struct {
 	Name        string
@@ -44,7 +50,9 @@ type TestCase struct {
 	File    string
 	Line    int
 	Request Request
-	Allow   bool
+	// Hint is that of the caller's registration entry; empty: what the policies know.
+	Hint  string
+	Allow bool
 	// Policy and RuleLine name the rule that is to decide. Empty and 0 mean any.
 	Policy   string
 	RuleLine uint32
@@ -59,22 +67,31 @@ type testsDoc struct {
 }
 
 type caseDoc struct {
-	Name           string                        `yaml:"name" desc:"What the case shows."`
-	From           text                          `yaml:"from" required:"true" desc:"SPIFFE ID of the caller."`
-	To             text                          `yaml:"to" required:"true" desc:"SPIFFE ID of the service."`
-	HTTP           text                          `yaml:"http" desc:"Method and request target, such as GET /v1/documents."`
-	GRPC           text                          `yaml:"grpc" desc:"gRPC method, such as pkg.Service/Method."`
-	TLS            strictyaml.Located[bool]      `yaml:"tls" desc:"true: a connection of which only the caller is known."`
-	ContentType    text                          `yaml:"contentType" desc:"Content type of the HTTP request."`
-	MethodOverride bool                          `yaml:"methodOverride" desc:"The request has a header that overrides its method."`
-	JWT            strictyaml.Located[caseToken] `yaml:"jwt" desc:"The caller's JWT-SVID."`
-	Want           text                          `yaml:"want" enum:"allow,deny" required:"true" desc:"allow or deny"`
-	Rule           text                          `yaml:"rule" desc:"The policy that is to decide, or policy:line."`
+	Name           string                                                    `yaml:"name" desc:"What the case shows."`
+	From           text                                                      `yaml:"from" required:"true" desc:"SPIFFE ID of the caller."`
+	To             text                                                      `yaml:"to" required:"true" desc:"SPIFFE ID of the service."`
+	HTTP           text                                                      `yaml:"http" desc:"Method and request target, such as GET /v1/documents."`
+	GRPC           text                                                      `yaml:"grpc" desc:"gRPC method, such as pkg.Service/Method."`
+	TLS            strictyaml.Located[bool]                                  `yaml:"tls" desc:"true: a connection of which only the caller is known."`
+	ContentType    text                                                      `yaml:"contentType" desc:"Content type of the HTTP request."`
+	MethodOverride bool                                                      `yaml:"methodOverride" desc:"The request has a header that overrides its method."`
+	Headers        strictyaml.Located[map[string]strictyaml.OneOrMany[text]] `yaml:"headers" desc:"Headers of the request: a value, or a list of the values of several lines."`
+	JWT            strictyaml.Located[caseToken]                             `yaml:"jwt" desc:"The caller's JWT-SVID."`
+	User           strictyaml.Located[caseUser]                              `yaml:"user" desc:"The valid token of the user for whom the caller asks."`
+	Hint           text                                                      `yaml:"hint" desc:"The hint of the caller's registration entry; absent: what the policies know."`
+	Want           text                                                      `yaml:"want" enum:"allow,deny" required:"true" desc:"allow or deny"`
+	Rule           text                                                      `yaml:"rule" desc:"The policy that is to decide, or policy:line."`
 }
 
 type caseToken struct {
 	Audience texts `yaml:"audience" required:"true" desc:"Audiences of the token."`
 	Subject  text  `yaml:"subject" desc:"Its subject; absent: the caller."`
+	Claims   text  `yaml:"claims" desc:"Its claims, as a JSON object in a text."`
+}
+
+type caseUser struct {
+	Issuer text `yaml:"issuer" required:"true" desc:"Who issued the token: its iss."`
+	Claims text `yaml:"claims" desc:"Its claims, as a JSON object in a text."`
 }
 
 // ParseTests reads a PolicyTest document. The error is of type strictyaml.Errors.
@@ -151,8 +168,21 @@ func (p *parser) testCase(i int, doc strictyaml.Located[caseDoc]) TestCase {
 		p.fail(d.ContentType, "contentType goes with http only")
 	}
 	r.HasMethodOverride = d.MethodOverride
+	if r.Protocol != ProtocolHTTP && (d.Headers.Line != 0 || d.User.Line != 0) {
+		p.at(doc.Line, doc.Column, "headers and user go with http and grpc only")
+	}
+	if d.Headers.Line != 0 {
+		r.Headers = p.headers(d.Headers.Value)
+	}
+	if d.User.Line != 0 {
+		if d.User.Value.Issuer.Value == "" {
+			p.at(d.User.Line, d.User.Column, "user needs issuer: the iss of the token")
+		}
+		r.User = &User{Issuer: d.User.Value.Issuer.Value, Claims: p.claims(d.User.Value.Claims)}
+	}
+	c.Hint = d.Hint.Value
 	if d.JWT.Line != 0 {
-		r.Token = &Token{ID: r.Peer}
+		r.Token = &Token{ID: r.Peer, Claims: p.claims(d.JWT.Value.Claims)}
 		if d.JWT.Value.Subject.Line != 0 {
 			r.Token.ID = p.workload(doc, "subject", d.JWT.Value.Subject)
 		}
@@ -172,6 +202,53 @@ func (p *parser) testCase(i int, doc strictyaml.Located[caseDoc]) TestCase {
 		c.Policy, c.RuleLine = policy, uint32(n)
 	}
 	return c
+}
+
+// tableHeaders are the headers of a case, by their names in lower case.
+type tableHeaders map[string][]string
+
+// Values returns all lines of a header.
+func (h tableHeaders) Values(name string) []string { return h[strings.ToLower(name)] }
+
+func (p *parser) headers(doc map[string]strictyaml.OneOrMany[text]) tableHeaders {
+	h := make(tableHeaders)
+	for name, values := range doc {
+		for _, v := range values {
+			h[strings.ToLower(name)] = append(h[strings.ToLower(name)], v.Value)
+		}
+	}
+	return h
+}
+
+func (p *parser) claims(t text) map[string]any {
+	if t.Line == 0 {
+		return map[string]any{}
+	}
+	claims, err := ParseClaims(t.Value)
+	if err != nil {
+		p.fail(t, "%v", err)
+	}
+	return claims
+}
+
+// maxClaims is the size of a text of claims, in bytes.
+const maxClaims = 64 << 10
+
+// ParseClaims reads claims that somebody wrote down for trying out: a JSON object.
+func ParseClaims(s string) (map[string]any, error) {
+	if len(s) > maxClaims {
+		return nil, fmt.Errorf("claims have %d bytes; at most %d are allowed", len(s), maxClaims)
+	}
+	var claims map[string]any
+	d := json.NewDecoder(strings.NewReader(s))
+	d.UseNumber()
+	if err := d.Decode(&claims); err != nil || claims == nil {
+		return nil, fmt.Errorf(`claims are %q; write a JSON object, such as {"scope": "documents.read"}`, shorten(s))
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("claims have something behind their JSON object")
+	}
+	return claims, nil
 }
 
 // workload reads the full or relative ID of a workload.
@@ -205,7 +282,11 @@ func RunTests(p *Policies, t *Tests) []TestResult {
 	results := make([]TestResult, len(t.Cases))
 	for i, c := range t.Cases {
 		r := &results[i]
-		r.Case, r.Explanation = c, p.Explain(&c.Request)
+		with := p
+		if c.Hint != "" {
+			with = p.WithPeerHint(c.Request.Peer, c.Hint)
+		}
+		r.Case, r.Explanation = c, with.Explain(&c.Request)
 		d := r.Explanation.Decision
 		switch rule := d.Rule; {
 		case d.Allowed != c.Allow:

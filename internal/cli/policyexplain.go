@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -17,7 +18,8 @@ import (
 // A call is what the flags of explain describe.
 type call struct {
 	from, to, http, grpc, contentType, subject, trustDomain string
-	audience                                                []string
+	claims, user, userClaims, hint                          string
+	audience, headers                                       []string
 	methodOverride                                          bool
 }
 
@@ -46,6 +48,11 @@ call is allowed or not: 'signet policy test' is for CI.`,
 	fs.BoolVar(&k.methodOverride, "method-override", false, "with --http: it has a header such as X-HTTP-Method-Override")
 	fs.StringArrayVar(&k.audience, "audience", nil, "the caller also presents a valid JWT-SVID for this audience (repeatable)")
 	fs.StringVar(&k.subject, "subject", "", "with --audience: whose JWT-SVID it is (default: the caller's)")
+	fs.StringVar(&k.claims, "claims", "", "with --audience: the claims of the JWT-SVID, a JSON object")
+	fs.StringArrayVar(&k.headers, "header", nil, "with --http or --grpc: a header, such as \"x-tenant: blue\" (repeatable)")
+	fs.StringVar(&k.user, "user-issuer", "", "with --http or --grpc: the caller also presents a valid user token of this issuer")
+	fs.StringVar(&k.userClaims, "user-claims", "", "with --user-issuer: the claims of the user, a JSON object")
+	fs.StringVar(&k.hint, "hint", "", "the hint of the caller's registration entry (default: what the policies know)")
 	fs.StringVar(&k.trustDomain, "trust-domain", "", "with -f: the trust domain of the services (default: that of --to)")
 	exclusive(cmd, "http", "grpc")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -87,8 +94,12 @@ func (k call) check(cmd *cobra.Command, offline bool) error {
 		problem = "--to is missing: the service that is called"
 	case (k.contentType != "" || k.methodOverride) && k.http == "":
 		problem = "--content-type and --method-override go with --http only"
-	case k.subject != "" && len(k.audience) == 0:
-		problem = "--subject goes with --audience only"
+	case (k.subject != "" || k.claims != "") && len(k.audience) == 0:
+		problem = "--subject and --claims go with --audience only"
+	case (len(k.headers) > 0 || k.user != "") && k.http == "" && k.grpc == "":
+		problem = "--header and --user-issuer go with --http or --grpc only"
+	case k.userClaims != "" && k.user == "":
+		problem = "--user-claims goes with --user-issuer only"
 	case k.trustDomain != "" && !offline:
 		problem = "--trust-domain goes with -f only: the CA knows its own"
 	default:
@@ -154,13 +165,44 @@ func (k call) request(td spiffeid.TrustDomain) (*policy.Request, error) {
 			}
 		}
 	}
-	return r, nil
+	return r, k.conditions(r)
+}
+
+// conditions adds what only conditions ask for.
+func (k call) conditions(r *policy.Request) error {
+	headers := make(http.Header)
+	for _, line := range k.headers {
+		name, value, found := strings.Cut(line, ":")
+		if !found || name == "" {
+			return usagef("--header %q is not a name and a value, such as \"x-tenant: blue\"", line)
+		}
+		headers.Add(name, strings.TrimSpace(value))
+	}
+	r.Headers = headers
+	var err error
+	if r.Token != nil && k.claims != "" {
+		if r.Token.Claims, err = policy.ParseClaims(k.claims); err != nil {
+			return usagef("--claims: %w", err)
+		}
+	}
+	if k.user != "" {
+		r.User = &policy.User{Issuer: k.user}
+		if k.userClaims != "" {
+			if r.User.Claims, err = policy.ParseClaims(k.userClaims); err != nil {
+				return usagef("--user-claims: %w", err)
+			}
+		}
+	}
+	return nil
 }
 
 func (a *app) explain(f format, p *policy.Policies, td spiffeid.TrustDomain, k call) error {
 	r, err := k.request(td)
 	if err != nil {
 		return err
+	}
+	if k.hint != "" {
+		p = p.WithPeerHint(r.Peer, k.hint)
 	}
 	e := explained{Explanation: p.Explain(r)}
 	if !e.Decision.Allowed {
