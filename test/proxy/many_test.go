@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"crypto/tls"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"net"
@@ -37,17 +38,48 @@ func echoMain(path string) error {
 		}
 		go func() {
 			defer c.Close()
-			b := make([]byte, 16)
-			for {
-				n, err := c.Read(b)
-				if err != nil {
-					return
-				}
-				if _, err := c.Write(b[:n]); err != nil {
-					return
-				}
-			}
+			_ = serve(c) // the caller sees what is missing
 		}()
+	}
+}
+
+// serve echoes x, takes as many bytes as a caller announces with u, and sends as many as it asks for with d.
+func serve(c net.Conn) error {
+	head := make([]byte, 5)
+	for {
+		if _, err := io.ReadFull(c, head[:1]); err != nil {
+			return err
+		}
+		if head[0] == 'x' {
+			if _, err := c.Write(head[:1]); err != nil {
+				return err
+			}
+			continue
+		}
+		if _, err := io.ReadFull(c, head[1:]); err != nil {
+			return err
+		}
+		n := int(binary.BigEndian.Uint32(head[1:]))
+		b := chunks.Get().(*[]byte)
+		for n > 0 {
+			var m int
+			var err error
+			if head[0] == 'u' {
+				m, err = c.Read((*b)[:min(n, len(*b))])
+			} else {
+				m, err = c.Write((*b)[:min(n, len(*b))])
+			}
+			if err != nil {
+				return err
+			}
+			n -= m
+		}
+		chunks.Put(b)
+		if head[0] == 'u' {
+			if _, err := c.Write(head[:1]); err != nil {
+				return err
+			}
+		}
 	}
 }
 
