@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 
@@ -16,6 +17,10 @@ import (
 	"github.com/signet-id/signet/internal/sandbox"
 	"github.com/signet-id/signet/policy/proxy"
 )
+
+// heapFloor is what the garbage collector takes to be in use at least. A proxy holds little and makes garbage with each handshake; at
+// the runtime's own floor of 4 MiB it would spend a seventh of its time on collecting. The bytes are never touched, and so take no memory.
+const heapFloor = 16 << 20
 
 // Run runs a proxy until ctx ends. SIGHUP reloads its configuration; what is said about that goes to stderr. The error may have
 // a method Hint with the operator's next step.
@@ -36,6 +41,8 @@ func Run(ctx context.Context, f daemon.Flags, stderr io.Writer) error {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("switching core dumps off: %w", err)
 	}
+	floor := make([]byte, heapFloor)
+	defer runtime.KeepAlive(&floor)
 	log := daemon.Logger(stderr, c.Logging.Format)
 	notifier, err := manager.NewNotifier()
 	if err != nil {
