@@ -233,7 +233,7 @@ func (c *Config) Check() error {
 	}
 	names, addresses := map[string]string{}, map[string]string{}
 	once := func(seen map[string]string, what, value, field string) {
-		if other := seen[value]; other != "" && value != "" {
+		if other := seen[value]; other != "" && value != "" && !strings.HasSuffix(value, ":0") { // port 0 is another one each time
 			bad(field, "%q is the %s of %s already", value, what, other)
 		}
 		seen[value] = field
