@@ -1,6 +1,6 @@
 // Package grpcauthz enforces call policies in gRPC servers. One constructor gives both halves: the transport credentials,
-// which only sort out peers that no rule could allow, and the interceptors that decide each RPC. A stream is decided once,
-// when it begins.
+// which only sort out peers that no rule could allow, and the interceptors that decide each RPC. A stream is decided when it
+// begins, and again when policies or revocations change: one that is denied then ends with PermissionDenied.
 package grpcauthz
 
 import (
@@ -68,46 +68,48 @@ func (a *Authorizer) ServerOptions(svid x509svid.Source, bundles x509bundle.Sour
 }
 
 // Credentials verify peers by every rule for X509-SVIDs and refuse those that no rule could allow. Alone they decide
-// nothing: use them with Unary and Stream, which refuse peers that came by other credentials.
+// nothing: use them with Unary and Stream, which refuse peers that came by other credentials. A
+// connection is closed when no RPC of its peer's would be let through any more.
 func (a *Authorizer) Credentials(svid x509svid.Source, bundles x509bundle.Source) credentials.TransportCredentials {
-	return credentials.NewTLS(a.point.ServerTLS(svid, bundles))
+	c := a.point.ServerTLS(svid, bundles)
+	c.NextProtos = []string{"h2"}
+	return watching{credentials.NewTLS(c)}
 }
 
 // Unary is the interceptor for unary RPCs. It comes first, before others that have effects.
 func (a *Authorizer) Unary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	ctx, err := a.judge(ctx, info.FullMethod)
+	h, err := a.judge(ctx, info.FullMethod)
 	if err != nil {
 		return nil, err
 	}
-	return handler(ctx, request)
+	defer h.release()
+	response, err := handler(h.ctx, request)
+	if ended := h.ended(); ended != nil {
+		return nil, ended
+	}
+	return response, err
 }
 
 // Stream is the interceptor for streams. It comes first, before others that have effects.
 func (a *Authorizer) Stream(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	ctx, err := a.judge(stream.Context(), info.FullMethod)
+	h, err := a.judge(stream.Context(), info.FullMethod)
 	if err != nil {
 		return err
 	}
-	return handler(server, &judgedStream{stream, ctx})
+	defer h.release()
+	return h.stream(func() error { return handler(server, &judgedStream{stream, h}) })
 }
-
-type judgedStream struct {
-	grpc.ServerStream
-	ctx context.Context
-}
-
-func (s *judgedStream) Context() context.Context { return s.ctx }
 
 // judge decides an RPC. The error is a status for the caller.
-func (a *Authorizer) judge(ctx context.Context, method string) (context.Context, error) {
-	judgement, err := a.decide(ctx, method)
+func (a *Authorizer) judge(ctx context.Context, method string) (*held, error) {
+	judgement, request, err := a.decide(ctx, method)
 	if err != nil {
 		return nil, refusal(judgement)
 	}
-	return context.WithValue(ctx, judgementKey{}, judgement), nil
+	return a.hold(context.WithValue(ctx, judgementKey{}, judgement), request)
 }
 
-func (a *Authorizer) decide(ctx context.Context, method string) (policy.Judgement, error) {
+func (a *Authorizer) decide(ctx context.Context, method string) (policy.Judgement, *policy.Request, error) {
 	p, _ := peer.FromContext(ctx)
 	var info credentials.TLSInfo
 	if p != nil {
@@ -115,7 +117,8 @@ func (a *Authorizer) decide(ctx context.Context, method string) (policy.Judgemen
 	}
 	id, err := a.point.Peer(&info.State)
 	if err != nil {
-		return a.point.RefuseSVID(ctx, id, err)
+		judgement, err := a.point.RefuseSVID(ctx, id, err)
+		return judgement, nil, err
 	}
 	md, _ := metadata.FromIncomingContext(ctx)
 	// The wire's method is POST, or grpc would not have come so far.
@@ -124,7 +127,8 @@ func (a *Authorizer) decide(ctx context.Context, method string) (policy.Judgemen
 	for name := range md {
 		request.HasMethodOverride = request.HasMethodOverride || policy.IsMethodOverride(name)
 	}
-	return a.point.Judge(ctx, request, md["authorization"])
+	judgement, err := a.point.Judge(ctx, request, md["authorization"])
+	return judgement, request, err
 }
 
 // headers are the metadata of an RPC as policies ask for them.

@@ -85,12 +85,9 @@ func (a *Authorizer) TLSConfig(svid x509svid.Source, bundles x509bundle.Source) 
 // Server returns a server whose every request is decided before it reaches next, for ServeTLS(listener, "", ""). It is the
 // shortest way to get all parts right.
 func (a *Authorizer) Server(next http.Handler, svid x509svid.Source, bundles x509bundle.Source) *http.Server {
-	return &http.Server{
-		Handler:                      a.Middleware(next),
-		TLSConfig:                    a.TLSConfig(svid, bundles),
-		ReadHeaderTimeout:            10 * time.Second,
-		DisableGeneralOptionsHandler: true,
-	}
+	server := &http.Server{Handler: next, ReadHeaderTimeout: 10 * time.Second, DisableGeneralOptionsHandler: true}
+	a.Protect(server, svid, bundles)
+	return server
 }
 
 // Prefilter returns the authorizer for a tlsconfig.MTLSServerConfig of one's own. It admits every peer that some rule
@@ -104,19 +101,20 @@ func (a *Authorizer) Prefilter() tlsconfig.Authorizer { return a.point.Prefilter
 // net/http answers "OPTIONS *" before any handler, unless http.Server.DisableGeneralOptionsHandler is set.
 func (a *Authorizer) Middleware(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		judgement, err := a.judge(r)
+		judgement, request, err := a.judge(r)
 		if err != nil {
 			a.refuse(w, r, judgement)
 			return
 		}
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), judgementKey{}, judgement)))
+		a.serve(w, r, request, judgement, next)
 	})
 }
 
-func (a *Authorizer) judge(r *http.Request) (policy.Judgement, error) {
+func (a *Authorizer) judge(r *http.Request) (policy.Judgement, *policy.Request, error) {
 	peer, err := a.point.Peer(r.TLS)
 	if err != nil {
-		return a.point.RefuseSVID(r.Context(), peer, err)
+		judgement, err := a.point.RefuseSVID(r.Context(), peer, err)
+		return judgement, nil, err
 	}
 	request := &policy.Request{
 		Peer:         peer,
@@ -134,7 +132,8 @@ func (a *Authorizer) judge(r *http.Request) (policy.Judgement, error) {
 	for name := range r.Header {
 		request.HasMethodOverride = request.HasMethodOverride || policy.IsMethodOverride(name)
 	}
-	return a.point.Judge(r.Context(), request, r.Header["Authorization"])
+	judgement, err := a.point.Judge(r.Context(), request, r.Header["Authorization"])
+	return judgement, request, err
 }
 
 func refuse(w http.ResponseWriter, _ *http.Request, j policy.Judgement) {

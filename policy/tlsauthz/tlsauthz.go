@@ -39,7 +39,7 @@ type Config struct {
 // *policy.DeniedError; the peer sees only a TLS alert. Without a source or a service it denies all.
 //
 // Set SessionTicketsDisabled in that configuration, or take it from ServerConfig. crypto/tls asks nobody about a session
-// that is resumed: a peer that is denied since, or whose authority is gone, would get in with an old ticket.
+// that is resumed: a peer that is denied since, or whose authority is gone, would get in with an old ticket. It does not close connections either: ServerConfig and Listen do.
 func Final(policies Source, service spiffeid.ID) tlsconfig.Authorizer {
 	authorize, err := New(Config{Policies: policies, Service: service})
 	if err != nil {
@@ -59,12 +59,13 @@ func New(c Config) (tlsconfig.Authorizer, error) {
 
 // ServerConfig returns a TLS configuration for a server that identifies itself by svid, verifies its peers against
 // bundles by every rule for X509-SVIDs, and decides each connection. Sessions are not resumed.
+// A connection is closed when its peer would not be let through any more; Listen forgets those that end by themselves sooner.
 func ServerConfig(c Config, svid x509svid.Source, bundles x509bundle.Source) (*tls.Config, error) {
 	point, err := c.point()
 	if err != nil {
 		return nil, err
 	}
-	return enforce.ServerTLS(svid, bundles, point.Final(), c.Now), nil
+	return point.FinalTLS(svid, bundles), nil
 }
 
 func (c Config) point() (*enforce.Point, error) {

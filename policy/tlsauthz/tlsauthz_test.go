@@ -68,16 +68,11 @@ func withoutTickets(c *tls.Config) *tls.Config {
 	return c
 }
 
-// changing is a source whose policies go away.
-type changing struct{ p *policy.Policies }
-
-func (c *changing) Policies() *policy.Policies { return c.p }
-
 // X509-55: a ticket of an earlier session must not get around a decision.
 func TestResumedSessionsAreDecided(t *testing.T) {
 	ca := testca.New(t, "example.org")
 	svid := ca.SVID(t, "/db", time.Hour)
-	source := &changing{}
+	source := &testca.Changing{}
 	own, err := tlsauthz.ServerConfig(tlsauthz.Config{Policies: source, Service: svid.ID, Log: slog.New(slog.DiscardHandler)}, svid, ca.X509())
 	if err != nil {
 		t.Fatal(err)
@@ -88,14 +83,14 @@ func TestResumedSessionsAreDecided(t *testing.T) {
 		"as the comment of Final says": withoutTickets(tlsconfig.MTLSServerConfig(svid, ca.X509(), tlsauthz.Final(source, svid.ID))),
 		"ServerConfig":                 own,
 	} {
-		source.p = testca.Policies(t, documents)
+		source.Set(testca.Policies(t, documents))
 		client := tlsconfig.MTLSClientConfig(ca.SVID(t, "/web", time.Hour), ca.X509(), tlsconfig.AuthorizeAny())
 		client.ServerName = "db" // sessions are kept by it
 		client.ClientSessionCache = tls.NewLRUClientSessionCache(1)
 		if err := handshake(t, server, client); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		source.p = nil
+		source.Set(nil)
 		if err := handshake(t, server, client); (err == nil) != (name == danger) {
 			t.Errorf("%s: a peer that is denied by now: %v", name, err)
 		}

@@ -23,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/policy/internal/live"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -44,8 +45,10 @@ type Config struct {
 
 // A Point decides calls to one service. It is safe for concurrent use.
 type Point struct {
-	config   Config
-	verified leaves
+	config      Config
+	verified    leaves
+	table       *live.Table
+	connections sync.Map // of net.Conn below TLS to *Connection
 }
 
 // New returns a Point, or says which field of c is wrong.
@@ -62,7 +65,7 @@ func New(c Config) (*Point, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	return &Point{config: c}, nil
+	return &Point{config: c, table: live.New(live.Config{Policies: c.Policies, Now: c.Now})}, nil
 }
 
 // Prefilter returns an authorizer that admits the peers that some rule might allow, and notes their SVIDs as verified.
@@ -106,9 +109,10 @@ func ServerTLS(svid x509svid.Source, bundles x509bundle.Source, authorize tlscon
 	return c
 }
 
-// ServerTLS is the function ServerTLS with the prefilter.
+// ServerTLS is the function ServerTLS with the prefilter, whose connections end when nothing of their peers' would be let
+// through any more.
 func (p *Point) ServerTLS(svid x509svid.Source, bundles x509bundle.Source) *tls.Config {
-	return ServerTLS(svid, bundles, p.Prefilter(), p.config.Now)
+	return p.watchConnections(ServerTLS(svid, bundles, p.Prefilter(), p.config.Now), live.Prefiltered, p.config.Point == "grpc")
 }
 
 // Peer returns the ID of the peer of a connection whose SVID passed the prefilter in its handshake and is still valid.
