@@ -61,6 +61,7 @@ func newInbound(c Inbound, l *listener, id *identity, table *live.Table, now fun
 			return nil, err
 		}
 		in.tls = in.authz.TLSConfig(in.svid, id)
+		in.tls.GetConfigForClient = nil // which keeps connections until they are denied: ours are in a table of our own
 		in.backend.Store(newBackend(c))
 		in.front = newFront(l, c.HTTP.MaxHeaderBytes, in.authz.Middleware(http.HandlerFunc(in.forward)), in.clean)
 	}

@@ -65,6 +65,9 @@ func (c *Conn) SyscallConn() (syscall.RawConn, error) {
 // Closed says whether a connection was closed on this side. It is false where that cannot be told.
 func Closed(c net.Conn) bool {
 	below, ok := c.(syscall.Conn)
+	if wrapped, is := c.(interface{ NetConn() net.Conn }); is && !ok {
+		return Closed(wrapped.NetConn())
+	}
 	if !ok {
 		return false
 	}
