@@ -357,6 +357,10 @@ func (e Explanation) because(o Outcome) string {
 		return "the caller has no SPIFFE ID with a path"
 	case ReasonInvalidSVID:
 		return "the caller's X509-SVID is missing, malformed or expired"
+	case ReasonRevoked:
+		return "the caller's SVID is revoked"
+	case ReasonTooManyLinks:
+		return "there are so many connections that no further one can be watched"
 	case ReasonTooManyPatterns:
 		return `too many patterns with "*" in different places fit the call; write fewer of them`
 	}

@@ -51,8 +51,10 @@ type TestCase struct {
 	Line    int
 	Request Request
 	// Hint is that of the caller's registration entry; empty: what the policies know.
-	Hint  string
-	Allow bool
+	Hint string
+	// Headers are those of Request, by their names in lower case.
+	Headers map[string][]string
+	Allow   bool
 	// Policy and RuleLine name the rule that is to decide. Empty and 0 mean any.
 	Policy   string
 	RuleLine uint32
@@ -172,7 +174,8 @@ func (p *parser) testCase(i int, doc strictyaml.Located[caseDoc]) TestCase {
 		p.at(doc.Line, doc.Column, "headers and user go with http and grpc only")
 	}
 	if d.Headers.Line != 0 {
-		r.Headers = p.headers(d.Headers.Value)
+		c.Headers = p.headers(d.Headers.Value)
+		r.Headers = tableHeaders(c.Headers)
 	}
 	if d.User.Line != 0 {
 		if d.User.Value.Issuer.Value == "" {

@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -167,6 +168,11 @@ func (f *fleet) fields(t *testing.T, c *policy.TestCase) []field {
 	}
 	if c.Request.HasMethodOverride {
 		out = append(out, field{"x-http-method-override", "DELETE"})
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Headers)) {
+		for _, v := range c.Headers[name] {
+			out = append(out, field{name, v})
+		}
 	}
 	if c.Request.Token != nil {
 		out = append(out, field{"authorization", "Bearer " + f.jwt(t, c.Request.Token)})
