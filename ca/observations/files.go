@@ -65,6 +65,7 @@ type files struct {
 	size     int64    // of current, up to its last whole record
 	old      []uint64 // those before current
 	settled  int64    // bytes after the last compaction
+	damaged  []uint64 // to be set aside once what could be read of them is in another file
 	untidy   bool     // compact at the next opportunity
 	unusable error    // nothing may be written here
 
@@ -120,12 +121,8 @@ func (f *files) read(restore func(*policyv1.Observation)) error {
 			// Nothing is touched: the newer version may come back.
 			return fmt.Errorf("%s is %w of signet: remove it to begin afresh, or run that version", path, err)
 		case errors.Is(err, errDamaged):
-			f.log.Error("a file of observations is damaged and was set aside; what could be read of it is kept", "file", path, "set_aside", path+damagedSuffix, "err", err)
-			if err := os.Rename(path, path+damagedSuffix); err != nil {
-				return err
-			}
-			damaged = append(damaged, fileName(n)+damagedSuffix)
-			f.untidy = true
+			f.log.Error("a file of observations is damaged and is set aside; what can be read of it is kept", "file", path, "set_aside", path+damagedSuffix, "err", err)
+			f.damaged, f.untidy = append(f.damaged, n), true
 			continue
 		case errors.Is(err, errTorn):
 			f.log.Info("the last records of a file of observations were cut off, as after a crash", "file", path)
@@ -136,7 +133,7 @@ func (f *files) read(restore func(*policyv1.Observation)) error {
 		f.bytes.Add(size)
 	}
 	slices.Sort(damaged)
-	for len(damaged) > maxDamaged {
+	for len(damaged)+len(f.damaged) > maxDamaged && len(damaged) > 0 {
 		_ = os.Remove(filepath.Join(f.dir, damaged[0])) // it is in nobody's way
 		damaged = damaged[1:]
 	}
@@ -322,7 +319,13 @@ func (f *files) compact(kept *tally.Kept) error {
 			return err
 		}
 	}
-	f.old, f.untidy, f.settled = []uint64{f.newest}, false, size
+	for _, n := range f.damaged {
+		path := filepath.Join(f.dir, fileName(n))
+		if err := os.Rename(path, path+damagedSuffix); err != nil {
+			return err
+		}
+	}
+	f.old, f.damaged, f.untidy, f.settled = []uint64{f.newest}, nil, false, size
 	f.bytes.Store(size)
 	return nil
 }

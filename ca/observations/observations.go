@@ -76,6 +76,11 @@ func Open(c Config) (*Observations, error) {
 		}
 	})
 	o.kept.Changed(true) // what was restored is in the files
+	if err == nil && o.files.untidy {
+		if err := o.files.compact(o.kept); err != nil {
+			c.Log.Warn("observations could not be written anew", "err", err) // what is damaged stays where it is until they can be
+		}
+	}
 	if err != nil {
 		err = fmt.Errorf("observations: %w", err)
 		o.bad = err
