@@ -30,14 +30,15 @@ type agent struct {
 	policyapi.UnimplementedPoliciesServer
 	addr string
 
-	mu     sync.Mutex
-	now    *policyapi.WatchResponse // nil: nothing yet
-	change chan struct{}            // closed when now changes
-	refuse error
-	calls  int
-	header []string
-	server *grpc.Server
-	done   chan struct{}
+	mu      sync.Mutex
+	now     *policyapi.WatchResponse // nil: nothing yet
+	change  chan struct{}            // closed when now changes
+	refuse  error
+	calls   int
+	reports reported
+	header  []string
+	server  *grpc.Server
+	done    chan struct{}
 }
 
 func newAgent(t *testing.T) *agent {
