@@ -73,7 +73,9 @@ func TestWhyDenied(t *testing.T) {
 			Allowed bool
 			Changed *bool `json:"policy_changed"`
 		}
-		Nearest struct{ Changes []struct{ Steps []struct{ Edits []string } } }
+		Nearest struct {
+			Changes []struct{ Steps []struct{ Edits []string } }
+		}
 	}
 	if err := json.Unmarshal([]byte(out), &story); err != nil || story.DecisionID != id || story.Reason != "no_allow" || story.Now.Allowed || len(story.Nearest.Changes) == 0 {
 		t.Errorf("JSON: %v\n%s", err, out)
