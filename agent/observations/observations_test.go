@@ -190,6 +190,7 @@ func TestUnwanted(t *testing.T) {
 			}
 			time.Sleep(time.Second)
 		}
+		synctest.Wait()
 		if c.calls > 15 {
 			t.Errorf("it was asked %d times in an hour", c.calls)
 		}
