@@ -18,6 +18,7 @@ import (
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/policy/analyse"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -25,7 +26,8 @@ func (a *app) policyCommand() *cobra.Command {
 	return a.noun("policy", "Call policies: check, test and explain them",
 		`A call policy says who may call a service. 'signet apply' puts policies into force and 'signet get policies' lists them; these
 commands check them before, and explain what they decide.`,
-		a.policyCheckCommand(), a.policyTestCommand(), a.policyExplainCommand(), a.policyReportCommand())
+		a.policyCheckCommand(), a.policyTestCommand(), a.policyExplainCommand(), a.policyReportCommand(),
+		a.policyWhoCanCommand(), a.policyDiffCommand(), a.policyReplayCommand(), a.policyObservedCommand(), a.policySuggestCommand(), a.policyGraphCommand())
 }
 
 // livePolicies asks the CA for the policies that are in force.
@@ -98,43 +100,36 @@ func checkKinds(docs []strictyaml.Document) error {
 
 func (a *app) policyCheckCommand() *cobra.Command {
 	var trustDomain string
+	var strict bool
 	cmd := &cobra.Command{
 		Use:   "check [-f FILE...]",
 		Short: "Check policy documents without a CA, or the policies in force",
 		Long: `Check policy documents as 'signet apply' would, without a CA: every mistake is reported with file, line and column. Without -f the
-policies in force are fetched from the CA and it is checked that this program understands all of them.`,
+policies in force are fetched from the CA and it is checked that this program understands all of them.
+
+Warnings say what is hardly meant: rules that another one covers or denies, patterns that are wide, and, where Identities are among the documents or the
+CA is asked, callers and services that nobody is.`,
 		Example: `  signet policy check -f policies/ --trust-domain example.org
   signet policy check`,
 	}
 	output := outputFlag(cmd)
 	files := filesFlag(cmd, "file or directory of documents, - for stdin (repeatable)")
 	cmd.Flags().StringVar(&trustDomain, "trust-domain", "", "with -f: the trust domain of the services, such as example.org")
+	cmd.Flags().BoolVar(&strict, "strict", false, "exit with status 1 if there are warnings")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if len(*files) == 0 {
-			return a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) error {
-				p, td, err := livePolicies(ctx, c)
-				if err != nil {
-					return err
-				}
-				return a.showChecked(*output, p.Set(), td)
-			})
-		}
-		if trustDomain == "" {
-			return &usageError{err: fmt.Errorf("--trust-domain is missing: whose services the documents speak of"), hint: example(cmd)}
-		}
-		td, err := spiffe.ParseTrustDomain(trustDomain)
-		if err != nil {
-			return usagef("--trust-domain: %w", err)
-		}
-		docs, err := a.documentsFrom(cmd, *files)
+		s, err := a.side(cmd, *files, trustDomain)
 		if err != nil {
 			return err
 		}
-		p, err := compileDocuments(docs, td)
-		if err != nil {
+		lint := analyse.Lint{Set: s.set, Documents: s.docs}
+		if s.identities {
+			lint.Known, lint.Ungoverned = s.known, true
+		}
+		found, omitted := lint.Findings()
+		if err := a.showChecked(*output, s.set, s.td); err != nil {
 			return err
 		}
-		return a.showChecked(*output, p.Set(), td)
+		return a.findings(found, omitted, strict)
 	}
 	return a.reachesCA(cmd)
 }
