@@ -326,6 +326,9 @@ func (g *Guard) authorize(ctx context.Context, c *Caller, method string) error {
 	if !g.trusted(c) { // revoked during a stream
 		return revoked(c.ID)
 	}
+	if err := g.revokedSVID(c); err != nil {
+		return err
+	}
 	if g.Now().After(c.Expires) {
 		return Denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "X509-SVID of %s has expired", c.ID)
 	}
@@ -381,6 +384,9 @@ func (g *Guard) CheckAgent(ctx context.Context, c *Caller) (*registry.Node, erro
 	if c.appended {
 		return nil, attestedElsewhere(c.ID)
 	}
+	if err := g.revokedSVID(c); err != nil {
+		return nil, err
+	}
 	if !g.Now().Before(c.Expires) {
 		return nil, Denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "agent X509-SVID of %s has expired", c.ID)
 	}
@@ -422,6 +428,19 @@ func (g *Guard) CheckAgent(ctx context.Context, c *Caller) (*registry.Node, erro
 	}
 	g.Log.Error("noting the use of an agent's X509-SVID", "node_id", c.ID.String(), "err", err)
 	return nil, status.Error(codes.Unavailable, "the store does not take the change; try again")
+}
+
+// revokedSVID refuses a caller whose X509-SVID an operator revoked. Its key may be in other hands: the agent must attest with
+// something else.
+func (g *Guard) revokedSVID(c *Caller) error {
+	for _, chain := range c.chains {
+		name, revoked := g.Registry.RevokedX509(chain[0], c.ID)
+		if revoked {
+			return Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "the X509-SVID of %s is revoked (Revocation %q)", c.ID, name)
+		}
+		break // all begin with the same
+	}
+	return nil
 }
 
 func attestedElsewhere(id spiffeid.ID) error {

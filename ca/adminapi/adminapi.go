@@ -93,6 +93,9 @@ func (a *API) toStatus(err error) error {
 	if x, ok := errors.AsType[*registry.ExistsError](err); ok {
 		return status.Error(codes.AlreadyExists, x.Error())
 	}
+	if r, ok := errors.AsType[*registry.RevokedError](err); ok {
+		return status.Error(codes.FailedPrecondition, r.Error()+"; `signet unrevoke "+r.Revocation+"` lifts it")
+	}
 	switch {
 	case errors.Is(err, errDocument), errors.Is(err, authority.ErrRefused), errors.Is(err, registry.ErrTooMany), errors.Is(err, registry.ErrTooManyRevocations):
 		return status.Error(codes.InvalidArgument, err.Error())

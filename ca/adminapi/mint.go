@@ -55,7 +55,11 @@ func (a *API) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequest)
 			return fail(&registry.ValidationError{Field: "ttl", Problem: err.Error()})
 		}
 	}
-	prepared, err := a.c.Authority.CheckX509(authority.X509Request{ID: id, PublicKey: key, TTL: time.Duration(req.Ttl) * time.Second, DNSNames: csr.DNSNames})
+	notBefore, _, err := a.c.Registry.Terms(id, nil)
+	if err != nil {
+		return fail(err)
+	}
+	prepared, err := a.c.Authority.CheckX509(authority.X509Request{ID: id, NotBefore: notBefore, PublicKey: key, TTL: time.Duration(req.Ttl) * time.Second, DNSNames: csr.DNSNames})
 	if err != nil {
 		return fail(err)
 	}
@@ -95,7 +99,11 @@ func (a *API) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRequest) (
 			return fail(&registry.ValidationError{Field: "ttl", Problem: err.Error()})
 		}
 	}
-	svid, err := a.c.Authority.SignJWT(ctx, authority.JWTRequest{ID: id, Audience: req.Audience, TTL: time.Duration(req.Ttl) * time.Second})
+	_, notBefore, err := a.c.Registry.Terms(id, nil)
+	if err != nil {
+		return fail(err)
+	}
+	svid, err := a.c.Authority.SignJWT(ctx, authority.JWTRequest{ID: id, NotBefore: notBefore, Audience: req.Audience, TTL: time.Duration(req.Ttl) * time.Second})
 	if err != nil {
 		return fail(err)
 	}
@@ -138,7 +146,11 @@ func (a *API) MintWITSVID(ctx context.Context, req *svidv1.MintWITSVIDRequest) (
 	if err := a.c.Authority.CheckWITTTL(ttl); err != nil {
 		return fail(&registry.ValidationError{Field: "ttl", Problem: err.Error()})
 	}
-	svid, err := a.c.Authority.SignWIT(ctx, authority.WITRequest{ID: id, PublicKey: key, Algorithm: req.SigningAlgorithm, TTL: ttl})
+	_, notBefore, err := a.c.Registry.Terms(id, nil)
+	if err != nil {
+		return fail(err)
+	}
+	svid, err := a.c.Authority.SignWIT(ctx, authority.WITRequest{ID: id, NotBefore: notBefore, PublicKey: key, Algorithm: req.SigningAlgorithm, TTL: ttl})
 	if err != nil {
 		return fail(err)
 	}

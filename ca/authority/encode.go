@@ -5,6 +5,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"fmt"
 	"math/big"
 	"time"
 
@@ -32,8 +33,17 @@ const (
 	derContext     = 0x80
 )
 
-// serialBytes is a one, which keeps the number positive and its length fixed, and 128 random bits. [RFC 5280 §4.1.2.2]
-const serialBytes = 17
+// serialBytes is the length of every serial number, the longest there can be: X509-SVIDs of an agent begin with a prefix of
+// their own, and all the rest is random. [RFC 5280 §4.1.2.2, docs/decisions/0026]
+const serialBytes = 20
+
+const (
+	// MaxSerialPrefix leaves 88 random bits.
+	MaxSerialPrefix = 9
+	// untaggedSerial begins serial numbers without a prefix; like every first byte it keeps the number positive and its length
+	// fixed.
+	untaggedSerial = 0x02
+)
 
 // DER that is the same in every X509-SVID.
 var (
@@ -138,10 +148,25 @@ func encodeSAN(id string, dnsNames []string) []byte {
 }
 
 // newSerial returns a new random serial number.
-func newSerial() (serial [serialBytes]byte) {
-	serial[0] = 1
-	rand.Read(serial[1:])
+func newSerial() (serial [serialBytes]byte) { return serialAfter([]byte{untaggedSerial}) }
+
+// serialAfter returns a new serial number that begins with prefix, and is random behind it.
+func serialAfter(prefix []byte) (serial [serialBytes]byte) {
+	n := copy(serial[:], prefix)
+	rand.Read(serial[n:])
 	return serial
+}
+
+// checkSerialPrefix refuses what would make a serial number negative, shorter, or too easy to guess, or one that could be
+// another's without a prefix. Nil is none.
+func checkSerialPrefix(prefix []byte) error {
+	if prefix == nil {
+		return nil
+	}
+	if n := len(prefix); n == 0 || n > MaxSerialPrefix || prefix[0] == 0 || prefix[0] >= 0x80 || prefix[0] == untaggedSerial {
+		return fmt.Errorf("serial prefix %x must have 1 to %d bytes, the first of them positive and not %d", prefix, MaxSerialPrefix, untaggedSerial)
+	}
+	return nil
 }
 
 func serialNumber(serial [serialBytes]byte) *big.Int { return new(big.Int).SetBytes(serial[:]) }

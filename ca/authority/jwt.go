@@ -42,6 +42,9 @@ type JWTRequest struct {
 	// left, is cut.
 	TTL time.Duration
 
+	// NotBefore, if it is later than the usual backdate, is the earliest iat: what was issued earlier is revoked.
+	NotBefore time.Time
+
 	// IncludeJTI adds a random jti claim.
 	IncludeJTI bool
 }
@@ -130,7 +133,7 @@ func (s *Set) SignJWT(ctx context.Context, r JWTRequest) (*JWTSVID, error) {
 		return nil, err
 	}
 	now = now.UTC().Truncate(time.Second)
-	svid := &JWTSVID{KeyID: a.id, IssuedAt: now.Add(-jwtBackdate), Expiry: s.jwtExpiry(now, r.TTL, a)}
+	svid := &JWTSVID{KeyID: a.id, IssuedAt: issuedAt(now, r.NotBefore), Expiry: s.jwtExpiry(now, r.TTL, a)}
 	if r.IncludeJTI {
 		jti := make([]byte, 16)
 		rand.Read(jti)
@@ -154,6 +157,15 @@ func (s *Set) SignJWT(ctx context.Context, r JWTRequest) (*JWTSVID, error) {
 		}
 	}
 	return svid, nil
+}
+
+// issuedAt returns the iat and nbf of a token that is issued at now.
+func issuedAt(now, notBefore time.Time) time.Time {
+	at := now.Add(-jwtBackdate)
+	if notBefore.After(at) {
+		at = notBefore.UTC().Truncate(time.Second)
+	}
+	return at
 }
 
 // CheckJWTTTL refuses a JWT-SVID TTL, asked for in the configuration or in a registration entry, that issuance would cut.

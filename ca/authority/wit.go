@@ -76,6 +76,9 @@ func (w *WITConfig) check() error {
 
 // WITRequest says what a WIT-SVID shall be.
 type WITRequest struct {
+	// NotBefore is as in JWTRequest.
+	NotBefore time.Time
+
 	// ID is the subject: a SPIFFE ID in the trust domain of the Set, with a path that is not under /spire.
 	ID spiffeid.ID
 
@@ -145,7 +148,7 @@ func (s *Set) SignWIT(ctx context.Context, r WITRequest) (*WITSVID, error) {
 	now = now.UTC().Truncate(time.Second)
 	jti := make([]byte, 16)
 	rand.Read(jti) // never fails since Go 1.24
-	svid := &WITSVID{KeyID: a.id, JTI: hex.EncodeToString(jti), IssuedAt: now.Add(-jwtBackdate), Expiry: s.witExpiry(now, r.TTL, a)}
+	svid := &WITSVID{KeyID: a.id, JTI: hex.EncodeToString(jti), IssuedAt: issuedAt(now, r.NotBefore), Expiry: s.witExpiry(now, r.TTL, a)}
 	svid.Token, err = jwt.Signed(a.signer.signer).Claims(witClaims{
 		Confirmation: confirmation{JWK: jwk},
 		Expiry:       svid.Expiry.Unix(),

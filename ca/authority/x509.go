@@ -60,6 +60,12 @@ type X509Request struct {
 	// DNSNames become DNS SANs, in this order; a repeated one is dropped. They grant no identity.
 	DNSNames []string
 
+	// SerialPrefix is how the serial number begins, up to MaxSerialPrefix bytes; nil: all of it is random.
+	SerialPrefix []byte
+
+	// NotBefore, if it is later than the usual backdate, is the earliest begin of the validity: what begins earlier is revoked.
+	NotBefore time.Time
+
 	// Profile must be ProfileLeaf.
 	Profile Profile
 
@@ -75,6 +81,8 @@ type PreparedX509 struct {
 	public   crypto.PublicKey
 	ttl      time.Duration
 	dnsNames []string
+	prefix   []byte
+	from     time.Time
 
 	spki []byte
 	ski  [20]byte
@@ -123,7 +131,10 @@ func (s *Set) CheckX509(r X509Request) (PreparedX509, error) {
 	if err := checkKeyStrength(r.PublicKey); err != nil {
 		return PreparedX509{}, err
 	}
-	p := PreparedX509{set: s, id: r.ID, public: r.PublicKey, ttl: s.x509TTL(r.TTL), dnsNames: dnsNames}
+	if err := checkSerialPrefix(r.SerialPrefix); err != nil {
+		return PreparedX509{}, err
+	}
+	p := PreparedX509{prefix: r.SerialPrefix, from: r.NotBefore, set: s, id: r.ID, public: r.PublicKey, ttl: s.x509TTL(r.TTL), dnsNames: dnsNames}
 	if p.spki, p.ski, err = encodePublicKey(r.PublicKey); err != nil {
 		return PreparedX509{}, err
 	}
@@ -203,7 +214,16 @@ func (s *Set) signX509(a *x509Authority, p *PreparedX509, now time.Time) (*X509S
 		return nil, fmt.Errorf("x509-svid %w: %w", ErrRefused, err)
 	}
 	serial := newSerial()
+	if p.prefix != nil {
+		serial = serialAfter(p.prefix)
+	}
 	notBefore, notAfter := validity(now, p.ttl, a)
+	if p.from.After(notBefore) {
+		notBefore = p.from.UTC().Truncate(time.Second)
+	}
+	if !notBefore.Before(notAfter) {
+		return nil, fmt.Errorf("x509-svid %w: it would begin at %s and end at %s", ErrRefused, notBefore.Format(time.RFC3339), notAfter.Format(time.RFC3339))
+	}
 	leaf, err := a.sign(p, serial, notBefore, notAfter)
 	if err != nil {
 		return nil, fmt.Errorf("signing an x509-svid for %q: %w", p.id.String(), err)

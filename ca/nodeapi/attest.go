@@ -153,7 +153,12 @@ func checkAttestParams(p *agentv1.AttestAgentRequest_Params) error {
 }
 
 func (a *API) signAgent(ctx context.Context, id spiffeid.ID, key crypto.PublicKey) (*authority.X509SVID, error) {
-	prepared, err := a.c.Authority.CheckX509(authority.X509Request{ID: id, PublicKey: key, TTL: a.c.AgentTTL, Reserved: true})
+	prefix := a.c.Registry.SerialPrefix(id)
+	notBefore, _, err := a.terms(id, prefix)
+	if err != nil {
+		return nil, err
+	}
+	prepared, err := a.c.Authority.CheckX509(authority.X509Request{ID: id, PublicKey: key, TTL: a.c.AgentTTL, SerialPrefix: prefix, NotBefore: notBefore, Reserved: true})
 	if err != nil {
 		return nil, err
 	}

@@ -53,6 +53,9 @@ func (a *API) attestByKey(s agentv1.Agent_AttestAgentServer, payload, csr []byte
 		if node.Banned { // only who has the key learns of it
 			return nil, id, errBanned
 		}
+		if name, revoked := a.c.Registry.RevokedSerials(node.Serial, node.NewSerial); revoked { // and with it, its key
+			return nil, id, status.Errorf(codes.PermissionDenied, "failed to attest: the node's X509-SVID is revoked (Revocation %q); attest with a fresh join token after an evict", name)
+		}
 		if node.CanReattest { // its evidence must hold still, which the key does not show
 			return nil, id, status.Errorf(codes.PermissionDenied, "failed to attest: the node attests by %s, again and again; its key alone is not enough", node.Attestation)
 		}

@@ -18,6 +18,7 @@ import (
 	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/registry"
 )
 
 // NewDownstreamX509CA signs the certificate of a CA below this one, for the key in a CSR. Who may call it is said by
@@ -34,6 +35,9 @@ func (a *API) NewDownstreamX509CA(ctx context.Context, req *svidv1.NewDownstream
 		return fail(status.Error(codes.InvalidArgument, "malformed param: missing CSR"))
 	case req.PreferredTtl < 0:
 		return fail(status.Errorf(codes.InvalidArgument, "malformed param: preferred_ttl %d is negative", req.PreferredTtl))
+	}
+	if name, revoked := a.c.Registry.RevokedID(c.ID); revoked {
+		return fail(&registry.RevokedError{ID: c.ID, Revocation: name})
 	}
 	key, err := authority.CheckCSR(req.Csr, a.c.TrustDomain.ID())
 	if err != nil {

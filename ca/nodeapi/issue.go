@@ -119,6 +119,7 @@ func (a *API) issueX509(ctx context.Context, field string, ids []registry.EntryI
 	if err != nil {
 		return nil, err
 	}
+	prefix := a.c.Registry.SerialPrefix(c.ID)
 	checked, errs := make([]authority.PreparedX509, len(ids)), make([]error, len(ids))
 	spread(len(ids), how.parallelFrom, func(i int) {
 		if how.check != nil {
@@ -136,7 +137,7 @@ func (a *API) issueX509(ctx context.Context, field string, ids []registry.EntryI
 		}
 		var key crypto.PublicKey
 		if key, errs[i] = how.key(i, e); errs[i] == nil {
-			checked[i], errs[i] = a.c.Authority.CheckX509(authority.X509Request{ID: e.SPIFFEID, PublicKey: key, TTL: e.X509TTL, DNSNames: e.DNSNames})
+			checked[i], errs[i] = a.checkX509(e, key, prefix)
 		}
 	})
 	prepared, index := make([]authority.PreparedX509, 0, len(ids)), make([]int, 0, len(ids))
@@ -166,6 +167,9 @@ func (a *API) issueX509(ctx context.Context, field string, ids []registry.EntryI
 	}
 	if err := a.audit(ctx, auditlog.Essential, records...); err != nil {
 		return nil, a.toStatus(err) // nothing leaves unlogged
+	}
+	if err := a.stillAdmitted(c); err != nil {
+		return nil, err
 	}
 	a.auditRefused(ctx, refusals)
 	a.c.Issued("x509", "", len(records))
@@ -203,13 +207,16 @@ func (a *API) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*s
 	if err != nil {
 		return fail(err)
 	}
-	svid, err := a.c.Authority.SignJWT(ctx, authority.JWTRequest{ID: e.SPIFFEID, Audience: req.Audience, TTL: e.JWTTTL, IncludeJTI: e.JWTIncludeJTI})
+	svid, err := a.signJWT(ctx, e, req.Audience)
 	if err != nil {
 		return fail(err)
 	}
 	rec := JWTRecord(a.c.Now(), c, e.SPIFFEID.String(), req.Audience, svid)
 	rec.Details["entry_id"] = string(e.ID)
 	if err := a.audit(ctx, auditlog.Essential, rec); err != nil {
+		return fail(err)
+	}
+	if err := a.stillAdmitted(c); err != nil {
 		return fail(err)
 	}
 	a.c.Issued("jwt", "", 1)
@@ -234,7 +241,7 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 		var svid *authority.JWTSVID
 		err := error(registry.ErrNotFound)
 		if e := entries[i]; e != nil {
-			svid, err = a.c.Authority.SignJWT(ctx, authority.JWTRequest{ID: e.SPIFFEID, Audience: req.Items[i].GetAudience(), TTL: e.JWTTTL, IncludeJTI: e.JWTIncludeJTI})
+			svid, err = a.signJWT(ctx, e, req.Items[i].GetAudience())
 		}
 		if err != nil {
 			st := status.Convert(a.toStatus(err))
@@ -258,6 +265,9 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 	}
 	if err := a.audit(ctx, auditlog.Essential, issued...); err != nil {
 		return nil, a.toStatus(err) // nothing leaves unlogged
+	}
+	if err := a.stillAdmitted(c); err != nil {
+		return nil, err
 	}
 	a.auditRefused(ctx, refusals)
 	a.c.Issued("jwt", "", len(issued))

@@ -110,6 +110,9 @@ func (a *API) toStatus(err error) error {
 	if r, ok := errors.AsType[*nodeattest.Refusal](err); ok {
 		return a.refusalStatus(r)
 	}
+	if r, ok := errors.AsType[*registry.RevokedError](err); ok {
+		return status.Error(codes.PermissionDenied, r.Error())
+	}
 	switch {
 	case errors.Is(err, authority.ErrRefused):
 		return status.Error(codes.InvalidArgument, err.Error())

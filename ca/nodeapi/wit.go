@@ -52,6 +52,9 @@ func (a *API) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewWITSVIDRe
 	if err := a.audit(ctx, auditlog.Essential, issued...); err != nil {
 		return nil, a.toStatus(err) // nothing leaves unlogged
 	}
+	if err := a.stillAdmitted(c); err != nil {
+		return nil, err
+	}
 	a.auditRefused(ctx, refused)
 	a.c.Issued("wit", "", len(issued))
 	a.c.Issued("wit", "refused", len(refused))
@@ -72,5 +75,9 @@ func (a *API) newWIT(ctx context.Context, p *svidv1.NewWITSVIDParams, e *registr
 	if err != nil {
 		return nil, err
 	}
-	return a.c.Authority.SignWIT(ctx, authority.WITRequest{ID: e.SPIFFEID, PublicKey: key, Algorithm: p.SigningAlgorithm})
+	_, notBefore, err := a.terms(e.SPIFFEID, nil)
+	if err != nil {
+		return nil, err
+	}
+	return a.c.Authority.SignWIT(ctx, authority.WITRequest{ID: e.SPIFFEID, NotBefore: notBefore, PublicKey: key, Algorithm: p.SigningAlgorithm})
 }

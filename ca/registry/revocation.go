@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"math/big"
+	"net/url"
 	"slices"
 	"sort"
 	"strings"
@@ -253,6 +255,48 @@ func (r *Registry) RevokedX509(leaf *x509.Certificate, id spiffeid.ID) (name str
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return r.ix.revocations.each(!control(id), func(p *policy.Revocations) (string, bool) { return p.X509SVID(leaf) })
+}
+
+// RevokedSerials reports by which revocation one of some X509-SVIDs of the trust domain is revoked by its serial number, in
+// decimal.
+func (r *Registry) RevokedSerials(serials ...string) (name string, revoked bool) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, s := range serials {
+		n, ok := new(big.Int).SetString(s, 10)
+		if !ok {
+			continue
+		}
+		// Any certificate of the trust domain does; its ID is one that nobody can have.
+		leaf := &x509.Certificate{SerialNumber: n, NotBefore: r.c.Now(), URIs: []*url.URL{mustID(r.c.TrustDomain, nodesPathPrefix+"any").URL()},
+			Raw: []byte{0}, KeyUsage: x509.KeyUsageDigitalSignature, BasicConstraintsValid: true}
+		if name, found := r.ix.revocations.each(false, func(p *policy.Revocations) (string, bool) { return p.X509SVID(leaf) }); found {
+			return name, true
+		}
+	}
+	return "", false
+}
+
+// A RevokedError says that no SVID is issued for an ID.
+type RevokedError struct {
+	ID         spiffeid.ID
+	Revocation string
+}
+
+func (e *RevokedError) Error() string {
+	return fmt.Sprintf("SPIFFE ID %q is revoked (Revocation %q)", e.ID.String(), e.Revocation)
+}
+
+// Terms returns what an SVID that is issued now for id must keep to: how early its validity may begin at the earliest, zero if
+// there is no such moment. A *RevokedError means that none is issued. prefix is how the serial number begins, nil if it is
+// random.
+func (r *Registry) Terms(id spiffeid.ID, prefix []byte) (x509, tokens time.Time, err error) {
+	if name, revoked := r.RevokedID(id); revoked {
+		name, _, _ = strings.Cut(name, "/")
+		return x509, tokens, &RevokedError{id, name}
+	}
+	x509, tokens = r.Floors(id, prefix)
+	return x509, tokens, nil
 }
 
 // RevokedItems returns everything that is revoked in the form in which enforcement points get it, and its revision.
