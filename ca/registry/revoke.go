@@ -316,6 +316,17 @@ func sortIDs(ids []spiffeid.ID) {
 	slices.SortFunc(ids, func(a, b spiffeid.ID) int { return strings.Compare(a.String(), b.String()) })
 }
 
+// CompileRevocation returns what a document would revoke if it were applied now.
+func (r *Registry) CompileRevocation(d *policy.RevocationDocument) ([]*policyv1.Revocation, error) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	v, err := r.compileRevocation(d, Document{Name: d.Name})
+	if err != nil {
+		return nil, err
+	}
+	return v.Items, nil
+}
+
 // Reach says whom a revocation hits.
 func (r *Registry) Reach(d *policy.RevocationDocument) Reach {
 	r.mu.RLock()

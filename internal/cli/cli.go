@@ -133,7 +133,7 @@ or with --server its TCP port, as the identity that the Workload API gives the c
 	}
 	add(groupRun, a.demoCommand(), a.devCommand(), a.caCommand(), a.proxyCommand(), a.configCommand())
 	add(groupState,
-		a.applyCommand(), a.rolloutCommand(), a.diffCommand(), a.getCommand(), a.deleteCommand(),
+		a.applyCommand(), a.rolloutCommand(), a.diffCommand(), a.getCommand(), a.deleteCommand(), a.revokeCommand(), a.unrevokeCommand(),
 		a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.authorityCommand())
 	add(groupLook, a.whyCommand(), a.whyDeniedCommand(), a.svidCommand(), a.envoyCommand(), a.policyCommand(), a.explainCommand(), a.auditCommand(), a.versionCommand())
 	root.AddCommand(a.demoServiceCommand())

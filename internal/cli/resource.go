@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -124,6 +125,13 @@ func (a *app) printResources(ctx context.Context, c *caConn, f format, req *admi
 		{name: "FROM", value: resource.place},
 		{name: "ENTRY ID", wide: true, value: func(r resource) string { return r.EntryID }},
 	}}
+	if req.Kind == policy.KindRevocation {
+		l.columns = slices.Insert(l.columns, 1, column[resource]{name: "REVOKED", value: func(r resource) string {
+			field, value := revocationTarget(&adminv1.Document{Content: []byte(r.Document)})
+			return field + " " + value
+		}}, column[resource]{name: "EXPIRES", value: func(r resource) string { return revocationField(r.Document, "expires") }},
+			column[resource]{name: "REASON", wide: true, value: func(r resource) string { return revocationField(r.Document, "reason") }})
+	}
 	found := 0
 	for {
 		page, err := adminv1.NewAdminClient(c).GetResources(ctx, req)
