@@ -57,6 +57,7 @@ type CA struct {
 	guard    *access.Guard
 	refusals *access.Refusals
 	limiter  *limiter
+	leaks    *leaks
 	node     *nodeapi.API
 	rotator  *rotation.Rotator
 	poller   *federation.Poller
@@ -152,8 +153,9 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	ca.svid = newServerSVID(ca.td, ca.set, ca.audit, c.Now)
 	ca.refusals = access.NewRefusals(ca.audit, c.Now, ca.log)
 	ca.limiter = newLimiter(ca)
+	ca.leaks = newLeaks(ca)
 	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, Trusted: bundles{ca.set, ca.reg}.trusted, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
-		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Slow: slowMethods(), Endless: endlessMethods(), Limit: ca.limiter.admit, Refused: ca.refused, Now: c.Now, Log: ca.log}
+		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Slow: slowMethods(), Endless: endlessMethods(), Limit: ca.limiter.admit, Superseded: ca.leaks.superseded, Refused: ca.refused, Now: c.Now, Log: ca.log}
 	ca.rotator = rotation.New(rotation.Config{TrustDomain: ca.td, Set: ca.set, Registry: ca.reg, Audit: ca.audit, Automatic: c.Authorities.Rotate == rotateAuto,
 		ActivationDeadline: c.Authorities.ActivationDeadline, RefreshHint: ca.set.Bundle().RefreshHint, Federated: ca.federated,
 		Following: ca.rotationFollowers, Settle: c.settle, Now: c.Now, Log: ca.log})
@@ -162,7 +164,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		return ca, err
 	}
 	ca.openObservations()
-	ca.node = nodeapi.New(nodeapi.Config{Attestors: append(attestors, c.attestors...), TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard,
+	ca.node = nodeapi.New(nodeapi.Config{Attestors: append(attestors, c.attestors...), TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Audit: ca.audit, Refusals: ca.refusals, Guard: ca.guard, Leaks: ca.leaks,
 		Epoch: ca.store.Epoch(), AgentTTL: c.TTL.Agent, Recovery: c.TTL.AgentRecovery, SyncPage: c.SyncPage,
 		Observations: ca.observationsOfNodes(), MaxDownstreamTTL: c.Downstream.MaxTTL, DownstreamDepth: c.Downstream.Depth, Rotation: ca.rotator, ReissueRate: c.Authorities.ReissueRate, Now: c.Now, Log: ca.log, Issued: ca.metrics.issued})
 	if ca.poller, err = newPoller(ca); err != nil {

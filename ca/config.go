@@ -58,6 +58,8 @@ type Config struct {
 	// Who is over a limit waits, and is refused with ResourceExhausted and a retry hint where that would take longer than
 	// limits.max_wait. The admin socket has no limits. Behind a TCP proxy all callers have one address.
 	Limits Limits `yaml:"limits"`
+	// Leaks says what happens when a secret seems to be in wrong hands, besides the alarm.
+	Leaks Leaks `yaml:"leaks"`
 	// Metrics serves /metrics, /live and /ready.
 	Metrics Metrics `yaml:"metrics"`
 	// Logging says what is logged to standard error.
@@ -210,6 +212,14 @@ type Limits struct {
 type Limit struct {
 	Rate  int `yaml:"rate"`  // a second, on average; -1: no limit
 	Burst int `yaml:"burst"` // at once, after a pause; if only a rate is set, the default or the rate, whichever is more
+}
+
+// Leaks says what follows an alarm about a leak.
+type Leaks struct {
+	// Revoke revokes the agent whose X509-SVID or key is used in two places, and the canary identity that was issued or used.
+	// Default false: an alarm only. Leave it so where agents reach the CA from changing addresses, as behind a pool of NAT
+	// addresses: each then seems to be in two places.
+	Revoke bool `yaml:"revoke"`
 }
 
 // Metrics says where metrics are served.

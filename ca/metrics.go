@@ -21,6 +21,7 @@ type metrics struct {
 	svids    *prometheus.CounterVec
 	refusals *prometheus.CounterVec
 	limited  *prometheus.CounterVec
+	leaks    *prometheus.CounterVec
 	commits  *prometheus.HistogramVec
 }
 
@@ -34,13 +35,15 @@ func newMetrics(ca *CA) *metrics {
 			Help: "Calls turned away before their RPC ran, by reason: agent_banned, agent_expired, ..., or the gRPC code."}, []string{"reason"}),
 		limited: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_ca_calls_limited_total",
 			Help: "Calls and connections turned away because their caller is over a limit, by its key in the configuration."}, []string{"limit"}),
+		leaks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "signet_ca_leaks_total",
+			Help: "Signs that a secret is in wrong hands: superseded_svid, old_key, token_reused, canary_issued, canary_used. Every one is a reason to look."}, []string{"kind"}),
 		commits: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "signet_ca_store_seconds",
 			Help: "Time of store operations.", Buckets: prometheus.ExponentialBuckets(0.0001, 4, 9)}, []string{"op"}),
 	}
 	gauge := func(name, help string, f func() float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, f)
 	}
-	m.registry.MustRegister(m.svids, m.refusals, m.limited, m.commits, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	m.registry.MustRegister(m.svids, m.refusals, m.leaks, m.limited, m.commits, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		gauge("signet_ca_entries", "Registration entries.", func() float64 { e, _, _ := m.counts(); return float64(e) }),
 		gauge("signet_ca_agents", "Attested agents.", func() float64 { _, n, _ := m.counts(); return float64(n) }),
 		gauge("signet_ca_policies", "Call policies.", func() float64 { _, _, p := m.counts(); return float64(p) }),

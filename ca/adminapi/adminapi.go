@@ -49,6 +49,8 @@ type Config struct {
 	FederationStatus func() []FederationStatus
 	// Observations has what enforcement points decided. Nil: that is off.
 	Observations Observations
+	// Canary is told of an SVID that was minted for an ID that nobody should ever hold.
+	Canary func(ctx context.Context, id spiffeid.ID, kind, by, address string)
 	// LogLevel is how much is logged.
 	LogLevel LogLevel
 	// Certificate returns the CA's own SVID with its chain, and Started when the CA began.

@@ -9,6 +9,7 @@ import (
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/registry"
@@ -72,6 +73,7 @@ func (a *API) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequest)
 		return nil, a.toStatus(err)
 	}
 	a.c.Issued("x509", "", 1)
+	a.canary(ctx, id, "x509")
 	return &svidv1.MintX509SVIDResponse{Svid: &types.X509SVID{Id: protoID(id), CertChain: svid.Chain, ExpiresAt: svid.NotAfter.Unix()}}, nil
 }
 
@@ -112,6 +114,7 @@ func (a *API) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRequest) (
 		return nil, a.toStatus(err)
 	}
 	a.c.Issued("jwt", "", 1)
+	a.canary(ctx, id, "jwt")
 	return &svidv1.MintJWTSVIDResponse{Svid: &types.JWTSVID{Token: svid.Token, Id: protoID(id), IssuedAt: svid.IssuedAt.Unix(), ExpiresAt: svid.Expiry.Unix()}}, nil
 }
 
@@ -159,5 +162,12 @@ func (a *API) MintWITSVID(ctx context.Context, req *svidv1.MintWITSVIDRequest) (
 		return nil, a.toStatus(err)
 	}
 	a.c.Issued("wit", "", 1)
+	a.canary(ctx, id, "wit")
 	return &svidv1.MintWITSVIDResponse{Svid: &types.WITSVID{Token: svid.Token, Id: protoID(id), ExpiresAt: svid.Expiry.Unix(), IssuedAt: svid.IssuedAt.Unix()}}, nil
+}
+
+func (a *API) canary(ctx context.Context, id spiffeid.ID, kind string) {
+	if c := access.From(ctx); a.c.Canary != nil && a.c.Registry.IsCanary(id) {
+		a.c.Canary(ctx, id, kind, c.String(), c.Address)
+	}
 }

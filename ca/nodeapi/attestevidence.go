@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/nodeattest"
@@ -109,7 +110,7 @@ func (a *API) tryEvidence(ctx context.Context, attestor string, e *nodeattest.Ev
 	if err != nil {
 		return nil, err
 	}
-	fresh := &registry.Node{ID: id, Attestation: attestor, Selectors: selectors, Serial: svid.SerialNumber, ExpiresAt: svid.NotAfter, Key: spki,
+	fresh := &registry.Node{ID: id, Attestation: attestor, Selectors: selectors, Serial: svid.SerialNumber, ExpiresAt: svid.NotAfter, Key: spki, Places: []string{access.From(ctx).Place()},
 		CanReattest: e.CanReattest, CreatedAt: a.c.Now()}
 	event, class := "agent.attested", auditlog.New
 	if node != nil {

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/registry"
@@ -46,7 +47,12 @@ func (a *API) attestByKey(s agentv1.Agent_AttestAgentServer, payload, csr []byte
 		switch {
 		case a.holds(node.Key, id, nonce, csr, sig):
 		case a.holds(node.NewKey, id, nonce, csr, sig): // the agent has the renewed one: this is its first use
-			node.Key, node.Serial, node.ExpiresAt = node.NewKey, node.NewSerial, node.NewExpiresAt
+			node.Promote(access.From(ctx).Place())
+		case a.holds(node.FormerKey, id, nonce, csr, sig): // a copy of the node's disk, or an old one that was put back
+			if c := access.From(ctx); a.c.Leaks != nil && !node.Banned && !node.Knows(c.Place()) {
+				a.c.Leaks.OldKey(ctx, id, c.Address)
+			}
+			return nil, id, errNoProof
 		default:
 			return nil, id, errNoProof
 		}
@@ -75,7 +81,7 @@ func (a *API) attestByKey(s agentv1.Agent_AttestAgentServer, payload, csr []byte
 			return nil, id, err
 		}
 		// The key that was proven stays good until the new SVID is first used: this reply can be lost, too.
-		node.NewSerial, node.NewExpiresAt, node.NewKey = svid.SerialNumber, svid.NotAfter, spki
+		node.NewSerial, node.NewExpiresAt, node.NewKey, node.NewPlace = svid.SerialNumber, svid.NotAfter, spki, access.From(ctx).Place()
 		if err = a.c.Registry.PutNode(store.WithReserve(ctx), node, nil); errors.Is(err, registry.ErrConflict) {
 			continue
 		}

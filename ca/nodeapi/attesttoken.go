@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/registry"
@@ -85,7 +86,12 @@ func (a *API) tryToken(ctx context.Context, given registry.JoinToken, id spiffei
 		return nil, status.Error(codes.InvalidArgument, "failed to attest: join token carries the pin of an authority that is not ours")
 	case !a.c.Now().Before(token.ExpiresAt):
 		return nil, errTokenExpired
-	case token.UsedBy != nil && (subtle.ConstantTimeCompare(token.UsedBy, hash) != 1 || node == nil || node.Active):
+	case token.UsedBy != nil && subtle.ConstantTimeCompare(token.UsedBy, hash) != 1:
+		if c := access.From(ctx); a.c.Leaks != nil && node != nil {
+			a.c.Leaks.TokenReused(ctx, id, c.Address, node.Knows(c.Place()))
+		}
+		return nil, errTokenUnknown
+	case token.UsedBy != nil && (node == nil || node.Active):
 		return nil, errTokenUnknown
 	case token.UsedBy == nil && node != nil:
 		return nil, errTokenUnknown // a node of that name that did not come by this token
@@ -94,7 +100,7 @@ func (a *API) tryToken(ctx context.Context, given registry.JoinToken, id spiffei
 	if err != nil {
 		return nil, err
 	}
-	fresh := &registry.Node{ID: id, Attestation: joinToken, Serial: svid.SerialNumber, ExpiresAt: svid.NotAfter, Key: spki, CreatedAt: a.c.Now()}
+	fresh := &registry.Node{ID: id, Attestation: joinToken, Serial: svid.SerialNumber, ExpiresAt: svid.NotAfter, Key: spki, Places: []string{access.From(ctx).Place()}, CreatedAt: a.c.Now()}
 	for _, g := range token.Groups {
 		fresh.Selectors = append(fresh.Selectors, spiffe.Selector{Type: "node", Value: "group:" + g})
 	}

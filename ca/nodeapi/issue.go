@@ -154,6 +154,9 @@ func (a *API) issueX509(ctx context.Context, field string, ids []registry.EntryI
 	now := a.c.Now()
 	var records, refusals []auditlog.Record
 	for i, err := range errs {
+		if err == nil && entries[i].Canary {
+			a.canary(ctx, c, entries[i], "x509")
+		}
 		if err != nil {
 			out[i] = issuedX509{err: status.Convert(a.toStatus(err))}
 			refusals = append(refusals, auditlog.Record{Time: now, Event: "x509svid.refused", Actor: c.ID.String(), ActorKind: "agent",
@@ -211,6 +214,7 @@ func (a *API) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*s
 	if err != nil {
 		return fail(err)
 	}
+	a.canary(ctx, c, e, "jwt")
 	rec := JWTRecord(a.c.Now(), c, e.SPIFFEID.String(), req.Audience, svid)
 	rec.Details["entry_id"] = string(e.ID)
 	if err := a.audit(ctx, auditlog.Essential, rec); err != nil {
@@ -258,6 +262,7 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 	var issued, refusals []auditlog.Record
 	for i, r := range out.Results {
 		if r.Code == 0 {
+			a.canary(ctx, c, entries[i], "jwt")
 			issued = append(issued, records[i])
 		} else {
 			refusals = append(refusals, records[i])

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
@@ -53,6 +54,8 @@ type Config struct {
 	Rotation Rotation
 	// Observations keeps what enforcement points decided. Nil: such reports are answered with Unimplemented.
 	Observations Observations
+	// Leaks hears of what looks like a stolen secret. Nil: nobody does.
+	Leaks Leaks
 	// ReissueRate is how many SVIDs of a tainted authority all agents together renew in a second.
 	ReissueRate int
 	// Issued counts what was issued and refused: kind is x509, jwt, agent or downstream; reason is empty on success.
@@ -65,6 +68,18 @@ type Rotation interface {
 	HandedOn(agent spiffeid.ID, authorities []string)
 	// Fetched is told of an agent that has fetched a bundle with these authorities, with its SVID.
 	Fetched(agent *registry.Node, authorities []string)
+}
+
+// Leaks is told of signs that a secret is in wrong hands. Its methods may take the time of a commit.
+type Leaks interface {
+	// OldKey: somebody who is not where the node was has proven the key before its present one.
+	OldKey(ctx context.Context, agent spiffeid.ID, address string)
+	// TokenReused: a join token that a node attested with was shown again, with its secret and another key.
+	TokenReused(ctx context.Context, agent spiffeid.ID, address string, samePlace bool)
+	// CanaryIssued: an SVID was issued for an ID that nobody should ever hold.
+	CanaryIssued(ctx context.Context, id spiffeid.ID, kind, by, address string)
+	// CanaryUsed: such an ID called a service, as an agent reports.
+	CanaryUsed(ctx context.Context, agent spiffeid.ID, o *policyv1.Observation)
 }
 
 // API implements the RPCs. It is safe for concurrent use.

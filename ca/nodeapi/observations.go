@@ -53,5 +53,6 @@ func (a *API) ReportObservations(ctx context.Context, req *nodev1.ReportObservat
 	if err := a.c.Observations.Add(c.ID.String(), observed, mine, req.GetDropped()); err != nil {
 		return nil, access.Limited(0, "%v; call again later", err)
 	}
+	a.reportCanaries(ctx, c, observed, mine)
 	return &nodev1.ReportObservationsResponse{}, nil
 }

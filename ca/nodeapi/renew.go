@@ -46,7 +46,7 @@ func (a *API) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRequest) (*
 	node := *c.Node
 	const attempts = 4
 	for range attempts {
-		node.NewSerial, node.NewExpiresAt, node.NewKey = svid.SerialNumber, svid.NotAfter, spki
+		node.NewSerial, node.NewExpiresAt, node.NewKey, node.NewPlace = svid.SerialNumber, svid.NotAfter, spki, c.Place()
 		if err = a.c.Registry.PutNode(store.WithReserve(ctx), &node, nil); !errors.Is(err, registry.ErrConflict) {
 			break
 		}

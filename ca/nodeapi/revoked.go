@@ -8,9 +8,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/ca/access"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/spiffe"
 )
 
 // This file keeps what is revoked from being issued again.
@@ -45,4 +47,31 @@ func (a *API) stillAdmitted(c *access.Caller) error {
 		return access.Denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", c.ID)
 	}
 	return nil
+}
+
+// canary tells of an SVID for an ID that nobody should ever hold. It is issued all the same, so that who asked does not learn
+// that it was a trap.
+func (a *API) canary(ctx context.Context, c *access.Caller, e *registry.Entry, kind string) {
+	if e.Canary && a.c.Leaks != nil {
+		a.c.Leaks.CanaryIssued(ctx, e.SPIFFEID, kind, c.String(), c.Address)
+	}
+}
+
+// reportCanaries tells of calls by IDs that nobody should ever use, to services that the agent serves.
+func (a *API) reportCanaries(ctx context.Context, c *access.Caller, observed []*policyv1.Observation, mine func(int) bool) {
+	if a.c.Leaks == nil {
+		return
+	}
+	is := map[string]bool{}
+	for i, o := range observed {
+		canary, known := is[o.GetPeer()]
+		if !known {
+			id, err := spiffe.ParseWorkloadID(o.GetPeer())
+			canary = err == nil && a.c.Registry.IsCanary(id)
+			is[o.GetPeer()] = canary
+		}
+		if canary && mine(i) {
+			a.c.Leaks.CanaryUsed(ctx, c.ID, o)
+		}
+	}
 }

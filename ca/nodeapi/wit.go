@@ -44,6 +44,7 @@ func (a *API) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewWITSVIDRe
 			continue
 		}
 		e, svid := entries[i], svids[i]
+		a.canary(ctx, c, e, "wit")
 		out.Results[i] = &svidv1.BatchNewWITSVIDResponse_Result{Status: &types.Status{Code: int32(codes.OK), Message: "OK"}, Svid: &types.WITSVID{
 			Token: svid.Token, Id: protoID(e.SPIFFEID), ExpiresAt: svid.Expiry.Unix(), IssuedAt: svid.IssuedAt.Unix(), Hint: e.Hint}}
 		issued = append(issued, auditlog.Record{Time: now, Event: "witsvid.issued", Actor: c.ID.String(), ActorKind: "agent", Subject: e.SPIFFEID.String(),

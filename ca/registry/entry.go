@@ -53,6 +53,7 @@ type Entry struct {
 	StoreSVID       bool
 	NoX509Prefetch  bool
 	JWTIncludeJTI   bool
+	Canary          bool      // nobody should ever hold it: who asks for it raises an alarm
 	ExpiresAt       time.Time // zero: never
 	CreatedAt       time.Time
 
@@ -370,6 +371,7 @@ type entryRecord struct {
 	StoreSVID      bool      `json:"store_svid,omitempty"`
 	NoX509Prefetch bool      `json:"no_x509_prefetch,omitempty"`
 	JWTIncludeJTI  bool      `json:"jwt_include_jti,omitempty"`
+	Canary         bool      `json:"canary,omitempty"`
 	ExpiresAt      int64     `json:"expires_at,omitempty"` // Unix seconds
 	CreatedAt      int64     `json:"created_at"`           // Unix seconds
 	Identity       *document `json:"identity,omitempty"`
@@ -388,7 +390,7 @@ func (e *Entry) encode() ([]byte, error) {
 		Selectors: selectorStrings(e.Selectors), OnNodes: e.OnNodes, On: selectorStrings(e.On),
 		X509TTL: int64(e.X509TTL / time.Second), JWTTTL: int64(e.JWTTTL / time.Second),
 		DNSNames: e.DNSNames, Hint: e.Hint, Admin: e.Admin, Downstream: e.Downstream, StoreSVID: e.StoreSVID,
-		NoX509Prefetch: e.NoX509Prefetch, JWTIncludeJTI: e.JWTIncludeJTI,
+		NoX509Prefetch: e.NoX509Prefetch, JWTIncludeJTI: e.JWTIncludeJTI, Canary: e.Canary,
 		ExpiresAt: unix(e.ExpiresAt), CreatedAt: unix(e.CreatedAt),
 	}
 	for _, td := range e.FederatesWith {
@@ -412,7 +414,7 @@ func decodeEntry(id EntryID, item store.Item) (*Entry, error) {
 	e := &Entry{
 		ID: id, OnNodes: r.OnNodes, X509TTL: time.Duration(r.X509TTL) * time.Second, JWTTTL: time.Duration(r.JWTTTL) * time.Second,
 		DNSNames: r.DNSNames, Hint: r.Hint, Admin: r.Admin, Downstream: r.Downstream, StoreSVID: r.StoreSVID,
-		NoX509Prefetch: r.NoX509Prefetch, JWTIncludeJTI: r.JWTIncludeJTI,
+		NoX509Prefetch: r.NoX509Prefetch, JWTIncludeJTI: r.JWTIncludeJTI, Canary: r.Canary,
 		ExpiresAt: fromUnix(r.ExpiresAt), CreatedAt: fromUnix(r.CreatedAt), Revision: item.Modified,
 	}
 	var err error

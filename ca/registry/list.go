@@ -237,6 +237,11 @@ func (r *Registry) IsAdmin(id spiffeid.ID) bool {
 	return r.anyEntry(id, func(e *Entry) bool { return e.Admin })
 }
 
+// IsCanary tells whether id is one that nobody should ever hold or use.
+func (r *Registry) IsCanary(id spiffeid.ID) bool {
+	return r.anyEntry(id, func(e *Entry) bool { return e.Canary })
+}
+
 // IsDownstream tells whether an entry that has not ended gives id the rights of a downstream CA.
 func (r *Registry) IsDownstream(id spiffeid.ID) bool {
 	return r.anyEntry(id, func(e *Entry) bool { return e.Downstream })

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -10,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -32,6 +34,13 @@ type Node struct {
 	// Key and NewKey are the public keys of those SVIDs, PKIX DER: with the private one the node can win back an SVID
 	// that it lost or that expired.
 	Key, NewKey []byte
+
+	// Former and FormerKey are what the current SVID replaced, and Places the hosts from which the change was asked for and
+	// first used: whoever uses what was replaced from somewhere else has stolen one or the other. NewPlace is the host that asked for NewSerial.
+	Former    string
+	FormerKey []byte
+	Places    []string
+	NewPlace  string
 
 	// Active is set by the first call that the agent makes with its SVID. Until then a reply that was lost can be had
 	// again with the same key.
@@ -56,6 +65,10 @@ type nodeRecord struct {
 	NewExpiresAt int64    `json:"new_expires_at,omitempty"`
 	Key          []byte   `json:"key,omitempty"`
 	NewKey       []byte   `json:"new_key,omitempty"`
+	Former       string   `json:"former,omitempty"`
+	FormerKey    []byte   `json:"former_key,omitempty"`
+	Places       []string `json:"places,omitempty"`
+	NewPlace     string   `json:"new_place,omitempty"`
 	Active       bool     `json:"active,omitempty"`
 	Banned       bool     `json:"banned,omitempty"`
 	CanReattest  bool     `json:"can_reattest,omitempty"`
@@ -68,6 +81,7 @@ func (n *Node) encode() ([]byte, error) {
 	return marshal(nodeRecord{
 		V: recordVersion, Attestation: n.Attestation, Selectors: selectorStrings(n.Selectors),
 		Serial: n.Serial, NewSerial: n.NewSerial, ExpiresAt: unix(n.ExpiresAt), NewExpiresAt: unix(n.NewExpiresAt), Key: n.Key, NewKey: n.NewKey,
+		Former: n.Former, FormerKey: n.FormerKey, Places: n.Places, NewPlace: n.NewPlace,
 		Active: n.Active, Banned: n.Banned, CanReattest: n.CanReattest, Version: n.Version, Follows: n.Follows, CreatedAt: unix(n.CreatedAt),
 	})
 }
@@ -80,6 +94,7 @@ func decodeNode(id spiffeid.ID, item store.Item) (*Node, error) {
 	n := &Node{
 		ID: id, Attestation: r.Attestation, Serial: r.Serial, NewSerial: r.NewSerial,
 		ExpiresAt: fromUnix(r.ExpiresAt), NewExpiresAt: fromUnix(r.NewExpiresAt), Key: r.Key, NewKey: r.NewKey,
+		Former: r.Former, FormerKey: r.FormerKey, Places: r.Places, NewPlace: r.NewPlace,
 		Active: r.Active, Banned: r.Banned, CanReattest: r.CanReattest, Version: r.Version, Follows: r.Follows,
 		CreatedAt: fromUnix(r.CreatedAt), Revision: item.Modified,
 	}
@@ -88,6 +103,28 @@ func decodeNode(id spiffeid.ID, item store.Item) (*Node, error) {
 		return nil, fmt.Errorf("record %s: %w", item.Key, err)
 	}
 	return n, nil
+}
+
+// Promote makes the SVID that was handed out last the one that the agent uses, since it was used from place.
+func (n *Node) Promote(place string) {
+	n.Former, n.FormerKey = n.Serial, nil
+	if !bytes.Equal(n.Key, n.NewKey) {
+		n.FormerKey = n.Key
+	}
+	n.Places = n.Places[:0:0]
+	for _, p := range []string{n.NewPlace, place} {
+		if p != "" && !slices.Contains(n.Places, p) {
+			n.Places = append(n.Places, p)
+		}
+	}
+	n.Serial, n.ExpiresAt, n.Key = n.NewSerial, n.NewExpiresAt, n.NewKey
+	n.NewSerial, n.NewExpiresAt, n.NewKey, n.NewPlace = "", time.Time{}, nil, ""
+}
+
+// Knows tells whether the agent was at place when its SVID was last replaced. A node that does not say where it was, since it
+// is from an older version, was everywhere.
+func (n *Node) Knows(place string) bool {
+	return len(n.Places) == 0 || place == n.NewPlace || slices.Contains(n.Places, place)
 }
 
 // A JoinToken lets one node attest once. It prints as "[join token]" with every verb, so that it cannot reach a log

@@ -315,6 +315,7 @@ func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string 
 		diff("hint", old.Hint, n.Hint)
 		diff("admin", old.Admin, n.Admin)
 		diff("jwtIncludeJTI", old.JWTIncludeJTI, n.JWTIncludeJTI)
+		diff("canary", old.Canary, n.Canary)
 		diff("expiresAt", old.ExpiresAt, n.ExpiresAt)
 	case x.compiled != nil:
 		was := r.ix.policies[x.name].Compiled

@@ -44,6 +44,7 @@ type identityDocument struct {
 	Hint          string        `yaml:"hint"`
 	Admin         bool          `yaml:"admin"`
 	JWTIncludeJTI bool          `yaml:"jwtIncludeJTI"`
+	Canary        bool          `yaml:"canary"`
 	ExpiresAt     string        `yaml:"expiresAt"`
 }
 
@@ -91,7 +92,8 @@ func ParseIdentity(doc strictyaml.Document, td spiffeid.TrustDomain) (*Entry, er
 		return nil, fail("spiffeID", "%q is a template; templated Identities are not supported by this version", clip(in.SPIFFEID))
 	}
 	e := &Entry{ID: EntryID(identityPrefix + in.Name), OnNodes: true, X509TTL: in.X509TTL, JWTTTL: in.JWTTTL,
-		DNSNames: in.DNSNames, Hint: in.Hint, Admin: in.Admin, JWTIncludeJTI: in.JWTIncludeJTI}
+		DNSNames: in.DNSNames, Hint: in.Hint, Admin: in.Admin, JWTIncludeJTI: in.JWTIncludeJTI,
+		Canary: in.Canary, NoX509Prefetch: in.Canary} // an agent that fetched it ahead would raise the alarm
 	full := in.SPIFFEID
 	if strings.HasPrefix(full, "/") {
 		full = td.IDString() + full
