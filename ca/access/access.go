@@ -451,12 +451,11 @@ func (g *Guard) checkAgent(ctx context.Context, c *Caller, superseded func(conte
 // revokedSVID refuses a caller whose X509-SVID an operator revoked. Its key may be in other hands: the agent must attest with
 // something else.
 func (g *Guard) revokedSVID(c *Caller) error {
-	for _, chain := range c.chains {
-		name, revoked := g.Registry.RevokedX509(chain[0], c.ID)
-		if revoked {
-			return Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "the X509-SVID of %s is revoked (Revocation %q)", c.ID, name)
-		}
-		break // all begin with the same
+	if len(c.chains) == 0 {
+		return nil
+	}
+	if name, revoked := g.Registry.RevokedX509(c.chains[0][0], c.ID); revoked { // every chain begins with it
+		return Denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "the X509-SVID of %s is revoked (Revocation %q)", c.ID, name)
 	}
 	return nil
 }

@@ -259,7 +259,7 @@ func TestEventsAndMetricsAreDocumented(t *testing.T) {
 		code, listed   *regexp.Regexp
 		folders        []string
 	}{
-		{"event", "reference/audit.md", regexp.MustCompile(`"((?:agent|authority|bundle|call|downstreamca|upstreamca|entry|federation|jwtsvid|logger|resource|rollout|token|userissuer|witsvid|x509svid)\.[a-z]+)"`),
+		{"event", "reference/audit.md", regexp.MustCompile(`"((?:agent|authority|bundle|call|downstreamca|upstreamca|entry|federation|jwtsvid|leak|logger|resource|revocation|rollout|token|userissuer|witsvid|x509svid)\.[a-z]+)"`),
 			regexp.MustCompile("`([a-z0-9]+\\.[a-z]+)`"), []string{"ca", "ca/adminapi", "ca/federation", "ca/nodeapi", "ca/registry", "ca/rotation", "ca/userkeys"}},
 		{"metric", "operate.md", regexp.MustCompile(`"(signet_(?:ca|agent|proxy)_[a-z0-9_]+)"`),
 			regexp.MustCompile("`(signet_[a-z0-9_]+)`"), []string{"ca", "agent", "policy/proxy"}},
