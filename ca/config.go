@@ -58,6 +58,8 @@ type Config struct {
 	// Who is over a limit waits, and is refused with ResourceExhausted and a retry hint where that would take longer than
 	// limits.max_wait. The admin socket has no limits. Behind a TCP proxy all callers have one address.
 	Limits Limits `yaml:"limits"`
+	// CRL says whether lists of revoked X509-SVIDs are issued for programs that verify without signet. Default: no.
+	CRL CRL `yaml:"crl"`
 	// Leaks says what happens when a secret seems to be in wrong hands, besides the alarm.
 	Leaks Leaks `yaml:"leaks"`
 	// Metrics serves /metrics, /live and /ready.
@@ -214,6 +216,15 @@ type Limit struct {
 	Burst int `yaml:"burst"` // at once, after a pause; if only a rate is set, the default or the rate, whichever is more
 }
 
+// CRL says whether and how CRLs are issued. A program that checks them refuses every X509-SVID once the newest list that it has
+// is out of date.
+type CRL struct {
+	Enabled bool `yaml:"enabled"` // default false
+	// Validity is from a list's issuance to its nextUpdate. A new one is issued after a third of it, and when something is
+	// revoked. Default 72h; at least 24h, for which agents go on without a CA.
+	Validity time.Duration `yaml:"validity"`
+}
+
 // Leaks says what follows an alarm about a leak.
 type Leaks struct {
 	// Revoke revokes the agent whose X509-SVID or key is used in two places, and the canary identity that was issued or used.
@@ -307,6 +318,12 @@ func (c *Config) Check() error {
 		bad("authorities.reissue_rate", "%d is less than 1 SVID a second", c.Authorities.ReissueRate)
 	}
 	c.checkLifetimes(bad)
+	switch {
+	case c.CRL.Validity == 0:
+		c.CRL.Validity = 72 * time.Hour
+	case c.CRL.Validity < 24*time.Hour:
+		bad("crl.validity", "%v is shorter than 24h, for which agents go on without a CA: every X509-SVID would be refused", c.CRL.Validity)
+	}
 	c.NodeAttestors.check(bad)
 	c.Keys.check(bad)
 	c.Limits.check(bad)

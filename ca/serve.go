@@ -117,6 +117,9 @@ func (ca *CA) Run(ctx context.Context) error {
 		g.Go(func() error { return ca.upstream.run(gctx) })
 	}
 	g.Go(func() error { return ca.rotator.Run(gctx) })
+	if ca.c.CRL.Enabled {
+		g.Go(func() error { return (&crlKeeper{ca: ca}).run(gctx) })
+	}
 	if ca.observations != nil {
 		g.Go(func() error {
 			ca.observations.Run(gctx)

@@ -297,6 +297,7 @@ func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Fo
 	}
 	part.RemovedPolicies = d.RemovedPolicies
 	part.RemovedRevocations = d.RemovedRevocations
+	part.RemovedCrls = d.RemovedCRLs
 	part.RemovedUserIssuers = d.RemovedUserIssuers
 	for _, td := range d.RemovedBundles {
 		part.RemovedBundles = append(part.RemovedBundles, td.Name())
@@ -340,6 +341,10 @@ func (a *API) items(d *registry.Delta) []item {
 			continue
 		}
 		out = append(out, item{b, func(m *nodev1.FollowResponse) { m.Bundles = append(m.Bundles, b) }})
+	}
+	for _, c := range d.CRLs {
+		m := &nodev1.CRL{AuthorityId: c.Authority, Revision: int64(c.Revision), Crl: c.DER, NextUpdate: c.NextUpdate}
+		out = append(out, item{m, func(r *nodev1.FollowResponse) { r.Crls = append(r.Crls, m) }})
 	}
 	for _, r := range d.Revocations {
 		out = append(out, item{r, func(m *nodev1.FollowResponse) { m.Revocations = append(m.Revocations, r) }})

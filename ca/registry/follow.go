@@ -40,6 +40,8 @@ type Delta struct {
 	// Every agent gets all revocations.
 	Revocations        []*policyv1.Revocation
 	RemovedRevocations []string
+	CRLs               []*CRL
+	RemovedCRLs        []string
 	// UserIssuers go to every agent that gets a policy.
 	UserIssuers        []*policyv1.UserIssuer
 	RemovedUserIssuers []string
@@ -47,7 +49,7 @@ type Delta struct {
 
 func (d *Delta) empty() bool {
 	return !d.Snapshot && len(d.Entries)+len(d.RemovedEntries)+len(d.Policies)+len(d.RemovedPolicies)+len(d.Bundles)+len(d.RemovedBundles) == 0 &&
-		len(d.Revocations)+len(d.RemovedRevocations)+len(d.UserIssuers)+len(d.RemovedUserIssuers) == 0 && d.Defaults == nil && !d.OwnBundle
+		len(d.Revocations)+len(d.RemovedRevocations)+len(d.CRLs)+len(d.RemovedCRLs)+len(d.UserIssuers)+len(d.RemovedUserIssuers) == 0 && d.Defaults == nil && !d.OwnBundle
 }
 
 // Bounds of what is remembered for agents, connected or not.
@@ -281,7 +283,7 @@ func (fs *followers) mark(ix *index, ch *changes) {
 			f.signal()
 		}
 	}
-	if ch.revocations {
+	if ch.revocations || ch.crls {
 		for f := range fs.active {
 			f.revoked = true
 			f.signal()
@@ -379,6 +381,9 @@ func (f *Follower) Next(force bool) *Delta {
 		d.Revocations = ix.revocations.all()
 	} else if m.revoked {
 		d.Revocations, d.RemovedRevocations = ix.revocations.after(h.revokedAt)
+	}
+	if m.revoked {
+		f.crls(ix, h, d)
 	}
 	if m.own {
 		d.OwnBundle = true

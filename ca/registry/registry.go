@@ -297,6 +297,7 @@ type index struct {
 
 	federations map[spiffeid.TrustDomain]*Federation
 	revocations *revocations
+	crls        map[string]*CRL // by authority
 	issuers     userIssuers
 	rollouts    rollouts
 	hints       hints
@@ -313,8 +314,8 @@ func newIndex() *index {
 		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, below: map[EntryID]*Entry{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
 		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
-		revocations: newRevocations(),
-		issuers:     newUserIssuers(), rollouts: newRollouts(), hints: newHints(),
+		revocations: newRevocations(), crls: map[string]*CRL{},
+		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(),
 	}
 }
 
@@ -327,6 +328,7 @@ type changes struct {
 	defaults    bool
 	federations bool
 	revocations bool
+	crls        bool
 	issuers     bool // documents of UserIssuers
 	policySide  bool // what goes with policies: hints, keys of issuers, roll-outs
 	roots       bool // aliases or groups changed: which node has which roots must be worked out again
@@ -363,6 +365,9 @@ func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) err
 	}
 	if name, ok := strings.CutPrefix(ev.Key, policyPrefix); ok {
 		return ix.applyPolicy(name, ev, ch)
+	}
+	if id, ok := strings.CutPrefix(ev.Key, crlPrefix); ok {
+		return ix.applyCRL(id, ev, ch)
 	}
 	if name, ok := strings.CutPrefix(ev.Key, revocationPrefix); ok {
 		return ix.applyRevocation(td, name, ev, ch)
