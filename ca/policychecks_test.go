@@ -4,10 +4,12 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 )
 
 func identities(names ...string) string {
@@ -93,5 +95,22 @@ func TestApplyWarnsOfWhatIsHardlyMeant(t *testing.T) {
 	// An Identity of the same apply counts, and what does not change is not spoken of again.
 	if got := h.apply(identities("web") + "kind: CallPolicy\nname: q\nservice: /web\nallow: [{from: [/documents]}]\n").Warnings; len(got) > 0 {
 		t.Errorf("warnings of documents that are well: %q", got)
+	}
+}
+
+// Those who were seen to call count before those who may.
+func TestLockoutOfThoseWhoWereSeen(t *testing.T) {
+	h := start(t, config(t.TempDir()))
+	api := adminv1.NewAdminClient(h.admin)
+	h.apply(identities("documents", "web", "api") + "kind: CallPolicy\nname: p\nservice: /documents\nallow: [{from: [/web, /api]}]\n")
+	seen := &policyv1.Observation{Service: "spiffe://example.org/documents", Peer: "spiffe://example.org/api", Protocol: policyv1.CallProtocol_CALL_PROTOCOL_TLS,
+		Allowed: true, Reason: "allowed", Count: 3, First: time.Now().UnixNano(), Last: time.Now().UnixNano()}
+	if err := h.ca.observations.Add("spiffe://example.org/spire/agent/x", []*policyv1.Observation{seen}, func(int) bool { return true }, 0); err != nil {
+		t.Fatal(err)
+	}
+	const narrower = "kind: CallPolicy\nname: p\nservice: /documents\nallow: [{from: [/web]}]\n"
+	_, err := api.Apply(t.Context(), &adminv1.ApplyRequest{Documents: []*adminv1.Document{{Content: []byte(narrower), File: "t.yaml"}}})
+	if code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "it locks out 1 caller that did call it: spiffe://example.org/api") {
+		t.Errorf("%v; want a refusal that names who was seen", err)
 	}
 }
