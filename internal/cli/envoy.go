@@ -3,6 +3,7 @@ package cli
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -19,31 +20,39 @@ import (
 )
 
 func (a *app) envoyCommand() *cobra.Command {
-	return a.noun("envoy", "Envoys that get their identity from the agent", "", a.envoyConfigCommand())
+	return a.noun("envoy", "Envoys that get their identity from the agent", "", a.envoyConfigCommand(), a.envoyRBACCommand())
 }
 
 const defaultEndpoint = "unix:///run/signet/agent.sock"
 
 func (a *app) envoyConfigCommand() *cobra.Command {
-	var service, trustDomain, endpoint, listen, local, all string
+	var service, trustDomain, endpoint, listen, local, all, protocol string
 	var allow, upstreams []string
+	var withoutPolicies bool
+	var maxConnection time.Duration
 	cmd := &cobra.Command{
-		Use:   "config --service ID --allow ID",
+		Use:   "config --service ID",
 		Short: "Print a bootstrap for an Envoy beside a service",
 		Long: `Print a bootstrap for an Envoy beside a service, complete enough to run: it gets the service's X509-SVID and the bundles
-from the agent (SDS), takes mTLS connections for the service from the peers that --allow names, and nobody else, and opens mTLS
-connections to each --upstream, whose ID it verifies.
+from the agent (SDS), takes mTLS connections for the service, of which it lets through what the service's call policies allow, by
+asking the agent (ext_authz), and opens mTLS connections to each --upstream, whose ID it verifies.
+
+With --protocol http or grpc each request is decided, else each connection. Whoever calls shows an X509-SVID of an ID that --allow
+names, by default of the service's own trust domain; callers of other trust domains are named there.
 
 The registration entry of the service must match the Envoy: it is the Envoy that asks the agent. An ID written as a path is of the
 trust domain of --service, for which --trust-domain or the agent says which it is.`,
-		Example: `  signet envoy config --service spiffe://example.org/web --allow /ingress > envoy.yaml
+		Example: `  signet envoy config --service spiffe://example.org/web --protocol http > envoy.yaml
   signet envoy config --service /web --trust-domain example.org --allow '/ns/shop/**' --local 127.0.0.1:8080 \
     --upstream 127.0.0.1:15432=/db@db.internal:8443`,
 	}
 	fs := cmd.Flags()
 	fs.StringVar(&service, "service", "", "SPIFFE ID of the service, or its path")
 	fs.StringVar(&trustDomain, "trust-domain", "", "trust domain of IDs that are written as paths (default: asked of the agent)")
-	fs.StringArrayVar(&allow, "allow", nil, "who may call the service: an ID, or one that ends in /** for all below it (repeatable)")
+	fs.StringArrayVar(&allow, "allow", nil, "who may connect at all: an ID, or one that ends in /** for all below it (repeatable; default /**, the own trust domain)")
+	fs.StringVar(&protocol, "protocol", "tcp", "what the service speaks behind mTLS: tcp, http or grpc")
+	fs.BoolVar(&withoutPolicies, "without-policies", false, "do not ask the agent: whoever --allow names may do everything")
+	fs.DurationVar(&maxConnection, "max-connection", time.Hour, "how long a connection lasts at most: an Envoy does not close those that a policy or a revocation has come to forbid")
 	fs.StringVar(&listen, "listen", "0.0.0.0:8443", "where callers connect")
 	fs.StringVar(&local, "local", "127.0.0.1:8080", "where the service listens, without TLS")
 	fs.StringArrayVar(&upstreams, "upstream", nil, "LISTEN=ID@HOST:PORT: what the service sends to LISTEN, such as 127.0.0.1:15432, goes by mTLS to ID at HOST:PORT (repeatable)")
@@ -57,14 +66,19 @@ trust domain of --service, for which --trust-domain or the agent says which it i
 		if err != nil {
 			return &usageError{err: err, hint: "--endpoint, or $" + envEndpoint + ", is such as " + defaultEndpoint}
 		}
-		if service == "" || len(allow) == 0 {
-			missing := "--service is missing: whose SVID the Envoy uses"
-			if service != "" {
-				missing = "--allow is missing: who may call the service; --allow '/**' is everybody in the trust domain"
-			}
-			return &usageError{err: fmt.Errorf("%s", missing), hint: example(cmd)}
+		switch {
+		case service == "":
+			return &usageError{err: errors.New("--service is missing: whose SVID the Envoy uses"), hint: example(cmd)}
+		case withoutPolicies && len(allow) == 0:
+			return &usageError{err: errors.New("--allow is missing: without policies it alone says who may call; --allow '/**' is everybody in the trust domain"), hint: example(cmd)}
+		case protocol != "tcp" && protocol != "http" && protocol != "grpc":
+			return usagef("--protocol is %q; it is tcp, http or grpc", protocol)
+		case maxConnection < time.Second:
+			return usagef("--max-connection is %v; it is at least 1s", maxConnection)
+		case len(allow) == 0:
+			allow = []string{"/**"}
 		}
-		b := envoyBootstrap{Socket: socket}
+		b := envoyBootstrap{Socket: socket, Protocol: protocol, Policies: !withoutPolicies, MaxConnection: fmt.Sprintf("%ds", maxConnection/time.Second)}
 		if b.Service, err = envoyService(cmd.Context(), service, trustDomain, socket); err != nil {
 			return err
 		}

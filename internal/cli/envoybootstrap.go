@@ -16,6 +16,10 @@ type envoyBootstrap struct {
 	Allow         []envoyMatch
 	Listen, Local envoyEndpoint
 	Upstreams     []envoyUpstream
+
+	Protocol      string // of the service: tcp, http or grpc
+	Policies      bool   // the agent is asked about each call or connection
+	MaxConnection string // how long a connection lasts at most, in seconds as protobuf writes them
 }
 
 func (b envoyBootstrap) render() ([]byte, error) {
@@ -33,7 +37,7 @@ node:
   cluster: {{q .Service.Path}}
 static_resources:
   listeners:
-  # Callers come in here. Who is not named below is refused in the handshake.
+  # Callers come in here, each with an X509-SVID that is verified in the handshake, where who is not named below is refused.
   - name: inbound
     address: {socket_address: {address: {{q .Listen.Host}}, port_value: {{.Listen.Port}}}}
     filter_chains:
@@ -47,6 +51,11 @@ static_resources:
           disable_stateful_session_resumption: true
           common_tls_context:
             tls_params: {tls_minimum_protocol_version: TLSv1_2}
+            {{- if eq .Protocol "http"}}
+            alpn_protocols: [h2, http/1.1]
+            {{- else if eq .Protocol "grpc"}}
+            alpn_protocols: [h2]
+            {{- end}}
             tls_certificate_sds_secret_configs:
             - {{template "secret" q .Service.String}}
             combined_validation_context:
@@ -56,11 +65,67 @@ static_resources:
               validation_context_sds_secret_config:
                 {{template "secret" q .Context}}
       filters:
+{{- if eq .Protocol "tcp"}}
+      {{- if .Policies}}
+      # The call policies of {{.Service}} decide about each connection. Without an answer nobody gets in.
+      - name: envoy.filters.network.ext_authz
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.ext_authz.v3.ExtAuthz
+          stat_prefix: signet
+          transport_api_version: V3
+          failure_mode_allow: false
+          include_peer_certificate: true
+          grpc_service: {{template "agent"}}
+      {{- end}}
       - name: envoy.filters.network.tcp_proxy
         typed_config:
           "@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
           stat_prefix: inbound
           cluster: local_service
+          # Nobody asks again about a connection that is open.
+          max_downstream_connection_duration: {{.MaxConnection}}
+{{- else}}
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: inbound
+          codec_type: {{if eq .Protocol "grpc"}}HTTP2{{else}}AUTO{{end}}
+          use_remote_address: true
+          # What is judged is what the service sees: paths go through as they came, and the odd ones are refused by the policies.
+          normalize_path: false
+          merge_slashes: false
+          path_with_escaped_slashes_action: KEEP_UNCHANGED
+          common_http_protocol_options:
+            headers_with_underscores_action: REJECT_REQUEST
+            max_connection_duration: {{.MaxConnection}}
+          # The service learns who calls from x-forwarded-client-cert, of which nothing is the caller's own word.
+          forward_client_cert_details: SANITIZE_SET
+          set_current_client_cert_details: {uri: true}
+          route_config:
+            name: inbound
+            virtual_hosts:
+            - name: local_service
+              domains: ["*"]
+              routes:
+              - match: {prefix: "/"}
+                route: {cluster: local_service, timeout: 0s}
+          http_filters:
+          {{- if .Policies}}
+          # The call policies of {{.Service}} decide about each call. Without an answer none gets through.
+          - name: envoy.filters.http.ext_authz
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthz
+              transport_api_version: V3
+              failure_mode_allow: false
+              status_on_error: {code: Forbidden}
+              include_peer_certificate: true
+              encode_raw_headers: true
+              grpc_service: {{template "agent"}}
+          {{- end}}
+          - name: envoy.filters.http.router
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+{{- end}}
 {{- range .Upstreams}}
   # What the service sends here goes to {{.ID}}.
   - name: {{.Name}}
@@ -77,6 +142,12 @@ static_resources:
   - name: local_service
     type: {{if .Local.IsName}}STRICT_DNS{{else}}STATIC{{end}}
     connect_timeout: 5s
+    {{- if eq .Protocol "grpc"}}
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {http2_protocol_options: {}}
+    {{- end}}
     load_assignment:
       cluster_name: local_service
       endpoints:
@@ -120,5 +191,6 @@ static_resources:
       endpoints:
       - lb_endpoints:
         - endpoint: {address: {pipe: {path: {{q .Socket}}}}}
+{{- define "agent"}}{envoy_grpc: {cluster_name: signet_agent}, timeout: 1s}{{end}}
 {{- define "secret"}}{name: {{.}}, sds_config: {resource_api_version: V3, api_config_source: {api_type: GRPC, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: signet_agent}}]}}}{{end}}
 `))

@@ -27,6 +27,7 @@ type verdict struct {
 	decision policy.Decision
 	err      error // why there was nothing to decide
 	token    error // why there is no token although a rule asks for one
+	user     error // the same for a user's token
 }
 
 // judge decides the call that a check is about. It tells nobody.
@@ -63,6 +64,7 @@ func (s *Service) judge(k *known, req *authv3.CheckRequest) (v verdict) {
 		if audiences := policies.Audiences(r.Service, r.Peer); len(audiences) > 0 {
 			r.Token, v.token = s.bearer(k, policies.Revocations(), r.Headers.Values("authorization"), audiences, now)
 		}
+		r.User, v.user = policies.User(r, now)
 	}
 	v.decision = policies.Decide(r)
 	return v
@@ -157,6 +159,9 @@ func (l *decisionLog) note(ctx context.Context, j policy.Judgement, v *verdict) 
 	}
 	if v.token != nil {
 		attrs = append(attrs, slog.String("token", v.token.Error()))
+	}
+	if v.user != nil {
+		attrs = append(attrs, slog.String("user_token", v.user.Error()))
 	}
 	if skipped > 0 {
 		attrs = append(attrs, slog.Int("not_logged", skipped))

@@ -3,6 +3,7 @@ package corpus
 import (
 	"context"
 	"crypto/x509"
+	"strings"
 	"testing"
 
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
@@ -10,6 +11,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/signet-id/signet/policy"
+	"github.com/signet-id/signet/policy/envoyrbac"
 	"github.com/signet-id/signet/test/envoycheck"
 )
 
@@ -37,6 +39,7 @@ func (f *fleet) envoy(t *testing.T) []point {
 		return answer{allowed: reply.Passed, what: reply.Body}
 	}
 	return []point{
+		{"Envoy's RBAC", f.saidByRBAC(t), f.rbac},
 		{"ext_authz for HTTP", isHTTP, func(t *testing.T, c *policy.TestCase) answer { return ask(t, c, true) }},
 		{"ext_authz for HTTP with joined headers", isHTTP, func(t *testing.T, c *policy.TestCase) answer { return ask(t, c, false) }},
 		{"ext_authz for TCP", isTLS, func(t *testing.T, c *policy.TestCase) answer { return ask(t, c, false) }},
@@ -61,4 +64,35 @@ func (f *fleet) local(t *testing.T, c *policy.TestCase) *x509.Certificate {
 		t.Fatal(err)
 	}
 	return cert
+}
+
+// rules are those of Envoy's RBAC filters for the service of a case.
+func (f *fleet) rules(t *testing.T, c *policy.TestCase) *envoyrbac.Rules {
+	t.Helper()
+	rules, err := envoyrbac.For(f.policies.Policies().Set(), c.Request.Service, c.Request.Protocol)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rules
+}
+
+// saidByRBAC takes what these filters can say, and all that is denied: they never allow more.
+func (f *fleet) saidByRBAC(t *testing.T) func(*policy.TestCase) bool {
+	return func(c *policy.TestCase) bool {
+		return !c.Allow || c.Request.Service.TrustDomain() == f.TrustDomain() && len(f.rules(t, c).Notes) == 0
+	}
+}
+
+// rbac is what an Envoy with these filters does, by its documentation.
+func (f *fleet) rbac(t *testing.T, c *policy.TestCase) answer {
+	e := &envoycheck.RBAC{T: t, URIs: []string{c.Request.Peer.String()}}
+	if isHTTP(c) {
+		e.Headers = map[string][]string{":method": {c.Request.Method}, ":path": {c.Request.Path}}
+		for _, line := range f.fields(t, c) {
+			name := strings.ToLower(line.name)
+			e.Headers[name] = append(e.Headers[name], line.value)
+		}
+	}
+	rules := f.rules(t, c)
+	return answer{allowed: e.Passes(rules.Deny) && e.Passes(rules.Allow), what: strings.Join(rules.Notes, "; ")}
 }

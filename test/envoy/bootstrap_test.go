@@ -20,7 +20,14 @@ import (
 	"time"
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
-	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3" // so that it is known in an Any
+	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
+	httpauthzv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_authz/v3"
+	httprbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
+	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	tcpauthzv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/ext_authz/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	tcprbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/rbac/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -32,6 +39,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/signet-id/signet/internal/cli"
+	"github.com/signet-id/signet/test/envoycheck"
 )
 
 // bootstrap is what 'signet envoy config' prints.
@@ -142,8 +150,104 @@ func TestBootstrapNamesWhatTheAgentHas(t *testing.T) {
 	}
 }
 
-// TestRealEnvoy runs the bootstrap with the Envoy that ENVOY_BIN names: a caller that is allowed gets through, one that is
-// not does not, and both is so still after the SVIDs have rotated.
+// TestBootstrapAlwaysVerifies: whatever is asked for, callers are verified and the agent is asked, unless policies are
+// declined by name; without an answer nobody gets through, and paths go through as they came.
+func TestBootstrapAlwaysVerifies(t *testing.T) {
+	for _, protocol := range []string{"tcp", "http", "grpc"} {
+		for _, without := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, policies %t", protocol, !without), func(t *testing.T) {
+				args := []string{"--service", "spiffe://example.org/web", "--protocol", protocol, "--max-connection", "90s"}
+				if without {
+					args = append(args, "--without-policies", "--allow", "/**")
+				}
+				b := parse(t, bootstrap(t, args...))
+				chain := b.StaticResources.Listeners[0].FilterChains[0]
+				down := unpack(t, chain.TransportSocket.GetTypedConfig(), &tlsv3.DownstreamTlsContext{})
+				combined := down.CommonTlsContext.GetCombinedValidationContext()
+				matchers := combined.GetDefaultValidationContext().GetMatchTypedSubjectAltNames()
+				if !down.RequireClientCertificate.GetValue() || combined.GetValidationContextSdsSecretConfig().GetName() != "spiffe://example.org" ||
+					len(matchers) != 1 || matchers[0].SanType != tlsv3.SubjectAltNameMatcher_URI || matchers[0].Matcher.GetPrefix() != "spiffe://example.org/" {
+					t.Errorf("callers meet %v", down)
+				}
+				if protocol == "tcp" {
+					if !without {
+						authz := unpack(t, chain.Filters[0].GetTypedConfig(), &tcpauthzv3.ExtAuthz{})
+						if authz.FailureModeAllow || !authz.IncludePeerCertificate || authz.ShadowMode || authz.GrpcService.GetEnvoyGrpc().GetClusterName() != "signet_agent" {
+							t.Errorf("the filter is %v", authz)
+						}
+					}
+					last := unpack(t, chain.Filters[len(chain.Filters)-1].GetTypedConfig(), &tcpproxyv3.TcpProxy{})
+					if last.MaxDownstreamConnectionDuration.GetSeconds() != 90 {
+						t.Errorf("a connection lasts %v", last.MaxDownstreamConnectionDuration)
+					}
+					return
+				}
+				hcm := unpack(t, chain.Filters[0].GetTypedConfig(), &hcmv3.HttpConnectionManager{})
+				if hcm.NormalizePath.GetValue() || hcm.NormalizePath == nil || hcm.MergeSlashes || hcm.PathWithEscapedSlashesAction != hcmv3.HttpConnectionManager_KEEP_UNCHANGED ||
+					hcm.ForwardClientCertDetails != hcmv3.HttpConnectionManager_SANITIZE_SET || hcm.CommonHttpProtocolOptions.MaxConnectionDuration.GetSeconds() != 90 {
+					t.Errorf("the connection manager is %v", hcm)
+				}
+				if without {
+					if len(hcm.HttpFilters) != 1 {
+						t.Errorf("%d filters", len(hcm.HttpFilters))
+					}
+					return
+				}
+				authz := unpack(t, hcm.HttpFilters[0].GetTypedConfig(), &httpauthzv3.ExtAuthz{})
+				if authz.FailureModeAllow || !authz.IncludePeerCertificate || !authz.EncodeRawHeaders || authz.ShadowMode || authz.FilterEnabled != nil || authz.WithRequestBody != nil ||
+					authz.StatusOnError.GetCode() != 403 || authz.GetGrpcService().GetEnvoyGrpc().GetClusterName() != "signet_agent" || authz.GetGrpcService().GetTimeout().GetSeconds() != 1 {
+					t.Errorf("the filter is %v", authz)
+				}
+			})
+		}
+	}
+}
+
+// TestRBACFilters reads what 'signet envoy rbac' prints as Envoy does.
+func TestRBACFilters(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "p.yaml")
+	if err := os.WriteFile(file, []byte(webPolicy), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	type filter interface {
+		proto.Message
+		ValidateAll() error
+		GetRules() *rbacv3.RBAC
+	}
+	for protocol, into := range map[string]func() filter{
+		"http": func() filter { return &httprbacv3.RBAC{} },
+		"tcp":  func() filter { return &tcprbacv3.RBAC{} },
+	} {
+		var out, errs bytes.Buffer
+		if code := cli.Main(bounded(t), []string{"envoy", "rbac", "-f", file, "--trust-domain", "example.org", "--protocol", protocol, "/web"}, strings.NewReader(""), &out, &errs); code != 0 {
+			t.Fatal(errs.String())
+		}
+		var filters []map[string]any
+		if err := yaml.Unmarshal(out.Bytes(), &filters); err != nil || len(filters) != 2 {
+			t.Fatalf("%v in\n%s", err, out.String())
+		}
+		caller := &envoycheck.RBAC{T: t, URIs: []string{"spiffe://example.org/tls"}}
+		if protocol == "http" {
+			caller.Headers = map[string][]string{":method": {"GET"}, ":path": {"/anything"}}
+		}
+		for _, f := range filters {
+			raw, err := json.Marshal(f["typed_config"])
+			if err != nil {
+				t.Fatal(err)
+			}
+			var any anypb.Any
+			if err := protojson.Unmarshal(raw, &any); err != nil {
+				t.Fatalf("%v in\n%s", err, out.String())
+			}
+			if rules := unpack(t, &any, into()).GetRules(); !caller.Passes(rules) {
+				t.Errorf("%s: the caller that is allowed does not pass %v", protocol, rules)
+			}
+		}
+	}
+}
+
+// TestRealEnvoy runs the bootstrap with the Envoy that ENVOY_BIN names: a caller that the policies allow gets through, one that
+// they do not gets the id of the decision, and both is so still after the SVIDs have rotated.
 func TestRealEnvoy(t *testing.T) {
 	envoy := os.Getenv("ENVOY_BIN")
 	if envoy == "" {
@@ -152,11 +256,12 @@ func TestRealEnvoy(t *testing.T) {
 	n := start(t)
 	n.identity("web", "x509TTL: 6s")
 	n.identity("stranger")
+	n.Apply("kind: CallPolicy\nname: web\nservice: /web\nallow:\n  - from: [/web]\n    http: [{methods: [GET], paths: [/]}]\n")
 	service := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello") }))
 	defer service.Close()
 	address := freeAddress(t)
 	file := filepath.Join(t.TempDir(), "envoy.yaml")
-	if err := os.WriteFile(file, bootstrap(t, "--service", "/web", "--allow", "/web", "--endpoint", n.WorkloadAPI(), "--listen", address,
+	if err := os.WriteFile(file, bootstrap(t, "--service", "/web", "--protocol", "http", "--endpoint", n.WorkloadAPI(), "--listen", address,
 		"--local", service.Listener.Addr().String()), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -198,6 +303,9 @@ func TestRealEnvoy(t *testing.T) {
 				return "", err
 			}
 			defer resp.Body.Close()
+			if resp.StatusCode == http.StatusForbidden && resp.Header.Get("Signet-Decision-Id") != "" {
+				return "", errDecided
+			}
 			if body, err := io.ReadAll(resp.Body); err != nil || string(body) != "hello" {
 				return "", fmt.Errorf("the service says %q, %w", body, err)
 			}
@@ -222,14 +330,16 @@ func TestRealEnvoy(t *testing.T) {
 			continue
 		}
 		serials[serial] = true
-		if _, err := call("spiffe://example.org/stranger"); err == nil {
-			t.Fatal("a caller that is not allowed gets through")
+		if _, err := call("spiffe://example.org/stranger"); !errors.Is(err, errDecided) {
+			t.Fatalf("a caller that is not allowed: %v", err)
 		}
 	}
 	if _, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12}); err == nil {
 		t.Error("a caller without a certificate gets through")
 	}
 }
+
+var errDecided = errors.New("denied by a decision")
 
 func freeAddress(t testing.TB) string {
 	t.Helper()
