@@ -40,7 +40,7 @@ func (a *Agent) openExtAuthz() (err error) {
 		observer = a.observations
 	}
 	a.extAuthz, err = extauthz.New(extauthz.Config{
-		Source: a.cache, Observer: observer, MaxOffline: c.MaxOffline, AllowMissingCertificate: c.ExtAuthz.AllowMissingCertificate, JWTLeeway: c.JWTLeeway,
+		Source: a.cache, Observer: observer, MaxOffline: c.MaxOffline, MaxRevocationStaleness: c.MaxRevocationStaleness, AllowMissingCertificate: c.ExtAuthz.AllowMissingCertificate, JWTLeeway: c.JWTLeeway,
 		AllowUnknownJWTHeaders: c.AllowUnknownJWTHeaders, OnDecision: a.metrics.decided, Log: a.log, Now: c.Now,
 	})
 	return err

@@ -65,9 +65,12 @@ type known struct {
 	services []spiffeid.ID // its own, each once, the default first
 	byName   map[string]spiffeid.ID
 	set      *policyv1.PolicySet
-	policies *policy.Policies // nil: unknown
+	bare     *policy.Policies // as compiled, without revocations; nil: unknown
+	revoked  *policy.Revocations
+	policies *policy.Policies // with the revocations
 	stale    *policy.Policies // the same, once they are too old
-	since    time.Time        // from when on they have not been up to date; zero if they are
+	offline  time.Time        // since when there has been no contact to the CA; zero while there is
+	since    time.Time        // from when on the policies have not been up to date; zero if they are
 	refused  time.Time        // since when there have been newer ones that could not be taken; zero if there are none
 	bundles  jwtbundle.Source
 }
@@ -210,7 +213,10 @@ func (e *envoys) follow(ctx context.Context, p *peer.Process, one *envoy) error 
 // know reads an update. Policies that cannot be compiled do not replace those that could: they stay in force as they do
 // when the CA is away.
 func (e *envoys) know(u workloadapi.Update, before *known) *known {
-	k := &known{byName: make(map[string]spiffeid.ID, len(u.Identities)), since: u.Offline, bundles: bundles(u)}
+	k := &known{byName: make(map[string]spiffeid.ID, len(u.Identities)), revoked: u.Revocations, offline: u.Offline, bundles: bundles(u)}
+	if k.revoked == nil && before != nil {
+		k.revoked = before.revoked // no word on them revives nobody
+	}
 	for i := range u.Identities {
 		id := u.Identities[i].ID
 		if name := id.String(); k.byName[name].IsZero() {
@@ -218,29 +224,34 @@ func (e *envoys) know(u workloadapi.Update, before *known) *known {
 			k.services = append(k.services, id)
 		}
 	}
-	if u.Policies == nil { // never synchronised, or the CA has none to tell
-		return k
+	e.compile(u.Policies, before, k)
+	k.policies = k.bare.WithRevocations(k.revoked)
+	k.stale = k.policies.Stale()
+	k.since = earlier(k.offline, k.refused)
+	return k
+}
+
+// compile sets what of k depends on the policies alone, which is what it was before if they are.
+func (e *envoys) compile(set *policyv1.PolicySet, before, k *known) {
+	if set == nil { // never synchronised, or the CA has none to tell
+		return
 	}
-	k.set = u.Policies
-	if before != nil && before.set == u.Policies {
-		k.policies, k.stale, k.refused = before.policies, before.stale, before.refused
-		k.since = earlier(k.since, k.refused)
-		return k
+	k.set = set
+	if before != nil && before.set == set {
+		k.bare, k.refused = before.bare, before.refused
+		return
 	}
-	compiled, err := policy.Compile(u.Policies)
-	if err == nil {
-		k.policies, k.stale = compiled, compiled.Stale()
-		return k
+	var err error
+	if k.bare, err = policy.Compile(set); err == nil {
+		return
 	}
 	e.config.Log.Error("policies of the CA cannot be read; for ext_authz the last ones stay in force until max_offline or better ones", slog.Any("err", err))
 	if before != nil {
-		k.policies, k.stale, k.refused = before.policies, before.stale, before.refused
+		k.bare, k.refused = before.bare, before.refused
 	}
 	if k.refused.IsZero() {
 		k.refused = e.config.Now()
 	}
-	k.since = earlier(k.since, k.refused)
-	return k
 }
 
 func earlier(a, b time.Time) time.Time {
@@ -259,8 +270,8 @@ func bundles(u workloadapi.Update) jwtbundle.Source {
 }
 
 // at are the policies as they hold now.
-func (k *known) at(now time.Time, maxOffline time.Duration) *policy.Policies {
-	if !k.since.IsZero() && now.Sub(k.since) > maxOffline {
+func (k *known) at(now time.Time, maxOffline, maxStaleness time.Duration) *policy.Policies {
+	if !k.since.IsZero() && now.Sub(k.since) > maxOffline || maxStaleness > 0 && !k.offline.IsZero() && now.Sub(k.offline) > maxStaleness {
 		return k.stale
 	}
 	return k.policies

@@ -33,6 +33,10 @@ type Config struct {
 	// MaxOffline is for how long policies count after the contact to the CA was lost. Zero means 24 hours.
 	MaxOffline time.Duration
 
+	// MaxRevocationStaleness is for how long calls go on by the revocations that are known, after the contact to the CA was lost.
+	// Zero means that MaxOffline alone counts.
+	MaxRevocationStaleness time.Duration
+
 	// AllowMissingCertificate decides calls whose check comes without the peer's certificate, which an Envoy sends if its
 	// filter says include_peer_certificate. Nobody sees then that the X509-SVID has expired while its connection was open,
 	// or that its serial number or its authority is revoked.
@@ -72,8 +76,8 @@ func New(c Config) (*Service, error) {
 	if c.Source == nil {
 		return nil, errors.New("extauthz: config field Source is nil; use the agent's SVID cache")
 	}
-	if c.MaxOffline < 0 {
-		return nil, fmt.Errorf("extauthz: config field MaxOffline is %v; it must not be negative", c.MaxOffline)
+	if c.MaxOffline < 0 || c.MaxRevocationStaleness < 0 {
+		return nil, fmt.Errorf("extauthz: config fields MaxOffline %v and MaxRevocationStaleness %v must not be negative", c.MaxOffline, c.MaxRevocationStaleness)
 	}
 	if c.MaxOffline == 0 {
 		c.MaxOffline = defaultMaxOffline

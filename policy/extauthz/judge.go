@@ -33,7 +33,7 @@ type verdict struct {
 // judge decides the call that a check is about. It tells nobody.
 func (s *Service) judge(k *known, req *authv3.CheckRequest) (v verdict) {
 	now := s.config.Now()
-	policies := k.at(now, s.config.MaxOffline)
+	policies := k.at(now, s.config.MaxOffline, s.config.MaxRevocationStaleness)
 	r := &v.request
 	attributes := req.GetAttributes()
 	refuse := func(reason policy.Reason, err error) verdict {

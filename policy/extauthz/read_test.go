@@ -149,15 +149,17 @@ func TestWhoThePeerIs(t *testing.T) {
 func TestRevokedBySerial(t *testing.T) {
 	s, k, sound := soundCheck(t)
 	td := spiffeid.RequireTrustDomainFromString("example.org")
-	revoked := *k
-	revoked.policies = k.policies.WithRevocations(policy.CompileRevocations(&policyv1.RevocationSet{Revocations: []*policyv1.Revocation{
-		{Name: "stolen", Target: &policyv1.Revocation_Serial{Serial: []byte{0x12, 0x34}}}}}, td))
-	if v := s.judge(&revoked, sound.Request()); v.decision.Allowed || v.decision.Reason != policy.ReasonRevoked || v.decision.Revocation != "stolen" {
+	u := update(k.set, "spiffe://example.org/web")
+	u.Revocations = policy.CompileRevocations(&policyv1.RevocationSet{Revocations: []*policyv1.Revocation{
+		{Name: "stolen", Target: &policyv1.Revocation_Serial{Serial: []byte{0x12, 0x34}}}}}, td)
+	revoked := s.envoys.know(u, k)
+	revoked = s.envoys.know(update(k.set, "spiffe://example.org/web"), revoked) // no word on revocations revives nobody
+	if v := s.judge(revoked, sound.Request()); v.decision.Allowed || v.decision.Reason != policy.ReasonRevoked || v.decision.Revocation != "stolen" {
 		t.Errorf("a revoked peer: %+v", v.decision)
 	}
 	sound.NoCertificate = true
 	s.config.AllowMissingCertificate = true
-	if v := s.judge(&revoked, sound.Request()); !v.decision.Allowed || v.request.Certificate != nil {
+	if v := s.judge(revoked, sound.Request()); !v.decision.Allowed || v.request.Certificate != nil {
 		t.Errorf("with allow_missing_certificate, of which the documentation says what is lost: %+v, %v", v.decision, v.err)
 	}
 }
@@ -180,10 +182,15 @@ func TestOldPolicies(t *testing.T) {
 	offline := update(k.set, "spiffe://example.org/web")
 	offline.Offline = start
 	off := s.envoys.know(offline, k)
-	if off.policies != k.policies {
+	if off.bare != k.bare {
 		t.Error("the same policies were compiled again")
 	}
 	want(off, policy.ReasonAllowed)
+	now = start.Add(time.Hour)
+	want(off, policy.ReasonAllowed)
+	s.config.MaxRevocationStaleness = time.Minute
+	want(off, policy.ReasonStalePolicy)
+	s.config.MaxRevocationStaleness = 0
 	now = start.Add(25 * time.Hour)
 	want(off, policy.ReasonStalePolicy)
 	want(s.envoys.know(update(k.set, "spiffe://example.org/web"), off), policy.ReasonAllowed)

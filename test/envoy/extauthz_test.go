@@ -251,6 +251,10 @@ func TestExtAuthzFollows(t *testing.T) {
 	n.settled(call, false)
 	call.Path = "/v2"
 	n.settled(call, true)
+	n.Apply(fmt.Sprintf("kind: Revocation\nname: stolen\nserial: \"%x\"\n", caller.SerialNumber))
+	n.settled(call, false)
+	n.Delete("Revocation", "stolen")
+	n.settled(call, true)
 	n.Delete("Identity", "web")
 	ctx := bounded(t)
 	for {
