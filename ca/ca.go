@@ -170,6 +170,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	if ca.poller, err = newPoller(ca); err != nil {
 		return ca, err
 	}
+	ca.observers = append(ca.observers, ca.noteDenial)
 	if ca.userKeys, err = newUserKeys(ca); err != nil {
 		return ca, err
 	}

@@ -5,6 +5,9 @@ import (
 	"errors"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/ca/adminapi"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/registry"
@@ -17,6 +20,16 @@ const (
 	// rolloutPause is how often denials are written down at most.
 	rolloutPause = time.Second
 )
+
+// noteDenial counts what a roll-out denies that was allowed before it.
+func (ca *CA) noteDenial(o *policyv1.Observation) {
+	if !o.GetFormerlyAllowed() || o.GetAllowed() {
+		return
+	}
+	if agent, err := spiffeid.FromString(o.GetAgentId()); err == nil {
+		ca.reg.NoteFormerlyAllowed(agent, o.GetRollout(), o.GetCount())
+	}
+}
 
 // moveRollouts moves roll-outs on, and back. Each replica does: of two that make the same move one fails and looks again.
 func (ca *CA) moveRollouts(ctx context.Context) error {

@@ -88,7 +88,7 @@ func RolloutDetails(o *registry.Rollout) map[string]any {
 	for _, p := range o.Policies {
 		policies = append(policies, p.Name)
 	}
-	d := map[string]any{"policies": bounded(policies), "percent": o.Percent(), "steps": o.Steps, "denials": o.Denials, "max_denials": o.MaxDenials, "revision": int64(o.Revision)}
+	d := map[string]any{"policies": bounded(policies), "percent": o.Percent(), "steps": fmt.Sprint(o.Steps), "denials": o.Denials, "max_denials": o.MaxDenials, "revision": int64(o.Revision)}
 	if o.Reason != "" {
 		d["reason"] = o.Reason
 	}

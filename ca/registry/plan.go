@@ -362,6 +362,9 @@ func ruleLines(p *policyv1.Policy) []string {
 		if rule.Jwt != nil {
 			s += fmt.Sprintf(" jwt audience=%v subject=%s", rule.Jwt.Audience, strings.ToLower(strings.TrimPrefix(rule.Jwt.Subject.String(), "SUBJECT_BINDING_")))
 		}
+		if rule.When != "" {
+			s += " when " + rule.When
+		}
 		if rule.Shadow {
 			s += " (shadow)"
 		}
