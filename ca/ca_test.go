@@ -35,7 +35,12 @@ import (
 	"github.com/signet-id/signet/spiffe"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(killedVariable); dir != "" {
+		serveUntilKilled(dir)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
 
