@@ -286,7 +286,7 @@ func TestApplyPlansChecksAndCommitsAsOne(t *testing.T) {
 		"no match":          {"kind: Identity\nname: x\nspiffeID: /x\n", "match"},
 		"bad selector":      {"kind: Identity\nname: x\nspiffeID: /x\nmatch: [uid]\n", "type:value"},
 		"scalar for list":   {"kind: Identity\nname: x\nspiffeID: /x\nmatch: unix:uid:1\n", "t.yaml:4"},
-		"when":              {"kind: CallPolicy\nname: p\nservice: /x\nallow: [{from: [/y], when: \"true\"}]\n", "when"},
+		"when":              {"kind: CallPolicy\nname: p\nservice: /x\nallow: [{from: [/y], when: \"1 + 1\"}]\n", "t.yaml:4"},
 		"twice":             {good + "---\n" + good, "already"},
 		"same registration": {good + "---\nkind: Identity\nname: web2\nspiffeID: /web\nmatch: [\"unix:uid:1\"]\n", "same registration"},
 		"one bad of two":    {good + "---\nkind: Identity\nname: x\n", "spiffeID"},
