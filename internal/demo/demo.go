@@ -66,7 +66,7 @@ type show struct {
 func (s *show) run(ctx context.Context) error {
 	s.line("A CA, an agent and three services, each a process of its own, in %s.", s.dir)
 	for _, step := range []func(context.Context) error{
-		s.issue, s.callAndRefuse, s.why, s.tokens, s.rotate, s.changePolicy, s.killAgent, s.killCA, s.finish,
+		s.issue, s.callAndRefuse, s.why, s.tokens, s.rotate, s.changePolicy, s.tryOut, s.revoke, s.killAgent, s.killCA, s.finish,
 	} {
 		if err := step(ctx); err != nil {
 			return err

@@ -39,6 +39,15 @@ func (s *stage) documentFiles() map[string]string {
 		"short-lived.yaml": s.identities(shortTTL),
 		"policy.yaml":      policyFile("/trusty-service"),
 		"policy-open.yaml": policyFile("/trusty-service, /utility-service"),
+		"policy-shadow.yaml": `kind: CallPolicy
+name: quarantine
+service: /documents-service
+mode: shadow
+allow:
+  - from: [/trusty-service]
+deny:
+  - from: [/utility-service]
+`,
 	}
 }
 

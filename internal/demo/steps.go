@@ -92,7 +92,7 @@ func (s *show) callAndRefuse(ctx context.Context) error {
 	if err := s.check(took < firstCalls, fmt.Sprintf("from nothing to here in %v", took.Round(time.Millisecond)), "less than "+firstCalls.String(), took.String()); err != nil {
 		return err
 	}
-	if err := s.checkCall(ctx, Utility, http.MethodGet, "/v1/health", "", http.StatusOK, " (it was that request that was refused, not the caller)"); err != nil {
+	if err := s.checkCall(ctx, Utility, http.MethodGet, health, "", http.StatusOK, " (it was that request that was refused, not the caller)"); err != nil {
 		return err
 	}
 	if err := s.checkCall(ctx, Trusty, http.MethodPost, document, "", http.StatusForbidden, " (it may read, not write)"); err != nil {
@@ -167,8 +167,11 @@ func (s *show) why(ctx context.Context) error {
 		return err
 	}
 	revision := regexp.MustCompile(`(?m)^  revision +([0-9]+)$`).FindStringSubmatch(said)
-	return s.check(len(revision) == 2 && strings.Contains(line, "revision="+revision[1]+" "), "both speak of the same revision of the policies",
-		fmt.Sprintf("the revision in %q", line), said)
+	if err := s.check(len(revision) == 2 && strings.Contains(line, "revision="+revision[1]+" "), "both speak of the same revision of the policies",
+		fmt.Sprintf("the revision in %q", line), said); err != nil {
+		return err
+	}
+	return s.whyDenied(ctx, o.DecisionID)
 }
 
 // logged returns the line of documents-service's log about a decision. It is written before the answer is sent.
@@ -186,7 +189,7 @@ func (s *show) explainCall(ctx context.Context, from, path string) (string, erro
 	s.command(fmt.Sprintf("signet policy explain --from /%s --to /%s --http %q", from, Documents, "GET "+path))
 	said, err := s.signet(ctx, "policy", "explain", "--from", "/"+from, "--to", "/"+Documents, "--http", "GET "+path)
 	if err == nil {
-		s.output(said)
+		s.output(nearest(said))
 	}
 	return said, err
 }
