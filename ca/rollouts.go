@@ -57,9 +57,9 @@ func (ca *CA) moveRollouts(ctx context.Context) error {
 func (ca *CA) makeRolloutMoves(ctx context.Context) bool {
 	moves := ca.reg.RolloutMoves()
 	for _, m := range moves {
-		// A roll-back must not fail for want of room; the rest can wait.
+		// What gives former versions back must not fail for want of room; the rest can wait.
 		wctx, class := ctx, auditlog.New
-		if m.After.State == registry.RolloutRolledBack {
+		if m.After.State == registry.RolloutRolledBack || m.After.Held && !m.Before.Held {
 			wctx, class = store.WithReserve(ctx), auditlog.Essential
 		}
 		if event := m.Event(); event != "" {
@@ -78,6 +78,8 @@ func (ca *CA) makeRolloutMoves(ctx context.Context) bool {
 			ca.log.Error("moving a roll-out", "rollout", m.After.Name, "err", err)
 		case m.After.State == registry.RolloutRolledBack:
 			ca.log.Warn("rolled back", "rollout", m.After.Name, "reason", m.After.Reason, "revision", int64(rev))
+		case m.After.Held && !m.Before.Held:
+			ca.log.Warn("a roll-out is held until an admin promotes or aborts it", "rollout", m.After.Name, "agent", m.After.Returned.String(), "reason", m.After.Reason, "revision", int64(rev))
 		case m.Event() != "":
 			ca.log.Info("a roll-out moved", "rollout", m.After.Name, "state", string(m.After.State), "percent", m.After.Percent(), "revision", int64(rev))
 		}

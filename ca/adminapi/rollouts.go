@@ -157,7 +157,9 @@ func (a *API) rollout(o *registry.Rollout) *adminv1.Rollout {
 		out.EndedAt = timestamppb.New(o.EndedAt)
 		return out
 	}
-	out.NextAt = timestamppb.New(o.StepAt.Add(o.Bake))
+	if !o.Held {
+		out.NextAt = timestamppb.New(o.StepAt.Add(o.Bake))
+	}
 	concerned, first := a.c.Registry.RolloutAgents(o.Name)
 	out.Agents, out.FirstAgents = int64(concerned), int64(len(first))
 	for _, id := range first[:min(len(first), maxShownAgents)] {

@@ -67,7 +67,13 @@ type Rollout struct {
 	MaxDenials int64
 	State      RolloutState
 	Denials    int64
-	// Reason is why it ended early, By who began it.
+	// Reports says who reported how many of Denials, as far as that is kept; the most is never too little.
+	Reports []RolloutReports
+	// Returned is the agent that has the former versions back because it alone reported too many denials; Held says that no
+	// step is made since then, until an operator promotes.
+	Returned spiffeid.ID
+	Held     bool
+	// Reason is why it ended early or is held, By who began it.
 	Reason, By string
 	StartedAt  time.Time
 	StepAt     time.Time // when the present step began
@@ -75,6 +81,12 @@ type Rollout struct {
 	Policies   []RolledPolicy
 	// Created is the revision that began it, Revision the one of its last change.
 	Created, Revision store.Revision
+}
+
+// RolloutReports are the denials that one agent reported.
+type RolloutReports struct {
+	Agent   spiffeid.ID
+	Denials int64
 }
 
 // A RolledPolicy is one policy of a roll-out.
@@ -102,6 +114,14 @@ type rolloutRecord struct {
 	StepAt     int64                 `json:"step_at"`
 	EndedAt    int64                 `json:"ended_at,omitempty"`
 	Policies   []rolloutPolicyRecord `json:"policies"`
+	Reports    []rolloutReportRecord `json:"reports,omitempty"`
+	Returned   string                `json:"returned,omitempty"`
+	Held       bool                  `json:"held,omitempty"`
+}
+
+type rolloutReportRecord struct {
+	Agent   string `json:"agent"`
+	Denials int64  `json:"denials"`
 }
 
 type rolloutPolicyRecord struct {
@@ -112,7 +132,13 @@ type rolloutPolicyRecord struct {
 
 func (o *Rollout) encode() ([]byte, error) {
 	rec := rolloutRecord{V: recordVersion, Steps: o.Steps, Step: o.Step, Bake: int64(o.Bake / time.Second), MaxDenials: o.MaxDenials, State: o.State, Denials: o.Denials,
-		Reason: o.Reason, By: o.By, StartedAt: unix(o.StartedAt), StepAt: unix(o.StepAt), EndedAt: unix(o.EndedAt)}
+		Reason: o.Reason, By: o.By, StartedAt: unix(o.StartedAt), StepAt: unix(o.StepAt), EndedAt: unix(o.EndedAt), Held: o.Held}
+	if !o.Returned.IsZero() {
+		rec.Returned = o.Returned.String()
+	}
+	for _, a := range o.Reports {
+		rec.Reports = append(rec.Reports, rolloutReportRecord{a.Agent.String(), a.Denials})
+	}
 	for _, p := range o.Policies {
 		rec.Policies = append(rec.Policies, rolloutPolicyRecord{p.Name, p.Former, p.record})
 	}
@@ -125,14 +151,26 @@ func decodeRollout(name string, it store.Item) (*Rollout, error) {
 		return nil, err
 	}
 	o := &Rollout{Name: name, Steps: rec.Steps, Step: rec.Step, Bake: time.Duration(rec.Bake) * time.Second, MaxDenials: rec.MaxDenials, State: rec.State, Denials: rec.Denials,
-		Reason: rec.Reason, By: rec.By, StartedAt: fromUnix(rec.StartedAt), StepAt: fromUnix(rec.StepAt), EndedAt: fromUnix(rec.EndedAt), Created: it.Created, Revision: it.Modified}
+		Reason: rec.Reason, By: rec.By, StartedAt: fromUnix(rec.StartedAt), StepAt: fromUnix(rec.StepAt), EndedAt: fromUnix(rec.EndedAt), Held: rec.Held, Created: it.Created, Revision: it.Modified}
+	var err error
+	if rec.Returned != "" {
+		if o.Returned, err = spiffeid.FromString(rec.Returned); err != nil {
+			return nil, fmt.Errorf("record %s: returned: %w (is the store damaged?)", it.Key, err)
+		}
+	}
+	for _, a := range rec.Reports {
+		id, err := spiffeid.FromString(a.Agent)
+		if err != nil {
+			return nil, fmt.Errorf("record %s: reports: %w (is the store damaged?)", it.Key, err)
+		}
+		o.Reports = append(o.Reports, RolloutReports{id, a.Denials})
+	}
 	if len(o.Steps) == 0 || o.Step < 0 || o.Step >= len(o.Steps) {
 		return nil, fmt.Errorf("record %s: step %d of %d (is the store damaged?)", it.Key, o.Step, len(o.Steps))
 	}
 	for _, p := range rec.Policies {
 		rolled := RolledPolicy{Name: p.Name, Former: p.Former, record: p.Record}
 		if len(p.Record) > 0 {
-			var err error
 			if rolled.Policy, err = decodePolicy(store.Item{Key: it.Key, Value: p.Record, Created: it.Created, Modified: it.Created}); err != nil {
 				return nil, err
 			}
@@ -158,8 +196,11 @@ func (o *Rollout) Percent() int {
 
 // Includes tells whether an agent is among those that have the new versions. The name of the roll-out and the agent's ID
 // decide alone, so that it stays on its side over restarts, of itself and of the CA, and at every replica; and who is in at
-// one step is in at the next.
+// one step is in at the next, unless its own reports gave it the former versions back.
 func (o *Rollout) Includes(agent spiffeid.ID) bool {
+	if agent == o.Returned {
+		return false
+	}
 	const whole = 1 << 32
 	sum := sha256.Sum256([]byte("signet roll-out\x00" + o.Name + "\x00" + agent.String()))
 	return uint64(binary.BigEndian.Uint32(sum[:]))*100 < uint64(o.Percent())*whole

@@ -267,8 +267,10 @@ func TestARolloutGoesBackOnDenials(t *testing.T) {
 	if o, _ := r.Rollout("v2"); o.Denials != 2 || o.State != RolloutRunning {
 		t.Fatalf("%+v", o)
 	}
-	r.NoteFormerlyAllowed(first, "v2", 1<<63)
-	r.NoteFormerlyAllowed(first, "v2", 1<<63)
+	second := another(t, r, "v2", 10, first)
+	r.NoteFormerlyAllowed(second, "v2", 1<<63)
+	r.NoteFormerlyAllowed(second, "v2", 1<<63)
+	r.NoteFormerlyAllowed(first, "v2", 2)
 	m = r.RolloutMoves()
 	if len(m) != 1 || m[0].Event() != "rollout.rollback" {
 		t.Fatalf("%+v", m)

@@ -5,9 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -118,7 +118,7 @@ func (r *Registry) StartRollout(ctx context.Context, p *Plan, s RolloutSpec) (*R
 // A RolloutMove is what is to be done about a roll-out now.
 type RolloutMove struct {
 	Before, After *Rollout
-	denials       int64
+	denials       map[spiffeid.ID]int64
 }
 
 // Event names the move for the audit log; empty: it only counts.
@@ -128,39 +128,12 @@ func (m *RolloutMove) Event() string {
 		return "rollout.done"
 	case m.After.State == RolloutRolledBack:
 		return "rollout.rollback"
+	case m.After.Held && !m.Before.Held:
+		return "rollout.hold"
 	case m.After.Step != m.Before.Step:
 		return "rollout.step"
 	}
 	return ""
-}
-
-// denials counts what enforcement points report, between two moves.
-type denials struct {
-	mu    sync.Mutex // guards count
-	count map[string]int64
-	wake  chan struct{} // one slot
-}
-
-func newDenials() denials { return denials{count: map[string]int64{}, wake: make(chan struct{}, 1)} }
-
-// NoteFormerlyAllowed counts n denials that an agent reports of calls that were allowed before a roll-out. Only what agents
-// report that have the new versions counts. It does not block.
-func (r *Registry) NoteFormerlyAllowed(agent spiffeid.ID, rollout string, n uint64) {
-	r.mu.RLock()
-	o := r.ix.rollouts.byName[rollout]
-	r.mu.RUnlock()
-	if n == 0 || o == nil || !o.running() || !o.Includes(agent) {
-		return
-	}
-	const most = 1 << 40 // so that a sum never overflows
-	d := &r.denied
-	d.mu.Lock()
-	d.count[rollout] = min(d.count[rollout]+int64(min(n, most)), most)
-	d.mu.Unlock()
-	select {
-	case d.wake <- struct{}{}:
-	default:
-	}
 }
 
 // FormerlyAllowed has one slot, which is filled when denials of formerly allowed calls were noted. It is for one reader.
@@ -181,19 +154,22 @@ func (r *Registry) RolloutMoves() []*RolloutMove {
 		}
 	}
 	for _, o := range r.ix.rollouts.running() {
-		m := &RolloutMove{Before: o, denials: r.denied.count[o.Name]}
+		m := &RolloutMove{Before: o, denials: maps.Clone(r.denied.count[o.Name])}
 		next := *o
-		next.Denials += m.denials
+		next.count(m.denials)
+		tooMany := o.MaxDenials >= 0 && next.Denials > o.MaxDenials
 		switch gone := r.ix.changedMeanwhile(o); {
-		case o.MaxDenials >= 0 && next.Denials > o.MaxDenials:
+		case tooMany && (next.withoutOne() > o.MaxDenials || (o.Returned.IsZero() || len(m.denials) > 0) && r.ix.concernsOne(r.c.TrustDomain, o, now)):
 			next.end(RolloutRolledBack, now, fmt.Sprintf("%d calls were denied that were allowed before; %d are tolerated", next.Denials, o.MaxDenials))
 		case gone != "":
 			next.end(RolloutRolledBack, now, fmt.Sprintf("CallPolicy %q is not what it was when the roll-out began", gone))
+		case tooMany && o.Returned.IsZero():
+			next.hold()
 		case o.StepAt.After(now): // the clock was set back: the step begins anew rather than last for years
 			next.StepAt = now
-		case now.Sub(o.StepAt) >= o.Bake:
+		case !o.Held && now.Sub(o.StepAt) >= o.Bake:
 			next.advance(now)
-		case m.denials == 0:
+		case len(m.denials) == 0:
 			continue
 		}
 		m.After = &next
@@ -226,7 +202,7 @@ func (o *Rollout) advance(now time.Time) {
 }
 
 func (o *Rollout) end(s RolloutState, now time.Time, reason string) {
-	o.State, o.EndedAt, o.Reason = s, now, reason
+	o.State, o.EndedAt, o.Reason, o.Held = s, now, reason, false
 }
 
 // MakeMove does it. ErrConflict means that another replica or an operator was faster: what is to be done is asked anew.
@@ -254,9 +230,7 @@ func (r *Registry) MakeMove(ctx context.Context, m *RolloutMove) (store.Revision
 	}
 	r.denied.mu.Lock()
 	defer r.denied.mu.Unlock()
-	if r.denied.count[after.Name] -= m.denials; r.denied.count[after.Name] <= 0 {
-		delete(r.denied.count, after.Name)
-	}
+	r.denied.take(after.Name, m.denials)
 	return rev, nil
 }
 
@@ -267,6 +241,7 @@ func (r *Registry) PromoteRollout(ctx context.Context, name string, all bool) (*
 			o.end(RolloutDone, now, "")
 			return
 		}
+		o.Held, o.Reason = false, "" // the operator has seen why
 		o.advance(now)
 	})
 }

@@ -19,7 +19,7 @@ func (a *app) rolloutCommand() *cobra.Command {
 	return a.noun("rollout", "Roll-outs: new call policies for a share of the agents first",
 		`'signet apply --rollout' brings new versions of call policies to a share of the agents first, then step by step to all. Calls that
 the new versions deny and the former ones allowed are counted; when there are too many, every agent gets the former versions
-back. These commands look at roll-outs and end them.`,
+back. If one agent alone reports too many, it alone does, and the roll-out is held until you promote or abort it. These commands look at roll-outs and end them.`,
 		a.rolloutStatusCommand(), a.rolloutPromoteCommand(), a.rolloutAbortCommand())
 }
 
@@ -141,6 +141,14 @@ func (r rollout) denials() string {
 	return fmt.Sprintf("%d of %d", r.Denials, r.MaxDenials)
 }
 
+// next is when it goes on by itself.
+func (r rollout) next() string {
+	if r.State == "running" && r.NextAt == "" {
+		return "held"
+	}
+	return r.NextAt
+}
+
 func (r rollout) color() string {
 	switch r.State {
 	case "done":
@@ -184,7 +192,7 @@ policies: how many of them have the new versions.`,
 				{name: "SHARE", value: rollout.share},
 				{name: "AGENTS", value: rollout.agents},
 				{name: "DENIALS", value: rollout.denials},
-				{name: "NEXT", value: func(r rollout) string { return r.NextAt }},
+				{name: "NEXT", value: rollout.next},
 				{name: "POLICIES", value: func(r rollout) string { return strings.Join(r.Policies, ",") }},
 				{name: "STARTED BY", wide: true, value: func(r rollout) string { return r.StartedBy }},
 				{name: "STARTED", wide: true, value: func(r rollout) string { return r.StartedAt }},
@@ -200,7 +208,7 @@ func (a *app) showRollout(f format, r rollout) error {
 	fields := []field{
 		{name: "roll-out", value: r.Name}, {name: "state", value: r.State, color: r.color()}, {name: "reason", value: r.Reason}, {name: "share", value: r.share()},
 		{name: "agents", value: r.agents()}, {name: "denials of what was allowed", value: r.denials()}, {name: "each step lasts", value: r.Bake},
-		{name: "started by", value: r.StartedBy}, {name: "started", value: r.StartedAt}, {name: "this step since", value: r.StepAt}, {name: "next step", value: r.NextAt}, {name: "ended", value: r.EndedAt},
+		{name: "started by", value: r.StartedBy}, {name: "started", value: r.StartedAt}, {name: "this step since", value: r.StepAt}, {name: "next step", value: r.next()}, {name: "ended", value: r.EndedAt},
 	}
 	fields = append(fields, manyFields("policy", r.Policies)...)
 	if f == formatWide {

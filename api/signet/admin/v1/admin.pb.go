@@ -486,7 +486,7 @@ func (x *Resource) GetEntryId() string {
 
 type GetResourcesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Identity, CallPolicy or PolicyDefaults.
+	// Identity, CallPolicy, PolicyDefaults or UserIssuer.
 	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
 	// Empty: all.
 	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`

@@ -135,12 +135,13 @@ type Rollout struct {
 	Bake       int64 `protobuf:"varint,6,opt,name=bake,proto3" json:"bake,omitempty"`
 	MaxDenials int64 `protobuf:"varint,7,opt,name=max_denials,json=maxDenials,proto3" json:"max_denials,omitempty"`
 	// Denials of formerly allowed calls that agents with the new versions have reported.
-	Denials   int64                  `protobuf:"varint,8,opt,name=denials,proto3" json:"denials,omitempty"`
+	Denials int64 `protobuf:"varint,8,opt,name=denials,proto3" json:"denials,omitempty"`
+	// Why it ended early or, while it runs, why it is held.
 	Reason    string                 `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
 	StartedBy string                 `protobuf:"bytes,10,opt,name=started_by,json=startedBy,proto3" json:"started_by,omitempty"`
 	StartedAt *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
 	StepAt    *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=step_at,json=stepAt,proto3" json:"step_at,omitempty"`
-	// When it goes on by itself, while it runs.
+	// When it goes on by itself, while it runs and is not held.
 	NextAt   *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=next_at,json=nextAt,proto3" json:"next_at,omitempty"`
 	EndedAt  *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=ended_at,json=endedAt,proto3" json:"ended_at,omitempty"`
 	Policies []string               `protobuf:"bytes,15,rep,name=policies,proto3" json:"policies,omitempty"`
