@@ -27,6 +27,7 @@ type Policies struct {
 	revocations *Revocations
 	former      []former               // by roll-out
 	issuers     map[string]*userIssuer // by iss
+	conditions  compiledConditions     // of all rules, former ones too
 	hints       map[spiffeid.ID]string // in place of those of the set, for trying out; see WithPeerHint
 }
 
@@ -35,7 +36,16 @@ type Policies struct {
 // A rule that requires an unknown feature, has an unknown effect or is malformed is not an error: as an allow it never
 // matches, as a deny it matches every caller. A malformed service, a foreign one or a missing trust domain are errors,
 // since then it is unknown whom the set is about. The error is ErrFormat if the set is newer than Format.
-func Compile(set *policyv1.PolicySet) (*Policies, error) {
+func Compile(set *policyv1.PolicySet) (*Policies, error) { return CompileAfter(nil, set) }
+
+// CompileAfter is Compile for a set that comes after old, such as the next revision of it. What the conditions of old were
+// compiled to is used again where set has the same: of all that compiling does, they cost most. The result holds the conditions
+// of set and no others, and nothing else of old.
+func CompileAfter(old *Policies, set *policyv1.PolicySet) (*Policies, error) {
+	return compileWith(conditionsAfter(old), set)
+}
+
+func compileWith(c conditions, set *policyv1.PolicySet) (*Policies, error) {
 	switch {
 	case set == nil:
 		return nil, errors.New("compiling policies: there is no policy set")
@@ -51,7 +61,7 @@ func Compile(set *policyv1.PolicySet) (*Policies, error) {
 	set = proto.CloneOf(set)
 	p := &Policies{set: set, td: td.Name(), defaults: set.GetDefaults(), exact: make(map[string]*group)}
 	p.issuers = userIssuers(set.GetUserIssuers())
-	order, compiled := 0, make(conditions)
+	order := 0
 	for _, pol := range set.GetPolicies() {
 		groups, err := p.groups(pol)
 		if err != nil {
@@ -68,15 +78,18 @@ func Compile(set *policyv1.PolicySet) (*Policies, error) {
 		hints := peerHints(pol)
 		for i := range pol.GetRules() {
 			order++
-			r := newRule(pol, i, order, compiled)
+			r := newRule(pol, i, order, c)
 			r.hints = hints
 			for _, g := range groups {
 				g.add(r)
 			}
 		}
 	}
-	p.former, err = formerOf(set)
-	return p, err
+	if p.former, err = formerOf(set, c); err != nil {
+		return nil, err
+	}
+	p.conditions = c.now
+	return p, nil
 }
 
 // groups returns what the services of pol share with other policies of the same services.
@@ -159,7 +172,7 @@ type rule struct {
 	hints     map[string]string // those of the callers, by SPIFFE ID, that its policy knows
 }
 
-func newRule(pol *policyv1.Policy, index, order int, compiled conditions) *rule {
+func newRule(pol *policyv1.Policy, index, order int, c conditions) *rule {
 	spec := pol.GetRules()[index]
 	r := &rule{order: order, policy: pol, index: index, spec: spec, deny: spec.GetEffect() != policyv1.Effect_EFFECT_ALLOW}
 	if spec.GetShadow() || pol.GetMode() == policyv1.Mode_MODE_SHADOW {
@@ -170,7 +183,7 @@ func newRule(pol *policyv1.Policy, index, order int, compiled conditions) *rule 
 	}
 	if spec.GetWhen() != "" {
 		var errs []*conditionError
-		if r.condition, errs = compiled.of(spec.GetWhen(), r.deny); len(errs) > 0 {
+		if r.condition, errs = c.of(spec.GetWhen(), r.deny); len(errs) > 0 {
 			r.broken = errs[0].Error()
 			return r
 		}

@@ -38,25 +38,45 @@ func (e *conditionError) Error() string {
 	return fmt.Sprintf("when, line %d, column %d: %s", e.line, e.column, e.text)
 }
 
-// conditions compiles each expression once.
-type conditions map[string]*compiled
+// compiledConditions are conditions by what was written; allows and denies do not compile alike. Once a *Policies has them,
+// they are not changed any more.
+type compiledConditions map[written]*compiled
+
+type written struct {
+	when string
+	deny bool
+}
 
 type compiled struct {
 	condition *condition
 	errs      []*conditionError
 }
 
-// of returns the condition of an expression, or what is wrong with it. Allows and denies do not compile alike.
-func (c conditions) of(when string, deny bool) (*condition, []*conditionError) {
-	key := "allow " + when
-	if deny {
-		key = "deny " + when
+// conditions compiles each expression once.
+type conditions struct {
+	now    compiledConditions // what was asked for
+	before compiledConditions // what need not be compiled again
+}
+
+// conditionsAfter returns none yet, and takes over those of old that are asked for. old may be nil.
+func conditionsAfter(old *Policies) conditions {
+	c := conditions{now: make(compiledConditions)}
+	if old != nil {
+		c.before = old.conditions
 	}
-	found, ok := c[key]
-	if !ok {
-		found = new(compiled)
-		found.condition, found.errs = compileCondition(when, deny)
-		c[key] = found
+	return c
+}
+
+// of returns the condition of an expression, or what is wrong with it.
+func (c conditions) of(when string, deny bool) (*condition, []*conditionError) {
+	key := written{when, deny}
+	found := c.now[key]
+	if found == nil {
+		if found = c.before[key]; found == nil {
+			found = new(compiled)
+			found.condition, found.errs = compileCondition(when, deny)
+		}
+		c.now[key] = found
 	}
 	return found.condition, found.errs
 }

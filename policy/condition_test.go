@@ -207,5 +207,5 @@ func TestConditions(t *testing.T) {
 // exactRule is the one rule of a policy for /s.
 func (p *Policies) exactRule(t testing.TB) *rule {
 	t.Helper()
-	return newRule(p.set.Policies[0], 0, 0, make(conditions))
+	return newRule(p.set.Policies[0], 0, 0, conditionsAfter(nil))
 }

@@ -90,7 +90,7 @@ func TestLanguageReference(t *testing.T) {
 		for _, pol := range compile(t, set).set.Policies {
 			for i := range pol.Rules {
 				n++
-				if r := newRule(pol, i, 0, make(conditions)); r.broken != "" {
+				if r := newRule(pol, i, 0, conditionsAfter(nil)); r.broken != "" {
 					t.Errorf("%s:%d: %s", file, pol.Rules[i].Line, r.broken)
 				}
 			}

@@ -52,7 +52,7 @@ func (p *Policies) Explain(r *Request) Explanation {
 		e.PathFault = s.fault.String()
 	}
 	s.hints = p.hints
-	named, compiled := false, make(conditions)
+	named, compiled := false, conditionsAfter(p)
 	for _, pol := range p.set.GetPolicies() {
 		if !slices.ContainsFunc(pol.GetServices(), func(pattern string) bool { return ServiceMatches(pattern, r.Service) }) {
 			continue

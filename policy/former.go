@@ -13,7 +13,7 @@ type former struct {
 }
 
 // formerOf prepares, for each roll-out that some policy of set belongs to, the policies as they would be without it.
-func formerOf(set *policyv1.PolicySet) ([]former, error) {
+func formerOf(set *policyv1.PolicySet, c conditions) ([]former, error) {
 	var out []former
 	for _, pol := range set.GetPolicies() {
 		name := pol.GetRollout().GetName()
@@ -33,7 +33,7 @@ func formerOf(set *policyv1.PolicySet) ([]former, error) {
 			}
 			before.Policies = append(before.Policies, p)
 		}
-		policies, err := Compile(before)
+		policies, err := compileWith(c, before)
 		if err != nil {
 			return nil, err
 		}

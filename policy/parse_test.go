@@ -344,7 +344,7 @@ func FuzzParsePolicy(f *testing.F) {
 				t.Fatalf("a parsed policy does not compile: %v\n%s", err, doc)
 			}
 			for i := range pol.Rules {
-				if r := newRule(p.set.Policies[0], i, 0, make(conditions)); r.broken != "" {
+				if r := newRule(p.set.Policies[0], i, 0, conditionsAfter(nil)); r.broken != "" {
 					t.Fatalf("a parsed rule cannot be judged: %s\n%s", r.broken, doc)
 				}
 			}

@@ -60,7 +60,7 @@ func Nearest(p *policy.Policies, r *policy.Request) Remedy {
 	if why := beyond(d.Outcome); why != "" {
 		return Remedy{Why: why}
 	}
-	n := &nearest{r: r, set: p.Set(), grpc: policy.CallOf(r).GRPC}
+	n := &nearest{r: r, compiled: p, set: p.Set(), grpc: policy.CallOf(r).GRPC}
 	n.td = n.set.GetTrustDomain()
 	n.set.Policies = slices.DeleteFunc(n.set.Policies, func(pol *policyv1.Policy) bool { return !serves(pol, r.Service) })
 	lifted, outcome, set := n.liftDenies(d.Outcome)
@@ -122,11 +122,12 @@ func beyond(o policy.Outcome) string {
 }
 
 type nearest struct {
-	r     *policy.Request
-	td    string
-	set   *policyv1.PolicySet // of the service, without the denies in the way
-	grpc  bool
-	found []candidate
+	r        *policy.Request
+	compiled *policy.Policies // all, whose conditions need not be compiled again
+	td       string
+	set      *policyv1.PolicySet // of the service, without the denies in the way
+	grpc     bool
+	found    []candidate
 	// denies is the set without its allows, see allows.
 	denies *policyv1.PolicySet
 }
@@ -143,7 +144,7 @@ type candidate struct {
 }
 
 func (n *nearest) outcome(set *policyv1.PolicySet, r *policy.Request) policy.Outcome {
-	compiled, err := policy.Compile(set)
+	compiled, err := policy.CompileAfter(n.compiled, set)
 	if err != nil {
 		return policy.Outcome{}
 	}

@@ -241,8 +241,12 @@ func (e *envoys) compile(set *policyv1.PolicySet, before, k *known) {
 		k.bare, k.refused = before.bare, before.refused
 		return
 	}
+	var old *policy.Policies
+	if before != nil {
+		old = before.bare
+	}
 	var err error
-	if k.bare, err = policy.Compile(set); err == nil {
+	if k.bare, err = policy.CompileAfter(old, set); err == nil {
 		return
 	}
 	e.config.Log.Error("policies of the CA cannot be read; for ext_authz the last ones stay in force until max_offline or better ones", slog.Any("err", err))

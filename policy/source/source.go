@@ -308,7 +308,11 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 	if r.GetPartial() {
 		return s.takePart(r)
 	}
-	bare, err := policy.Compile(r.GetPolicies())
+	var old *policy.Policies
+	if before := s.current.Load(); before != nil {
+		old = before.bare
+	}
+	bare, err := policy.CompileAfter(old, r.GetPolicies())
 	if err != nil {
 		return err
 	}
