@@ -166,7 +166,7 @@ func (k *crlKeeper) renewOne(ctx context.Context, c *registry.CRL, found []regis
 			listed[string(l.Serial)] = l
 		}
 	}
-	next := &registry.CRL{Authority: c.Authority, Number: c.Number + 1, Revision: c.Revision}
+	next := &registry.CRL{Authority: c.Authority, Number: max(c.Number+1, now.Unix()), Revision: c.Revision}
 	entries := map[string]time.Time{}
 	for _, it := range items {
 		if s := it.GetSerial(); s != nil && len(entries) < maxListed {

@@ -2,6 +2,7 @@ package sealed
 
 import (
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -43,6 +44,35 @@ func TestKeepsRevocations(t *testing.T) {
 	r.write(s)
 	if _, c = r.mustRestore(); len(c.State.Revocations)+len(c.State.Crls)+len(c.State.UserIssuers) != 0 {
 		t.Errorf("the state is %v", c.State)
+	}
+}
+
+// What is revoked waits neither for other changes nor for the space between two writes: until it is on disk, a restart without
+// the CA would revive whom it hits.
+func TestRevocationsWaitForNothing(t *testing.T) {
+	s, _ := newRig(t, File{}).open()
+	wrote := time.Now()
+	s.Applied(snapshot(5, "a"))
+	if at := s.due(wrote); at.Before(wrote.Add(spacing)) {
+		t.Errorf("a change is written %s after the last", at.Sub(wrote))
+	}
+	for what, m := range map[string]*nodev1.FollowResponse{
+		"a revocation": {Format: 1, Epoch: "e1", From: 5, To: 6, Revocations: []*policyv1.Revocation{{Name: "r"}}},
+		"its end":      {Format: 1, Epoch: "e1", From: 6, To: 7, RemovedRevocations: []string{"r"}},
+	} {
+		s.pressing = false
+		s.Applied(m)
+		if at := s.due(wrote.Add(-pressing)); at.After(s.since) {
+			t.Errorf("%s waits for %s", what, at.Sub(s.since))
+		}
+		if at := s.due(wrote); at.After(wrote.Add(pressing)) && at.After(s.since) {
+			t.Errorf("%s is written %s after the last", what, at.Sub(wrote))
+		}
+	}
+	// After a write that failed, what is revoked presses on.
+	s.config.Dir = "/proc/nowhere"
+	if s.attempt(t.Context()) == nil || !s.pressing {
+		t.Error("a write that failed made it wait")
 	}
 }
 

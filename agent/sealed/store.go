@@ -28,8 +28,9 @@ const (
 	// a renewal: the SVID before it is on disk and valid.
 	soon  = 250 * time.Millisecond
 	later = time.Minute
-	// spacing is the least time between two writes.
-	spacing = time.Second
+	// spacing is the least time between two writes, pressing that before one with a change that waits for nothing.
+	spacing  = time.Second
+	pressing = 20 * time.Millisecond
 	// heartbeat is how often the times in the head are brought up to date when nothing changes.
 	heartbeat = 5 * time.Minute
 	// retryMin and retryMax bound the wait after a write that failed.
@@ -87,6 +88,7 @@ type Store struct {
 	reset    bool    // pending's entries, policies and bundles are all there are
 	weighty  bool    // going back to before pending would be a rollback of the CA's state
 	urgent   bool
+	pressing bool            // what is revoked changed: it waits for nothing
 	since    time.Time       // of the first in pending; zero: none
 	writing  time.Time       // of the first in what is being written
 	svids    map[string]bool // those held, and whether they were used
@@ -154,6 +156,8 @@ func (s *Store) Applied(m *nodev1.FollowResponse) {
 		}
 	}
 	s.weighty = s.weighty || weighty
+	// Whoever is revoked stays so, also if the CA and this agent are gone in the next moment.
+	s.pressing = s.pressing || len(m.GetRevocations())+len(m.GetRemovedRevocations()) > 0
 	s.note(changes, weighty)
 }
 

@@ -99,15 +99,17 @@ func (s *Store) Run(ctx context.Context) error {
 func (s *Store) due(wrote time.Time) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	at := wrote.Add(heartbeat)
+	at, apart := wrote.Add(heartbeat), spacing
 	switch {
 	case s.since.IsZero():
+	case s.pressing:
+		at, apart = s.since, pressing
 	case s.urgent:
 		at = s.since.Add(soon)
 	default:
 		at = s.since.Add(later)
 	}
-	if earliest := wrote.Add(spacing); at.Before(earliest) {
+	if earliest := wrote.Add(apart); at.Before(earliest) {
 		at = earliest
 	}
 	return at
@@ -117,9 +119,9 @@ func (s *Store) due(wrote time.Time) time.Time {
 func (s *Store) attempt(ctx context.Context) error {
 	s.mu.Lock()
 	changes := take{records: s.pending, reset: s.reset, weighty: s.weighty, owner: s.owner}
-	since, urgent := s.since, s.urgent
+	since, urgent, pressed := s.since, s.urgent, s.pressing
 	s.writing = since
-	s.pending, s.reset, s.weighty, s.urgent, s.since = make(records), false, false, false, time.Time{}
+	s.pending, s.reset, s.weighty, s.urgent, s.pressing, s.since = make(records), false, false, false, false, time.Time{}
 	changes.contact, changes.seen = s.times()
 	s.mu.Unlock()
 
@@ -136,7 +138,7 @@ func (s *Store) attempt(ctx context.Context) error {
 	defer s.mu.Unlock()
 	s.writing = time.Time{}
 	if err != nil {
-		s.weighty, s.urgent = s.weighty || changes.weighty, s.urgent || urgent
+		s.weighty, s.urgent, s.pressing = s.weighty || changes.weighty, s.urgent || urgent, s.pressing || pressed
 		if s.since.IsZero() || !since.IsZero() && since.Before(s.since) {
 			s.since = since
 		}

@@ -305,6 +305,11 @@ func (c *Cache) Apply(m *nodev1.FollowResponse) error {
 		c.config.Log.Error("the CA sent something unusable, which is left out", "revision", m.GetTo(), "err", err)
 	}
 
+	if m.GetSnapshot() && m.GetEpoch() == old.epoch && m.GetTo() < old.revision {
+		missing := old.revoked.missing(next.revoked)
+		c.config.Log.Error("the CA's history went back: an older backup of its store was put back; what was changed since then is undone, and what was revoked since then is not revoked any more",
+			"revision", m.GetTo(), "held", old.revision, "not_revoked_any_more", len(missing), "names", missing[:min(len(missing), 20)])
+	}
 	if c.config.Keeper != nil {
 		c.config.Keeper.Applied(m)
 	}

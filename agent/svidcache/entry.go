@@ -38,6 +38,12 @@ type entry struct {
 	indexed spiffe.Selector
 }
 
+// same compares more than the revision: after an older backup of the CA's store was put back, revisions are given once more.
+func (e *entry) same(o *entry) bool {
+	return e.revision == o.revision && e.createdAt == o.createdAt && e.spiffeID == o.spiffeID && e.hint == o.hint && e.includeJTI == o.includeJTI &&
+		e.privileged == o.privileged && e.expiresAt.Equal(o.expiresAt) && slices.Equal(e.selectors, o.selectors) && slices.Equal(e.federatesWith, o.federatesWith)
+}
+
 // readEntry checks what the CA sent. An entry without selectors would match every process and is refused.
 func readEntry(td spiffeid.TrustDomain, m *nodev1.Entry) (*entry, error) {
 	switch {

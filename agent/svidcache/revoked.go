@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
@@ -53,10 +54,23 @@ func (r *revocations) next(td spiffeid.TrustDomain, m *nodev1.FollowResponse, be
 	for _, one := range m.GetRevocations() {
 		byName[one.GetName()] = one
 	}
-	if (before.epoch == m.GetEpoch() || len(byName) == 0) && maps.EqualFunc(before.byName, byName, func(a, b *policyv1.Revocation) bool { return a.GetRevision() == b.GetRevision() }) {
+	if (before.epoch == m.GetEpoch() || len(byName) == 0) && maps.EqualFunc(before.byName, byName, sameRevocation) {
 		return before
 	}
 	return newRevocations(td, m.GetEpoch(), m.GetTo(), byName)
+}
+
+// sameRevocation compares the whole: after an older backup of the CA's store was put back, revisions are given once more.
+func sameRevocation(a, b *policyv1.Revocation) bool { return a == b || proto.Equal(a, b) }
+
+// missing are the names of those that r has and next has not.
+func (r *revocations) missing(next *revocations) (names []string) {
+	for _, name := range slices.Sorted(maps.Keys(r.byName)) {
+		if next.byName[name] == nil {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // crls are the CRLs of the own trust domain's X.509 authorities. They never change.
@@ -137,7 +151,7 @@ func userIssuers(old []*policyv1.UserIssuer, m *nodev1.FollowResponse) []*policy
 
 func sameIssuers(a, b []*policyv1.UserIssuer) bool {
 	return slices.EqualFunc(a, b, func(x, y *policyv1.UserIssuer) bool {
-		return x == y || x.GetName() == y.GetName() && x.GetRevision() == y.GetRevision()
+		return x == y || proto.Equal(x, y)
 	})
 }
 

@@ -169,7 +169,7 @@ func sameKeys(a, b map[string]struct{}) bool {
 // differing returns the ids of entries that are not the same in both tables.
 func differing(a, b *table[string, *entry]) (ids []string) {
 	a.all(func(id string, old *entry) bool {
-		if e, ok := b.get(id); !ok || e.revision != old.revision || e.createdAt != old.createdAt || e.spiffeID != old.spiffeID {
+		if e, ok := b.get(id); !ok || !e.same(old) {
 			ids = append(ids, id)
 		}
 		return true
@@ -236,18 +236,12 @@ func (p *policies) equal(o *policies) bool {
 	return p.synced == o.synced && p.epoch == o.epoch && p.defaults == o.defaults && samePolicies(p.sorted, o.sorted) && sameIssuers(p.issuers, o.issuers)
 }
 
+// samePolicies compares the whole: hints and roll-outs change without a new revision, and after an older backup of the CA's
+// store was put back, revisions are given once more.
 func samePolicies(a, b []*policyv1.Policy) bool {
 	return slices.EqualFunc(a, b, func(x, y *policyv1.Policy) bool {
-		return x == y || x.GetName() == y.GetName() && x.GetRevision() == y.GetRevision() && sameCompany(x, y)
+		return x == y || proto.Equal(x, y)
 	})
-}
-
-// sameCompany compares what can change of a policy without a new revision.
-func sameCompany(x, y *policyv1.Policy) bool {
-	return slices.Equal(x.GetServices(), y.GetServices()) && proto.Equal(x.GetRollout(), y.GetRollout()) &&
-		slices.EqualFunc(x.GetPeerHints(), y.GetPeerHints(), func(a, b *policyv1.PeerHint) bool {
-			return a.GetSpiffeId() == b.GetSpiffeId() && a.GetHint() == b.GetHint()
-		})
 }
 
 // of returns the policies whose service is id, by name, and those whose service it was before they were rolled out.

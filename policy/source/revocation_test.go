@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/api/signet/policy/v1/policyapi"
 	"github.com/signet-id/signet/policy"
@@ -82,6 +84,31 @@ func TestAnOutageRevivesNobody(t *testing.T) {
 	a.send(newer)
 	<-s.Updated()
 	want(t, s, "revoked no more", policy.ReasonDefaultShadow)
+}
+
+// An agent that was started without its CA, with a cache of before a revocation, revives nobody either; the CA's word does, also
+// if the agent need not repeat that nothing is revoked.
+func TestAnOlderCacheRevivesNobody(t *testing.T) {
+	a := newAgent(t)
+	s := newSource(t, a, nil)
+	a.send(&policyapi.WatchResponse{Partial: true, Revocations: revoking(5, "/web")})
+	<-s.Updated()
+	want(t, s, "revoked", policy.ReasonRevoked)
+	older := response(3)
+	older.OfflineSince = time.Now().Unix()
+	older.Revocations = revoking(3, "/other")
+	a.send(older)
+	<-s.Updated()
+	want(t, s, "with an older cache", policy.ReasonRevoked)
+	if d := s.Policies().Decide(&policy.Request{Service: s.ServiceID(), Peer: spiffeid.RequireFromString("spiffe://example.org/other")}); d.Reason != policy.ReasonRevoked {
+		t.Errorf("what the older cache has revoked besides: %v", d.Reason)
+	}
+	a.send(&policyapi.WatchResponse{Partial: true, OfflineSince: older.OfflineSince + 1})
+	<-s.Updated()
+	want(t, s, "still without the CA", policy.ReasonRevoked)
+	a.send(&policyapi.WatchResponse{Partial: true})
+	<-s.Updated()
+	want(t, s, "in contact again", policy.ReasonDefaultShadow)
 }
 
 func TestRevocationsAreReadWherePoliciesCannotBe(t *testing.T) {

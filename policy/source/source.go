@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 
+	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/api/signet/policy/v1/policyapi"
 	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/spiffe"
@@ -85,6 +86,7 @@ type state struct {
 	bare            *policy.Policies // as compiled, without revocations
 	policies, stale *policy.Policies // with the revocations
 	revocations     *policy.Revocations
+	told            *policyv1.RevocationSet // what the agent says, while revocations hold more; nil otherwise
 	services        []spiffeid.ID
 	lost            time.Time // when the contact to the agent was lost; zero while there is one
 	offline         time.Time // when the agent said that it lost the contact to its CA; zero while it has one
@@ -317,7 +319,7 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 		return err
 	}
 	st := &state{bare: bare, offline: offlineSince(r), maxOffline: s.maxOffline(r), maxStaleness: s.maxStaleness(r)}
-	st.revocations = s.revocationsOf(r, st.trustDomain())
+	s.takeRevocations(st, r)
 	st.unite()
 	for _, service := range r.GetServiceIds() {
 		id, err := spiffe.ParseWorkloadID(service)
@@ -339,26 +341,49 @@ func (s *Source) takePart(r *policyapi.WatchResponse) error {
 	}
 	st := *old
 	st.lost, st.offline, st.maxOffline, st.maxStaleness = time.Time{}, offlineSince(r), s.maxOffline(r), s.maxStaleness(r)
-	if r.Revocations != nil {
-		st.revocations = s.revocationsOf(r, st.trustDomain())
+	if s.takeRevocations(&st, r); st.revocations != old.revocations {
 		st.unite()
 	}
 	s.taken(s.current.Swap(&st), &st)
 	return nil
 }
 
-// revocationsOf compiles those of a response, and returns the last ones if it has none.
-func (s *Source) revocationsOf(r *policyapi.WatchResponse, td spiffeid.TrustDomain) *policy.Revocations {
-	if r.Revocations == nil {
-		if old := s.current.Load(); old != nil {
-			return old.revocations
+// takeRevocations makes those of a response the ones of st, which is of the last state or a new one; without any the last
+// ones stay. An agent that has no contact to its CA un-revokes nothing: if it was started anew with an older cache, it knows
+// less than it told before.
+func (s *Source) takeRevocations(st *state, r *policyapi.WatchResponse) {
+	old := s.current.Load()
+	told := r.GetRevocations()
+	if old != nil && told == nil {
+		st.revocations, st.told = old.revocations, old.told
+		if told = old.told; told == nil || r.GetOfflineSince() != 0 {
+			return
 		}
 	}
-	revocations := policy.CompileRevocations(r.GetRevocations(), td)
-	if name := revocations.Unknown(); name != "" {
+	st.told = nil
+	set := told
+	if old != nil && r.GetOfflineSince() != 0 && told.GetRevision() < old.revocations.Revision() {
+		st.told, set = told, withOlder(old.revocations.Set(), told)
+	}
+	st.revocations = policy.CompileRevocations(set, st.trustDomain())
+	if name := st.revocations.Unknown(); name != "" {
 		s.options.Log.Error("a revocation is of a kind that this program does not know: every call is denied until the program is upgraded or the revocation is gone", "revocation", name)
 	}
-	return revocations
+}
+
+// withOlder adds to held what an older set has besides.
+func withOlder(held, older *policyv1.RevocationSet) *policyv1.RevocationSet {
+	all := &policyv1.RevocationSet{Revision: held.GetRevision(), Revocations: slices.Clone(held.GetRevocations())}
+	have := make(map[string]bool, len(all.Revocations))
+	for _, one := range all.Revocations {
+		have[one.GetName()] = true
+	}
+	for _, one := range older.GetRevocations() {
+		if !have[one.GetName()] {
+			all.Revocations = append(all.Revocations, one)
+		}
+	}
+	return all
 }
 
 // unite puts policies and revocations together.
@@ -396,15 +421,16 @@ func (s *Source) contact(r *policyapi.WatchResponse) {
 	if st := s.current.Load(); st != nil {
 		found := *st
 		found.lost, found.offline, found.maxOffline, found.maxStaleness = time.Time{}, offlineSince(r), s.maxOffline(r), s.maxStaleness(r)
-		if r.Revocations != nil { // they can be read although the policies cannot
-			found.revocations = s.revocationsOf(r, found.trustDomain())
+		s.takeRevocations(&found, r) // they can be read although the policies cannot
+		news := found.revocations != st.revocations
+		if news {
 			found.unite()
 		}
 		if found.refused.IsZero() {
 			found.refused = s.now()
 		}
 		s.current.Store(&found)
-		if r.Revocations != nil {
+		if news {
 			s.tell()
 		}
 	}
