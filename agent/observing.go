@@ -97,13 +97,12 @@ func (d *decisions) Find(_ context.Context, req *agentv1.FindDecisionsRequest) (
 		if req.GetService() != "" || req.GetPeer() != "" || req.GetSince() != nil {
 			return nil, status.Error(codes.InvalidArgument, "decision_id excludes service, peer and since")
 		}
-		o := a.observations.Decision(id)
-		if o == nil {
+		out.Decisions = a.observations.Reports(id)
+		if len(out.Decisions) == 0 {
 			keep, most := a.observations.Keep()
 			return nil, status.Errorf(codes.NotFound, "decision %.64q is not known to this agent, which remembers the last %d of its node for %v, and none of before its start at %s",
 				id, most, keep, a.started.UTC().Format(time.RFC3339))
 		}
-		out.Decisions = append(out.Decisions, o)
 	} else {
 		f := tally.Filter{Service: req.GetService(), Peer: req.GetPeer(), Limit: min(max(int(req.GetLimit()), 1), maxDecisions)}
 		if t := req.GetSince(); t != nil {

@@ -134,6 +134,9 @@ func (o *Observations) Report(observed []*policyv1.Observation) error {
 // Decision returns a denial, or what would be one, by its id. Nil: it is not, or no longer, known here.
 func (o *Observations) Decision(id string) *policyv1.Observation { return o.kept.Get(id) }
 
+// Reports returns all reports of one denial. See tally.Kept.
+func (o *Observations) Reports(id string) []*policyv1.Observation { return o.kept.Reports(id) }
+
 // Decisions lists the denials, and what would be some, that are known here.
 func (o *Observations) Decisions(f tally.Filter) []*policyv1.Observation { return o.kept.List(f) }
 

@@ -18,13 +18,16 @@ import (
 
 // Observations has what agents reported.
 type Observations interface {
-	// Decision returns a single decision, or nil.
-	Decision(id string) *policyv1.Observation
+	// Reports returns all reports of a single decision, of which one at most is true.
+	Reports(id string) []*policyv1.Observation
 	// List returns observations in the order of their last occurrence. They are not changed.
 	List(tally.Filter) []*policyv1.Observation
 	// Keep is for how long they are kept.
 	Keep() time.Duration
 }
+
+// maxOtherReports is how many more reports of one decision an answer holds.
+const maxOtherReports = 20
 
 // maxObservations is how many are listed at most.
 const maxObservations = 100_000
@@ -46,11 +49,12 @@ func (s *ObservationsServer) GetDecision(_ context.Context, req *adminv1.GetDeci
 	if req.GetDecisionId() == "" {
 		return nil, status.Error(codes.InvalidArgument, "decision_id is empty")
 	}
-	o := a.c.Observations.Decision(req.GetDecisionId())
-	if o == nil {
+	reports := a.c.Observations.Reports(req.GetDecisionId())
+	if len(reports) == 0 {
 		return nil, status.Errorf(codes.NotFound, "decision %.64q is not known to this CA, which keeps decisions for %v", req.GetDecisionId(), a.c.Observations.Keep())
 	}
-	out := &adminv1.GetDecisionResponse{Observation: o}
+	o := reports[0]
+	out := &adminv1.GetDecisionResponse{Observation: o, Others: reports[1:min(len(reports), 1+maxOtherReports)]}
 	service, err := spiffe.ParseWorkloadID(o.GetService())
 	if err != nil {
 		return out, nil

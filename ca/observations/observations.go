@@ -129,6 +129,9 @@ func (o *Observations) Add(agent string, observed []*policyv1.Observation, mine 
 // Decision returns a single decision by its id. Nil: it is not, or no longer, known.
 func (o *Observations) Decision(id string) *policyv1.Observation { return o.kept.Get(id) }
 
+// Reports returns all reports of a single decision. See tally.Kept.
+func (o *Observations) Reports(id string) []*policyv1.Observation { return o.kept.Reports(id) }
+
 // List returns observations in the order of their last occurrence. They must not be changed.
 func (o *Observations) List(f tally.Filter) []*policyv1.Observation { return o.kept.List(f) }
 

@@ -130,6 +130,9 @@ func (a *app) whyDenied(ctx context.Context, f format, q whyDenied) error {
 	if found == nil {
 		return q.unknown(caErr, agentErr)
 	}
+	if q.id != "" && len(found.observed) > 1 {
+		a.note("warning: decision %s was reported %d times, by different agents or about different services; at most one of these reports is true, and who sent another lies", q.id, len(found.observed))
+	}
 	stories := make([]*deniedStory, 0, len(found.observed))
 	for i, o := range found.observed {
 		one := *found
@@ -196,7 +199,10 @@ func (q *whyDenied) askCA(ctx context.Context, c *caConn) (*denials, error) {
 		return nil, err
 	}
 	if found.observed == nil {
-		found.observed = []*policyv1.Observation{answer.GetObservation()}
+		found.observed = append(answer.GetOthers(), answer.GetObservation()) // the policies are those of the last one's service
+	}
+	if found.observed[len(found.observed)-1].GetService() != answer.GetObservation().GetService() {
+		return found, nil // somebody else has reported this id, and the policies are those of that service
 	}
 	found.policies, found.then = answer.GetPolicies(), answer.GetPolicyThen()
 	return found, nil

@@ -11,7 +11,7 @@ import (
 // showDenied prints the stories.
 func (a *app) showDenied(f format, q whyDenied, stories []*deniedStory) error {
 	if f == formatJSON || f == formatYAML {
-		if q.id != "" {
+		if q.id != "" && len(stories) == 1 {
 			return a.show(f, stories[0], nil)
 		}
 		return list(a, f, "", nil, stories)

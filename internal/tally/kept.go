@@ -31,7 +31,7 @@ type Kept struct {
 
 	mu       sync.RWMutex
 	total    int // of weights
-	byID     map[string]*policyv1.Observation
+	byID     map[string][]*policyv1.Observation
 	services map[string]*records
 	fresh    []*policyv1.Observation // single ones since Changed
 	changed  map[countKey]bool       // counts since Changed
@@ -71,7 +71,7 @@ const sharePerSpan = 64
 
 // NewKept returns an empty Kept.
 func NewKept(c KeptConfig) *Kept {
-	return &Kept{config: c, byID: make(map[string]*policyv1.Observation), services: make(map[string]*records), changed: make(map[countKey]bool)}
+	return &Kept{config: c, byID: make(map[string][]*policyv1.Observation), services: make(map[string]*records), changed: make(map[countKey]bool)}
 }
 
 // Add keeps an observation that Check has found sound, and returns what is kept of it: itself, the sum with what was kept
@@ -100,10 +100,13 @@ func (k *Kept) put(o *policyv1.Observation, merge func(old, o *policyv1.Observat
 		k.services[o.GetService()] = s
 	}
 	if id := o.GetDecisionId(); id != "" {
-		if k.byID[id] != nil {
+		// Callers are told the ids of denials, and may be faster with a report about a service of their own than who denied.
+		if slices.ContainsFunc(k.byID[id], func(known *policyv1.Observation) bool {
+			return known.GetService() == o.GetService() && known.GetAgentId() == o.GetAgentId()
+		}) {
 			return nil
 		}
-		k.byID[id] = o
+		k.byID[id] = append(slices.Clip(k.byID[id]), o)
 		s.singles = append(s.singles, o)
 		s.single += weight(o)
 		if k.config.Track && len(k.fresh) < k.config.MaxRecords {
@@ -279,7 +282,11 @@ func (k *Kept) trim(s *records, most int) {
 
 // forgetSingle leaves it to the caller to take o out of s.singles.
 func (k *Kept) forgetSingle(s *records, o *policyv1.Observation) {
-	delete(k.byID, o.GetDecisionId())
+	id := o.GetDecisionId()
+	left := slices.DeleteFunc(slices.Clone(k.byID[id]), func(known *policyv1.Observation) bool { return known == o })
+	if k.byID[id] = left; len(left) == 0 {
+		delete(k.byID, id)
+	}
 	s.single -= weight(o)
 	k.total -= weight(o)
 }
@@ -336,6 +343,17 @@ func (k *Kept) Sweep() {
 
 // Get returns a single decision, or nil.
 func (k *Kept) Get(decisionID string) *policyv1.Observation {
+	k.mu.RLock()
+	defer k.mu.RUnlock()
+	if all := k.byID[decisionID]; len(all) > 0 {
+		return all[0]
+	}
+	return nil
+}
+
+// Reports returns all reports of a single decision, in the order in which they came. More than one is the sign of a lie: by
+// another agent, or about another service. Which of them is true nobody can tell here.
+func (k *Kept) Reports(decisionID string) []*policyv1.Observation {
 	k.mu.RLock()
 	defer k.mu.RUnlock()
 	return k.byID[decisionID]

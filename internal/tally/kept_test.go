@@ -3,6 +3,7 @@ package tally
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -37,7 +38,7 @@ func checkKept(t *testing.T, k *Kept) {
 		single, count := 0, 0
 		for _, o := range s.singles {
 			single += weight(o)
-			if k.byID[o.GetDecisionId()] != o {
+			if !slices.Contains(k.byID[o.GetDecisionId()], o) {
 				t.Fatalf("%s: decision %s is not found by its id", name, o.GetDecisionId())
 			}
 		}
@@ -50,8 +51,12 @@ func checkKept(t *testing.T, k *Kept) {
 		total += single + count
 		singles += len(s.singles)
 	}
-	if total != k.total || total > k.config.MaxRecords || singles != len(k.byID) {
-		t.Fatalf("weights %d, counted as %d, at most %d; %d single ones, %d ids", total, k.total, k.config.MaxRecords, singles, len(k.byID))
+	reports := 0
+	for _, all := range k.byID {
+		reports += len(all)
+	}
+	if total != k.total || total > k.config.MaxRecords || singles != reports {
+		t.Fatalf("weights %d, counted as %d, at most %d; %d single ones, %d by id", total, k.total, k.config.MaxRecords, singles, reports)
 	}
 }
 
@@ -101,6 +106,34 @@ func TestKept(t *testing.T) {
 	k.Sweep()
 	if k.Len() != 1 || k.Get("A") != nil {
 		t.Errorf("after a day %d are left", k.Len())
+	}
+	checkKept(t, k)
+}
+
+// TestOneReportDoesNotHideAnother: who is told the id of its denial reports one with this id about a service of its own,
+// before who denied has reported it.
+func TestOneReportDoesNotHideAnother(t *testing.T) {
+	k := NewKept(KeptConfig{MaxRecords: 100, Keep: 24 * time.Hour, Bucket: time.Hour, Now: func() time.Time { return moment }, Track: true})
+	by := func(o *policyv1.Observation, agent string) *policyv1.Observation { o.AgentId = agent; return o }
+	k.Add(by(denied("A", "mine", "nobody"), "stolen"))
+	if k.Add(by(denied("A", "db", "web"), "honest")) == nil {
+		t.Fatal("a denial found no room since somebody else has taken its id")
+	}
+	if k.Add(by(denied("A", "db", "web"), "honest")) != nil {
+		t.Error("what is known is kept again")
+	}
+	k.Add(by(denied("A", "db", "other"), "stolen")) // it may serve this service, too
+	if got := k.Reports("A"); len(got) != 3 || got[1].GetAgentId() != "honest" || len(k.List(Filter{Service: "spiffe://example.org/db"})) != 2 {
+		t.Errorf("%v", got)
+	}
+	if got := k.Changed(false); len(got) != 3 {
+		t.Errorf("%d go into the files", len(got))
+	}
+	checkKept(t, k)
+	k.config.Now = func() time.Time { return moment.Add(25 * time.Hour) }
+	k.Sweep()
+	if k.Reports("A") != nil {
+		t.Error("they are kept for ever")
 	}
 	checkKept(t, k)
 }

@@ -127,7 +127,10 @@ type GetDecisionResponse struct {
 	// The policies that name the service, as of now.
 	Policies *v1.PolicySet `protobuf:"bytes,2,opt,name=policies,proto3" json:"policies,omitempty"`
 	// The rule that decided as it was then, if it can still be told.
-	PolicyThen    *v1.Policy `protobuf:"bytes,3,opt,name=policy_then,json=policyThen,proto3" json:"policy_then,omitempty"`
+	PolicyThen *v1.Policy `protobuf:"bytes,3,opt,name=policy_then,json=policyThen,proto3" json:"policy_then,omitempty"`
+	// At most 20 more reports with the same id, by another agent or about another service: decision ids are told to callers, and a
+	// stolen agent can report one as its own. Which of all these is true the CA cannot tell.
+	Others        []*v1.Observation `protobuf:"bytes,4,rep,name=others,proto3" json:"others,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -179,6 +182,13 @@ func (x *GetDecisionResponse) GetPolicies() *v1.PolicySet {
 func (x *GetDecisionResponse) GetPolicyThen() *v1.Policy {
 	if x != nil {
 		return x.PolicyThen
+	}
+	return nil
+}
+
+func (x *GetDecisionResponse) GetOthers() []*v1.Observation {
+	if x != nil {
+		return x.Others
 	}
 	return nil
 }
@@ -277,12 +287,13 @@ const file_signet_admin_v1_observations_proto_rawDesc = "" +
 	"\"signet/admin/v1/observations.proto\x12\x0fsignet.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"signet/policy/v1/observation.proto\x1a\x1dsignet/policy/v1/policy.proto\"5\n" +
 	"\x12GetDecisionRequest\x12\x1f\n" +
 	"\vdecision_id\x18\x01 \x01(\tR\n" +
-	"decisionId\"\xca\x01\n" +
+	"decisionId\"\x81\x02\n" +
 	"\x13GetDecisionResponse\x12?\n" +
 	"\vobservation\x18\x01 \x01(\v2\x1d.signet.policy.v1.ObservationR\vobservation\x127\n" +
 	"\bpolicies\x18\x02 \x01(\v2\x1b.signet.policy.v1.PolicySetR\bpolicies\x129\n" +
 	"\vpolicy_then\x18\x03 \x01(\v2\x18.signet.policy.v1.PolicyR\n" +
-	"policyThen\"\xf5\x01\n" +
+	"policyThen\x125\n" +
+	"\x06others\x18\x04 \x03(\v2\x1d.signet.policy.v1.ObservationR\x06others\"\xf5\x01\n" +
 	"\x17ListObservationsRequest\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x12\n" +
 	"\x04peer\x18\x02 \x01(\tR\x04peer\x120\n" +
@@ -327,18 +338,19 @@ var file_signet_admin_v1_observations_proto_depIdxs = []int32{
 	4, // 0: signet.admin.v1.GetDecisionResponse.observation:type_name -> signet.policy.v1.Observation
 	5, // 1: signet.admin.v1.GetDecisionResponse.policies:type_name -> signet.policy.v1.PolicySet
 	6, // 2: signet.admin.v1.GetDecisionResponse.policy_then:type_name -> signet.policy.v1.Policy
-	7, // 3: signet.admin.v1.ListObservationsRequest.since:type_name -> google.protobuf.Timestamp
-	7, // 4: signet.admin.v1.ListObservationsRequest.until:type_name -> google.protobuf.Timestamp
-	0, // 5: signet.admin.v1.ListObservationsRequest.verdict:type_name -> signet.admin.v1.Verdict
-	1, // 6: signet.admin.v1.Observations.GetDecision:input_type -> signet.admin.v1.GetDecisionRequest
-	3, // 7: signet.admin.v1.Observations.ListObservations:input_type -> signet.admin.v1.ListObservationsRequest
-	2, // 8: signet.admin.v1.Observations.GetDecision:output_type -> signet.admin.v1.GetDecisionResponse
-	4, // 9: signet.admin.v1.Observations.ListObservations:output_type -> signet.policy.v1.Observation
-	8, // [8:10] is the sub-list for method output_type
-	6, // [6:8] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	4, // 3: signet.admin.v1.GetDecisionResponse.others:type_name -> signet.policy.v1.Observation
+	7, // 4: signet.admin.v1.ListObservationsRequest.since:type_name -> google.protobuf.Timestamp
+	7, // 5: signet.admin.v1.ListObservationsRequest.until:type_name -> google.protobuf.Timestamp
+	0, // 6: signet.admin.v1.ListObservationsRequest.verdict:type_name -> signet.admin.v1.Verdict
+	1, // 7: signet.admin.v1.Observations.GetDecision:input_type -> signet.admin.v1.GetDecisionRequest
+	3, // 8: signet.admin.v1.Observations.ListObservations:input_type -> signet.admin.v1.ListObservationsRequest
+	2, // 9: signet.admin.v1.Observations.GetDecision:output_type -> signet.admin.v1.GetDecisionResponse
+	4, // 10: signet.admin.v1.Observations.ListObservations:output_type -> signet.policy.v1.Observation
+	9, // [9:11] is the sub-list for method output_type
+	7, // [7:9] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_signet_admin_v1_observations_proto_init() }
