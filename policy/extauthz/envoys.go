@@ -70,6 +70,7 @@ type known struct {
 	policies *policy.Policies // with the revocations
 	stale    *policy.Policies // the same, once they are too old
 	offline  time.Time        // since when there has been no contact to the CA; zero while there is
+	apart    time.Time        // when offline was first seen, on the steady clock; zero while there is contact
 	since    time.Time        // from when on the policies have not been up to date; zero if they are
 	refused  time.Time        // since when there have been newer ones that could not be taken; zero if there are none
 	bundles  jwtbundle.Source
@@ -228,6 +229,11 @@ func (e *envoys) know(u workloadapi.Update, before *known) *known {
 	k.policies = k.bare.WithRevocations(k.revoked)
 	k.stale = k.policies.Stale()
 	k.since = earlier(k.offline, k.refused)
+	if !k.offline.IsZero() {
+		if k.apart = time.Now(); before != nil && !before.apart.IsZero() {
+			k.apart = before.apart
+		}
+	}
 	return k
 }
 
@@ -276,6 +282,10 @@ func bundles(u workloadapi.Update) jwtbundle.Source {
 // at are the policies as they hold now.
 func (k *known) at(now time.Time, maxOffline, maxStaleness time.Duration) *policy.Policies {
 	if !k.since.IsZero() && now.Sub(k.since) > maxOffline || maxStaleness > 0 && !k.offline.IsZero() && now.Sub(k.offline) > maxStaleness {
+		return k.stale
+	}
+	// A wall clock that was set back must not make what is old young.
+	if apart := time.Since(k.apart); !k.apart.IsZero() && (apart > maxOffline || maxStaleness > 0 && apart > maxStaleness) {
 		return k.stale
 	}
 	return k.policies

@@ -325,3 +325,28 @@ func TestConfigIsChecked(t *testing.T) {
 		t.Errorf("with a negative MaxOffline: %v", err)
 	}
 }
+
+// A clock that is set back does not lengthen the time for which what may be out of date is relied on.
+func TestAClockSetBackKeepsNothingYoung(t *testing.T) {
+	now := time.Now()
+	e := &envoys{}
+	set := &policyv1.PolicySet{Format: policy.Format, TrustDomain: "example.org"}
+	bare, err := policy.Compile(set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := e.know(workloadapi.Update{Policies: set, Offline: now}, &known{set: set, bare: bare})
+	if k.apart.IsZero() || k.stale == k.policies {
+		t.Fatal("it is not noted since when there has been no contact")
+	}
+	k.apart = k.apart.Add(-2 * time.Minute)
+	if k.at(now.Add(-time.Hour), time.Hour, time.Minute) != k.stale || k.at(now.Add(-time.Hour), time.Minute, 0) != k.stale {
+		t.Error("what is two minutes old counts as young after the clock went back")
+	}
+	if again := e.know(workloadapi.Update{Policies: set, Offline: now}, k); !again.apart.Equal(k.apart) {
+		t.Error("the next update made it young")
+	}
+	if back := e.know(workloadapi.Update{Policies: set}, k); !back.apart.IsZero() || back.at(now.Add(-time.Hour), time.Hour, time.Minute) != back.policies {
+		t.Error("with contact it counts as old")
+	}
+}

@@ -172,3 +172,24 @@ func TestDeniesPastMaxRevocationStaleness(t *testing.T) {
 		t.Error("a negative MaxRevocationStaleness was taken")
 	}
 }
+
+// A clock that is set back does not lengthen the time for which what may be out of date is relied on.
+func TestAClockSetBackKeepsNothingYoung(t *testing.T) {
+	a := newAgent(t)
+	a.send(response(1))
+	c := &clock{now: time.Now().Truncate(time.Second)}
+	s, err := New(t.Context(), Options{Addr: a.addr, Log: slog.New(slog.DiscardHandler), Now: c.Now, MaxRevocationStaleness: time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	<-s.Updated()
+	lost := c.Now().Unix()
+	c.advance(-time.Hour)
+	a.send(&policyapi.WatchResponse{Partial: true, OfflineSince: lost})
+	<-s.Updated()
+	await(t, "denials", func() bool { return decided(t, s) == policy.ReasonStalePolicy })
+	a.send(&policyapi.WatchResponse{Partial: true})
+	<-s.Updated()
+	want(t, s, "in contact again", policy.ReasonDefaultShadow)
+}

@@ -89,6 +89,7 @@ type state struct {
 	told            *policyv1.RevocationSet // what the agent says, while revocations hold more; nil otherwise
 	services        []spiffeid.ID
 	lost            time.Time // when the contact to the agent was lost; zero while there is one
+	apart           time.Time // when the first of lost and offline was seen, on the steady clock; zero while there is contact
 	offline         time.Time // when the agent said that it lost the contact to its CA; zero while it has one
 	maxOffline      time.Duration
 	maxStaleness    time.Duration // 0: none
@@ -101,7 +102,27 @@ func (st *state) tooOld(now time.Time) bool {
 		return true
 	}
 	since := st.since(st.lost, st.offline)
-	return st.maxStaleness > 0 && !since.IsZero() && now.Sub(since) > st.maxStaleness
+	if st.maxStaleness > 0 && !since.IsZero() && now.Sub(since) > st.maxStaleness {
+		return true
+	}
+	if st.apart.IsZero() {
+		return false
+	}
+	// A wall clock that was set back must not make what is old young.
+	apart := time.Since(st.apart)
+	return apart > st.maxOffline || st.maxStaleness > 0 && apart > st.maxStaleness
+}
+
+// setApart notes since when there has been no contact, from the state before on.
+func (st *state) setApart(before *state) {
+	switch {
+	case st.lost.IsZero() && st.offline.IsZero():
+		st.apart = time.Time{}
+	case before != nil && !before.apart.IsZero():
+		st.apart = before.apart
+	default:
+		st.apart = time.Now()
+	}
 }
 
 // since is the earliest of the times that are not zero; zero if all are.
@@ -257,6 +278,7 @@ func (s *Source) run(ctx context.Context) {
 		if st := s.current.Load(); st != nil && st.lost.IsZero() {
 			lost := *st
 			lost.lost = s.now()
+			lost.setApart(st)
 			s.current.Store(&lost)
 		}
 		if ctx.Err() != nil {
@@ -319,6 +341,7 @@ func (s *Source) take(r *policyapi.WatchResponse) error {
 		return err
 	}
 	st := &state{bare: bare, offline: offlineSince(r), maxOffline: s.maxOffline(r), maxStaleness: s.maxStaleness(r)}
+	st.setApart(s.current.Load())
 	s.takeRevocations(st, r)
 	st.unite()
 	for _, service := range r.GetServiceIds() {
@@ -341,6 +364,7 @@ func (s *Source) takePart(r *policyapi.WatchResponse) error {
 	}
 	st := *old
 	st.lost, st.offline, st.maxOffline, st.maxStaleness = time.Time{}, offlineSince(r), s.maxOffline(r), s.maxStaleness(r)
+	st.setApart(old)
 	if s.takeRevocations(&st, r); st.revocations != old.revocations {
 		st.unite()
 	}
@@ -421,6 +445,7 @@ func (s *Source) contact(r *policyapi.WatchResponse) {
 	if st := s.current.Load(); st != nil {
 		found := *st
 		found.lost, found.offline, found.maxOffline, found.maxStaleness = time.Time{}, offlineSince(r), s.maxOffline(r), s.maxStaleness(r)
+		found.setApart(st)
 		s.takeRevocations(&found, r) // they can be read although the policies cannot
 		news := found.revocations != st.revocations
 		if news {
