@@ -320,7 +320,7 @@ func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string 
 	case x.compiled != nil:
 		was := r.ix.policies[x.name].Compiled
 		diff("service", was.Services, x.compiled.Services)
-		diff("mode", was.Mode, x.compiled.Mode)
+		diff("mode", modeWord(was.Mode.String()), modeWord(x.compiled.Mode.String()))
 		a, b := ruleLines(was), ruleLines(x.compiled)
 		for _, s := range a {
 			if !slices.Contains(b, s) {
@@ -343,9 +343,14 @@ func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string 
 		r.ix.issuers.byName[x.name].differences(x, diff)
 	case x.kind == KindPolicyDefaults:
 		diff("name", doc.Name, x.name)
-		diff("mode", r.ix.defaults.Mode, x.mode)
+		diff("mode", modeWord(r.ix.defaults.Mode.String()), modeWord(x.mode.String()))
 	}
 	return out
+}
+
+// modeWord is a mode as documents have it.
+func modeWord(name string) string {
+	return strings.ToLower(name[strings.LastIndexByte(name, '_')+1:])
 }
 
 // ruleLines prints each rule of a policy without its place. A nil policy has none.

@@ -22,10 +22,11 @@ func (a *app) policyWhoCanCommand() *cobra.Command {
 		Use:   "who-can SERVICE [--http REQUEST | --grpc METHOD | --tls]",
 		Short: "List who may make a call to a service, or with --from whom a caller may call",
 		Long: `List the known callers that may make a call to a service, and the rule that lets them: the IDs that Identities and registration entries
-issue, those that rules write out, and patterns for callers of other trust domains. "conditional" means that it depends on a token or a
-condition. With --from and no SERVICE, list the services that this caller may call; without a request, those of which it might call
-something. The policies in force are asked from the CA; with -f those in files are taken, and the Identities beside them.`,
+issue, those that rules write out, and patterns for callers of other trust domains. With --from and no SERVICE, list the services that this
+caller may call. Without a request, whoever might make some call is listed. "conditional" means that it depends on the request, a token or a
+condition. The policies in force are asked from the CA; with -f those in files are taken, and the Identities beside them.`,
 		Example: `  signet policy who-can /documents --http "GET /v1/documents/7"
+  signet policy who-can /documents
   signet policy who-can --from /web`,
 		Args: atMostArgs(1),
 	}
@@ -34,7 +35,7 @@ something. The policies in force are asked from the CA; with -f those in files a
 	cmd.Flags().StringVar(&k.from, "from", "", "list whom this caller may call")
 	cmd.Flags().StringVar(&k.http, "http", "", "an HTTP request: method and target, such as \"GET /v1/documents\"")
 	cmd.Flags().StringVar(&k.grpc, "grpc", "", "a gRPC call: pkg.Service/Method")
-	cmd.Flags().BoolVar(&tls, "tls", false, "a connection of which only the caller is known (the default with SERVICE)")
+	cmd.Flags().BoolVar(&tls, "tls", false, "a connection of which only the caller is known")
 	cmd.Flags().StringVar(&k.trustDomain, "trust-domain", "", trustDomainUse)
 	exclusive(cmd, "http", "grpc", "tls")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -55,12 +56,11 @@ something. The policies in force are asked from the CA; with -f those in files a
 		if err != nil {
 			return err
 		}
-		var grants []analyse.Grant
+		ask := analyse.WhoCan
 		if reverse {
-			grants, err = analyse.WhomCan(s.set, s.known, *r, k.http == "" && k.grpc == "" && !tls)
-		} else {
-			grants, err = analyse.WhoCan(s.set, s.known, *r)
+			ask = analyse.WhomCan
 		}
+		grants, err := ask(s.set, s.known, *r, k.http == "" && k.grpc == "" && !tls)
 		if err != nil {
 			return err
 		}
@@ -91,7 +91,8 @@ func (a *app) policyDiffCommand() *cobra.Command {
 		Use:   "diff A B",
 		Short: "Show the difference between policies in decisions, not in text",
 		Long: `Show which calls two sets of policies decide otherwise: over all known callers and services, those that rules name, and all requests
-that some rule tells apart. A and B are files, directories, or "live" for the policies in force. "conditional" means that it depends on a
+that some rule tells apart. A and B are files, directories, or "live" for the policies in force; each is taken as the whole set, so what
+"live" has and the files lack, PolicyDefaults included, is gone on their side. "conditional" means that it depends on a
 token or a condition. Requests stand for all those that no rule tells apart from them; "*" is any text. Headers that override a method
 are not looked at. Where there is too much for one answer, it is said that it is a sample.`,
 		Example: `  signet policy diff live policies/

@@ -28,7 +28,8 @@ var resourceKinds = []struct{ kind, plural, singular string }{
 func kindArg(cmd *cobra.Command, word string) (string, error) {
 	var words []string
 	for _, k := range resourceKinds {
-		if word == k.plural || word == k.singular || strings.EqualFold(word, k.kind) {
+		if word == k.plural || word == k.singular || strings.EqualFold(word, k.kind) ||
+			strings.EqualFold(word, strings.TrimSuffix(k.kind, "y")+"ies") { // callpolicies
 			return k.kind, nil
 		}
 		words = append(words, k.plural)

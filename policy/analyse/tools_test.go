@@ -23,7 +23,7 @@ func TestWhoCan(t *testing.T) {
 		{"tls", "spiffe://example.org/ops allow"},
 		{"GET /v1/../x", ""},
 	} {
-		got, err := WhoCan(s, known, *call(t, "/x", "/documents", tt.call))
+		got, err := WhoCan(s, known, *call(t, "/x", "/documents", tt.call), false)
 		var names []string
 		for _, g := range got {
 			names = append(names, g.Peer+" "+string(g.Verdict))
@@ -31,6 +31,16 @@ func TestWhoCan(t *testing.T) {
 		if err != nil || strings.Join(names, ", ") != tt.want {
 			t.Errorf("%s: %v, %v; want %s", tt.call, names, err, tt.want)
 		}
+	}
+	// Without a request: whoever might make some call, though none of them may make one of which only the caller is known.
+	anyCall, err := WhoCan(s, known, *call(t, "/x", "/documents", "tls"), true)
+	var anyone []string
+	for _, g := range anyCall {
+		anyone = append(anyone, strings.TrimPrefix(g.Peer, "spiffe://")+" "+string(g.Verdict))
+	}
+	if want := "example.org/api example.org/archiver example.org/ops example.org/writer partner.example/reports/**"; err != nil ||
+		strings.ReplaceAll(strings.Join(anyone, " "), " conditional", "") != want {
+		t.Errorf("who might call /documents at all: %v, %v", anyone, err)
 	}
 	got, err := WhomCan(s, known, *call(t, "/api", "/x", "tls"), true)
 	if err != nil || len(got) != 1 || got[0].Service != "spiffe://example.org/documents" {
@@ -40,7 +50,7 @@ func TestWhoCan(t *testing.T) {
 		t.Errorf("whom can /quarantine/x call: %v", got)
 	}
 	big, who := many(10_000)
-	if got, err := WhoCan(big, who, *call(t, "/x", "/ns/7/sa/app7", "GET /v1/3/x")); err != nil || len(got) != 1 {
+	if got, err := WhoCan(big, who, *call(t, "/x", "/ns/7/sa/app7", "GET /v1/3/x"), false); err != nil || len(got) != 1 {
 		t.Errorf("among 10,000: %v %v", got, err)
 	}
 }

@@ -22,7 +22,7 @@ type Grant struct {
 
 // WhoCan returns who may make a call, of which Peer is ignored: the known callers, those that rules write out, and patterns of
 // rules for callers of other trust domains. They are in order.
-func WhoCan(set *policyv1.PolicySet, known *Known, call policy.Request) ([]Grant, error) {
+func WhoCan(set *policyv1.PolicySet, known *Known, call policy.Request, any bool) ([]Grant, error) {
 	part := only(set, func(p *policyv1.Policy) bool { return serves(p, call.Service) })
 	j, err := newJudge(part, conditionsOf(part))
 	if err != nil {
@@ -32,6 +32,12 @@ func WhoCan(set *policyv1.PolicySet, known *Known, call policy.Request) ([]Grant
 	ask := func(id spiffeid.ID, name string) {
 		r := call
 		r.Peer = id
+		if any {
+			if d := j.might(call.Service, id); d.Allowed {
+				out = append(out, Grant{name, call.Service.String(), VerdictConditional, d.Rule, d.Reason.String()})
+			}
+			return
+		}
 		if v, _, o := j.judge(&r); v != VerdictDeny {
 			out = append(out, Grant{name, call.Service.String(), v, o.Rule, o.Reason.String()})
 		}
@@ -57,10 +63,7 @@ func WhomCan(set *policyv1.PolicySet, known *Known, call policy.Request, any boo
 		r := call
 		r.Service = id
 		if any {
-			if d := j.views[len(j.views)-1].MightAllow(id, r.Peer); d.Allowed || j.views[min(1, len(j.views)-1)].MightAllow(id, r.Peer).Allowed {
-				if !d.Allowed {
-					d = j.views[1].MightAllow(id, r.Peer)
-				}
+			if d := j.might(id, r.Peer); d.Allowed {
 				out = append(out, Grant{r.Peer.String(), name, VerdictConditional, d.Rule, d.Reason.String()})
 			}
 			return
@@ -84,6 +87,15 @@ func WhomCan(set *policyv1.PolicySet, known *Known, call policy.Request, any boo
 	}
 	slices.SortFunc(out, func(a, b Grant) int { return strings.Compare(a.Service, b.Service) })
 	return out, nil
+}
+
+// might decides whether a caller may make any call at all, in some view.
+func (j *judge) might(service, peer spiffeid.ID) policy.Decision {
+	d := j.views[len(j.views)-1].MightAllow(service, peer)
+	if !d.Allowed {
+		d = j.views[min(1, len(j.views)-1)].MightAllow(service, peer)
+	}
+	return d
 }
 
 // only is a set with some of its policies.
