@@ -99,7 +99,9 @@ func (a *API) toStatus(err error) error {
 		return status.Error(codes.FailedPrecondition, r.Error()+"; `signet unrevoke "+r.Revocation+"` lifts it")
 	}
 	switch {
-	case errors.Is(err, errDocument), errors.Is(err, authority.ErrRefused), errors.Is(err, registry.ErrTooMany), errors.Is(err, registry.ErrTooManyRevocations):
+	case errors.Is(err, registry.ErrCommitTooLarge):
+		return status.Error(codes.OutOfRange, err.Error()) // a code of its own: signet apply sends the documents in smaller parts then
+	case errors.Is(err, errDocument), errors.Is(err, authority.ErrRefused), errors.Is(err, registry.ErrServiceTooLarge), errors.Is(err, registry.ErrTooMany), errors.Is(err, registry.ErrTooManyRevocations):
 		return status.Error(codes.InvalidArgument, err.Error())
 	case errors.Is(err, authority.ErrNoWIT):
 		return status.Error(codes.Unimplemented, authority.ErrNoWIT.Error())

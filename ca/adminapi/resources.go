@@ -64,7 +64,7 @@ func (a *API) plan(req *adminv1.ApplyRequest) (*registry.Plan, error) {
 
 // isPlanFault tells whether an error of planning is one of the documents.
 func isPlanFault(err error) bool {
-	return !errors.Is(err, registry.ErrConflict) && !errors.Is(err, registry.ErrTooMany) && !errors.Is(err, registry.ErrTooManyRevocations) && !errors.Is(err, registry.ErrInRollout)
+	return !errors.Is(err, registry.ErrConflict) && !errors.Is(err, registry.ErrTooMany) && !errors.Is(err, registry.ErrTooManyRevocations) && !errors.Is(err, registry.ErrInRollout) && !errors.Is(err, registry.ErrCommitTooLarge)
 }
 
 // Plan implements signet.admin.v1.

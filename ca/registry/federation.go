@@ -69,6 +69,7 @@ func (ix *index) applyFederation(own spiffeid.TrustDomain, name string, ev store
 		return fmt.Errorf("record %s: %w", ev.Key, err)
 	}
 	ch.federations = true
+	ix.who++
 	if ev.Deleted {
 		delete(ix.federations, td)
 		return nil

@@ -27,12 +27,17 @@ func (f *Follower) concern(ix *index, h *held) map[string]*concerning {
 		}
 	}
 	for id := range h.ids {
-		for name, p := range ix.exact[id.String()] {
-			add(name, p)
+		service := id.String()
+		for name, p := range ix.services.exact[service] {
+			if out[name] == nil {
+				add(name, p)
+			}
 		}
-	}
-	for name, p := range ix.wild {
-		add(name, p)
+		for name, p := range ix.services.wildOver(service) {
+			if out[name] == nil {
+				add(name, p)
+			}
+		}
 	}
 	sides := map[string]bool{}
 	for _, o := range ix.rollouts.running() {

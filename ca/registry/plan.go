@@ -61,10 +61,11 @@ type Plan struct {
 	// in between would not be.
 	Bans []spiffeid.ID
 
-	checks  []store.Check
-	writes  []store.Write
-	entries []*Entry       // that it writes
-	revokes map[string]int // how much each Revocation that it writes is compiled into
+	checks   []store.Check
+	writes   []store.Write
+	entries  []*Entry                    // that it writes
+	policies map[string]*policyv1.Policy // the CallPolicies that it changes, as they will be; nil: deleted
+	revokes  map[string]int              // how much each Revocation that it writes is compiled into
 }
 
 // Options of Plan and Apply.
@@ -131,6 +132,13 @@ func (r *Registry) planAll(all []*resource, o Options, seen map[string]string) (
 	}
 	if len(p.writes) > store.MaxWrites {
 		return nil, nil, ErrTooMany
+	}
+	if err := p.checkCommitSize(); err != nil {
+		return nil, nil, err
+	}
+	p.notePolicies(all)
+	if err := r.checkServiceSizes(p); err != nil {
+		return nil, nil, err
 	}
 	if err := r.checkUserIssuers(p, all); err != nil {
 		return nil, nil, err
@@ -440,8 +448,11 @@ func (r *Registry) Apply(ctx context.Context, p *Plan) (store.Revision, error) {
 		return 0, err
 	}
 	r.mu.RLock()
-	n := r.revocationsAfter(p)
+	n, tooLarge := r.revocationsAfter(p), r.checkServiceSizes(p)
 	r.mu.RUnlock()
+	if tooLarge != nil { // by what was applied since it was planned
+		return 0, tooLarge
+	}
 	if n > MaxRevocations {
 		return 0, ErrTooManyRevocations
 	}
@@ -561,26 +572,42 @@ func (r *Registry) planDelete(kind, name string) (*Plan, *policyView, error) {
 	key := (&resource{kind: kind, name: name}).key()
 	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{r.ix.deletion(kind, name)},
 		checks: []store.Check{{Key: key, Modified: rev}}, writes: []store.Write{{Key: key, Delete: true}}}
+	p.notePolicies(nil)
 	if err := r.guardRollouts(p); err != nil {
 		return nil, nil, err
 	}
 	return p, r.policyView(p), nil
 }
 
+// notePolicies fills in which policies the plan changes.
+func (p *Plan) notePolicies(all []*resource) {
+	p.policies = map[string]*policyv1.Policy{}
+	for _, w := range p.writes {
+		if name, ok := strings.CutPrefix(w.Key, policyPrefix); ok {
+			p.policies[name] = nil
+		}
+	}
+	for _, x := range all {
+		if _, changed := p.policies[x.name]; changed && x.compiled != nil {
+			p.policies[x.name] = x.compiled
+		}
+	}
+}
+
 // PolicySet returns all policies in compiled form, in order of name. It must not be changed.
 func (r *Registry) PolicySet(epoch string) *policyv1.PolicySet {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	return r.policySet(epoch)
+	return r.policySet(epoch, r.ix.policies)
 }
 
-// policySet is PolicySet with mu held.
-func (r *Registry) policySet(epoch string) *policyv1.PolicySet {
+// policySet is PolicySet for some of the policies. mu is held.
+func (r *Registry) policySet(epoch string, policies map[string]*Policy) *policyv1.PolicySet {
 	set := &policyv1.PolicySet{Format: policy.Format, TrustDomain: r.c.TrustDomain.Name(), Epoch: epoch, Revision: int64(r.ix.revision), Defaults: policyv1.DefaultsMode_DEFAULTS_MODE_DENY}
 	if r.ix.defaults != nil {
 		set.Defaults = r.ix.defaults.Mode
 	}
-	for _, p := range r.ix.policies {
+	for _, p := range policies {
 		set.Policies = append(set.Policies, r.ix.hintsOf(p).withHints(p.Compiled))
 	}
 	for _, i := range r.ix.issuers.sorted() {

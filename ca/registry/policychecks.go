@@ -19,19 +19,27 @@ import (
 type policyChecks struct {
 	mu    sync.Mutex // guards the rest
 	known *analyse.Known
-	of    store.Revision
+	of    whoever
 }
 
-// A policyView is what the policies of a plan are checked on: what the index held when the plan was made.
+// whoever names one state of who there is.
+type whoever struct {
+	ix  *index
+	who int
+}
+
+// A policyView is what the policies of a plan are checked on: what the index held when the plan was made. Unless the plan
+// changes PolicyDefaults, the set has only the policies of services of which those of the plan speak: no others matter, and a
+// plan must not cost more with every policy that there is.
 type policyView struct {
-	td       spiffeid.TrustDomain
-	revision store.Revision
-	set      *policyv1.PolicySet
-	cached   *analyse.Known // nil: it is made of ids and foreign
-	ids      []spiffeid.ID
-	foreign  []spiffeid.TrustDomain
-	checks   *policyChecks
-	seen     func() map[spiffeid.ID][]spiffeid.ID
+	td      spiffeid.TrustDomain
+	of      whoever
+	set     *policyv1.PolicySet
+	cached  *analyse.Known // nil: it is made of ids and foreign
+	ids     []spiffeid.ID
+	foreign []spiffeid.TrustDomain
+	checks  *policyChecks
+	seen    func() map[spiffeid.ID][]spiffeid.ID
 }
 
 // policyView returns nil if the plan changes no policies. mu is held.
@@ -39,10 +47,21 @@ func (r *Registry) policyView(p *Plan) *policyView {
 	if !slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == defaultsKey || strings.HasPrefix(w.Key, policyPrefix) }) {
 		return nil
 	}
-	v := &policyView{td: r.c.TrustDomain, revision: r.ix.revision, set: r.policySet(""), checks: &r.checks, seen: r.c.Callers}
+	v := &policyView{td: r.c.TrustDomain, of: whoever{r.ix, r.ix.who}, checks: &r.checks, seen: r.c.Callers}
+	if slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == defaultsKey }) {
+		v.set = r.policySet("", r.ix.policies)
+	} else {
+		v.set = r.policySet("", r.ix.services.nearAll(func(yield func(*policyv1.Policy) bool) {
+			for name, pol := range p.policies {
+				if old := r.ix.policies[name]; old != nil && !yield(old.Compiled) || !yield(pol) {
+					return
+				}
+			}
+		}))
+	}
 	r.checks.mu.Lock()
 	defer r.checks.mu.Unlock()
-	if r.checks.known != nil && r.checks.of == v.revision {
+	if r.checks.known != nil && r.checks.of == v.of {
 		v.cached = r.checks.known
 	} else {
 		v.ids = make([]spiffeid.ID, 0, len(r.ix.byID))
@@ -60,8 +79,8 @@ func (v *policyView) known() *analyse.Known {
 	known := analyse.NewKnown(v.td, slices.Values(v.ids), v.foreign)
 	v.checks.mu.Lock()
 	defer v.checks.mu.Unlock()
-	if v.revision >= v.checks.of {
-		v.checks.known, v.checks.of = known, v.revision
+	if v.checks.known == nil || v.checks.of.ix != v.of.ix || v.checks.of.who < v.of.who {
+		v.checks.known, v.checks.of = known, v.of
 	}
 	return known
 }

@@ -102,6 +102,7 @@ type Policy struct {
 	Revision  store.Revision
 
 	hinted []*policyv1.Rule // those whose conditions ask for peer.hint
+	bytes  int              // of Compiled
 }
 
 // Defaults is the PolicyDefaults document.
@@ -290,10 +291,10 @@ type index struct {
 	acks     map[spiffeid.ID]*Ack
 	tokens   map[string]*Token
 	policies map[string]*Policy
-	exact    map[string]map[string]*Policy // service ID -> policies that name it
-	wild     map[string]*Policy            // policies with a pattern among their services
+	services policyIndex
 	defaults *Defaults
 	bundles  map[spiffeid.TrustDomain]*Bundle
+	who      int // grows whenever other IDs are issued or other trust domains are known
 
 	federations map[spiffeid.TrustDomain]*Federation
 	revocations *revocations
@@ -312,8 +313,7 @@ func newIndex() *index {
 	return &index{
 		entries: map[EntryID]*Entry{}, byParent: map[spiffeid.ID]map[EntryID]*Entry{}, byID: map[spiffeid.ID]map[EntryID]*Entry{},
 		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, below: map[EntryID]*Entry{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
-		tokens: map[string]*Token{}, policies: map[string]*Policy{}, exact: map[string]map[string]*Policy{},
-		wild: map[string]*Policy{}, bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
+		tokens: map[string]*Token{}, policies: map[string]*Policy{}, services: newPolicyIndex(), bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
 		revocations: newRevocations(), crls: map[string]*CRL{},
 		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(),
 	}
@@ -418,6 +418,9 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 		}
 	}
 	old := ix.entries[id]
+	if old == nil || new == nil || old.SPIFFEID != new.SPIFFEID {
+		ix.who++
+	}
 	if old != nil {
 		drop(ix.byParent, old.ParentID, id)
 		drop(ix.byID, old.SPIFFEID, id)
@@ -519,10 +522,7 @@ func (d document) domain() Document { return Document{d.Name, []byte(d.Content),
 func (ix *index) applyPolicy(name string, ev store.Event, ch *changes) error {
 	old := ix.policies[name]
 	if old != nil {
-		delete(ix.wild, name)
-		for _, s := range old.Compiled.Services {
-			drop(ix.exact, s, name)
-		}
+		ix.services.remove(name, old)
 		delete(ix.policies, name)
 		ix.hints.forget(name)
 	}
@@ -533,13 +533,7 @@ func (ix *index) applyPolicy(name string, ev store.Event, ch *changes) error {
 			return err
 		}
 		ix.policies[name] = new
-		for _, s := range new.Compiled.Services {
-			if strings.Contains(s, "*") {
-				ix.wild[name] = new
-			} else {
-				put(ix.exact, s, name, new)
-			}
-		}
+		ix.services.add(name, new)
 	}
 	ch.policies = append(ch.policies, policyChange{old, new})
 	return nil
@@ -550,13 +544,18 @@ func decodePolicy(it store.Item) (*Policy, error) {
 	if err := decodeRecord(it, &rec, func() int { return rec.V }); err != nil {
 		return nil, err
 	}
-	p := &Policy{Compiled: &policyv1.Policy{}, Document: rec.Document.domain(), CreatedAt: fromUnix(rec.CreatedAt), Revision: it.Modified}
-	if err := proto.Unmarshal(rec.Compiled, p.Compiled); err != nil {
+	compiled := &policyv1.Policy{}
+	if err := proto.Unmarshal(rec.Compiled, compiled); err != nil {
 		return nil, fmt.Errorf("record %s: %w (is the store damaged?)", it.Key, err)
 	}
-	p.Compiled.Revision = int64(it.Modified)
-	p.hinted = asksHints(p.Compiled)
+	compiled.Revision = int64(it.Modified)
+	p := newPolicy(compiled)
+	p.Document, p.CreatedAt, p.Revision = rec.Document.domain(), fromUnix(rec.CreatedAt), it.Modified
 	return p, nil
+}
+
+func newPolicy(compiled *policyv1.Policy) *Policy {
+	return &Policy{Compiled: compiled, hinted: asksHints(compiled), bytes: proto.Size(compiled)}
 }
 
 type bundleRecord struct {
@@ -570,6 +569,7 @@ func (ix *index) applyBundle(name string, ev store.Event, ch *changes) error {
 		return fmt.Errorf("record %s: %w", ev.Key, err)
 	}
 	ch.bundles = append(ch.bundles, td)
+	ix.who++
 	if ev.Deleted {
 		delete(ix.bundles, td)
 		return nil

@@ -158,6 +158,12 @@ func (ix *index) serves(roots map[spiffeid.ID]bool, e *Entry, now time.Time) boo
 func servicesOf(p *Policy, ids map[spiffeid.ID]int) []string {
 	var out []string
 	for _, s := range p.Compiled.Services {
+		if _, wild := beforeWildcard(s); !wild {
+			if id, err := spiffeid.FromString(s); err == nil && ids[id] != 0 && policy.ServiceMatches(s, id) {
+				out = append(out, s)
+			}
+			continue
+		}
 		for id := range ids {
 			if policy.ServiceMatches(s, id) {
 				out = append(out, s)

@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -16,8 +17,12 @@ import (
 // applyChunk is how many documents and deletions are one commit at the CA.
 const applyChunk = 100
 
-// applyBytes is how many bytes of documents go into one message, which a gRPC server takes up to 4 MiB.
-const applyBytes = 3 << 20
+// applyBytes is how many bytes of documents go into one commit, of which a store takes 1 MiB. A document is stored as it is
+// written and compiled, which is mostly not much more than twice its size; if it is, its batch is cut.
+const applyBytes = 384 << 10
+
+// maxWarnings is how many warnings of a large set are printed, as the CA says at most for one batch.
+const maxWarnings = 200
 
 // A plan is what apply would do or has done.
 type plan struct {
@@ -73,7 +78,7 @@ func (a *app) applyCommand() *cobra.Command {
 		Use:   "apply -f FILE...",
 		Short: "Make documents hold: identities, call policies, policy defaults, revocations",
 		Long: `Make the documents hold. All of them are checked before the first write; then the plan is shown and applied, and the revision
-of the store is reported. Up to 100 changes are one commit. Larger sets go in commits of 100; if one fails, the same
+of the store is reported. Up to 100 changes of 384 KiB are one commit. Larger sets go in several; if one fails, the same
 command again goes on where it stopped.
 
 What was planned is what is applied: if somebody else changes one of the resources in between, nothing is written.
@@ -99,7 +104,7 @@ themselves if calls are denied that were allowed before: see 'signet rollout'.`,
 			return err
 		}
 		people := *output == formatTable || *output == formatWide
-		return a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) error {
+		return a.withCAByCall(cmd.Context(), func(ctx context.Context, c *caConn) error {
 			batches, err := planAll(ctx, c, docs, prune)
 			if err != nil {
 				return err
@@ -174,9 +179,17 @@ func planAll(ctx context.Context, c *caConn, docs []strictyaml.Document, prune b
 	}
 	var mistakes []string
 	var refused error
-	for i, b := range batches {
+	for i := 0; i < len(batches); i++ {
+		b := batches[i]
 		answer, err := adminv1.NewAdminClient(c).Plan(ctx, &adminv1.ApplyRequest{Documents: wireDocuments(b.docs), Prune: b.prune})
-		if err = applyError("checking the documents", c, err); isCode(err, codes.InvalidArgument) {
+		err = applyError("checking the documents", c, err)
+		if n := len(b.docs); isCode(err, codes.OutOfRange) && n > 1 { // too much for one commit
+			parts := []batch{{docs: b.docs[:n/2]}, {docs: b.docs[n/2:]}}
+			batches = slices.Replace(batches, i, i+1, parts...)
+			i--
+			continue
+		}
+		if isCode(err, codes.InvalidArgument) || isCode(err, codes.OutOfRange) {
 			mistakes, refused = append(mistakes, strings.TrimPrefix(err.Error(), "checking the documents: ")), err
 			continue
 		}
@@ -276,6 +289,9 @@ func merged(batches []batch) plan {
 		out.Warnings = append(out.Warnings, b.plan.Warnings...)
 		out.Revision = max(out.Revision, b.plan.Revision)
 	}
+	if n := len(out.Warnings) - maxWarnings; n > 0 {
+		out.Warnings = append(out.Warnings[:maxWarnings], fmt.Sprintf("%d more warnings; 'signet policy check' prints those of a few documents", n))
+	}
 	return out
 }
 
@@ -330,7 +346,7 @@ func (a *app) diffCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) error {
+		return a.withCAByCall(cmd.Context(), func(ctx context.Context, c *caConn) error {
 			batches, err := planAll(ctx, c, docs, prune)
 			if err != nil {
 				return err

@@ -72,6 +72,17 @@ func (a *app) withCA(ctx context.Context, do func(context.Context, *caConn) erro
 	return a.withCAUnbounded(ctx, do)
 }
 
+// withCAByCall is withCA for what takes many calls, as large sets of documents do: each call has --timeout to end.
+func (a *app) withCAByCall(ctx context.Context, do func(context.Context, *caConn) error) error {
+	if a.ca.timeout <= 0 {
+		return usagef("--timeout %s is not a positive duration, such as 30s", a.ca.timeout)
+	}
+	return a.withCAUnbounded(ctx, func(ctx context.Context, c *caConn) error {
+		c.perCall = a.ca.timeout
+		return do(ctx, c)
+	})
+}
+
 // withCAUnbounded is withCA for streams that go on until ctx ends.
 func (a *app) withCAUnbounded(ctx context.Context, do func(context.Context, *caConn) error) error {
 	c, err := a.connect(ctx)
@@ -88,6 +99,7 @@ type caConn struct {
 	address string
 	overTCP bool
 	source  *workloadapi.X509Source // over TCP
+	perCall time.Duration           // each unary call has so long, if not 0
 
 	mu sync.Mutex // guards what follows
 	// lastDial is why the newest dial went wrong; nil if it did not.
@@ -158,6 +170,14 @@ func (c *caConn) open(network, address string, creds credentials.TransportCreden
 		}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 		grpc.WithDisableServiceConfig(),
+		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if c.perCall > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, c.perCall)
+				defer cancel()
+			}
+			return invoke(ctx, method, req, reply, cc, opts...)
+		}),
 	)
 	if err != nil {
 		return fmt.Errorf("connecting to the CA at %q: %w", address, err)

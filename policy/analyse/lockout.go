@@ -70,6 +70,9 @@ type Replacement struct {
 // Lockouts returns the services that lose all their callers: those that were seen, or those that may call it. Complete is
 // false if there is so much to look at that not all of it was.
 func (r *Replacement) Lockouts() (found []Lockout, complete bool, err error) {
+	if r.onlyAllows() {
+		return nil, true, nil
+	}
 	l := &lockouts{Replacement: r, left: maxAsked}
 	if err := l.prepare(); err != nil {
 		return nil, false, err
@@ -86,6 +89,21 @@ func (r *Replacement) Lockouts() (found []Lockout, complete bool, err error) {
 	}
 	slices.SortFunc(found, func(a, b Lockout) int { return strings.Compare(a.Service, b.Service) })
 	return found, l.left > 0, nil
+}
+
+// onlyAllows reports whether all that changes is that new policies come which deny nobody, and nobody was let through for want
+// of a policy: nothing is taken away then, and a service with very many policies need not be compiled to see it.
+func (r *Replacement) onlyAllows() bool {
+	if r.Before.GetDefaults() != policyv1.DefaultsMode_DEFAULTS_MODE_DENY || r.After.GetDefaults() != policyv1.DefaultsMode_DEFAULTS_MODE_DENY {
+		return false
+	}
+	changed := func(pol *policyv1.Policy) bool { return r.Changed[pol.GetName()] }
+	if slices.ContainsFunc(r.Before.GetPolicies(), changed) {
+		return false
+	}
+	return !slices.ContainsFunc(r.After.GetPolicies(), func(pol *policyv1.Policy) bool {
+		return changed(pol) && slices.ContainsFunc(pol.GetRules(), func(rule *policyv1.Rule) bool { return rule.GetEffect() != policyv1.Effect_EFFECT_ALLOW })
+	})
 }
 
 type lockouts struct {
