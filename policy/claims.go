@@ -101,7 +101,7 @@ type headerMap struct{ headers Headers }
 
 // Find returns the one value of a header. It is an error if there is none, there are several, or different readers could
 // read different values: one with a comma is a list to some, and space around it may or may not belong to it.
-func (h headerMap) Find(key ref.Val) (ref.Val, bool) {
+func (h *headerMap) Find(key ref.Val) (ref.Val, bool) {
 	name, ok := key.(types.String)
 	if !ok {
 		return types.NewErr("%s cannot be the name of a header", kindOf(key)), false
@@ -122,7 +122,7 @@ func (h headerMap) Find(key ref.Val) (ref.Val, bool) {
 	return types.String(lines[0]), true
 }
 
-func (h headerMap) lines(name string) []string {
+func (h *headerMap) lines(name string) []string {
 	if h.headers == nil {
 		return nil
 	}
@@ -130,7 +130,7 @@ func (h headerMap) lines(name string) []string {
 }
 
 // Contains reports whether the request has a header, with whatever value.
-func (h headerMap) Contains(key ref.Val) ref.Val {
+func (h *headerMap) Contains(key ref.Val) ref.Val {
 	name, ok := key.(types.String)
 	if !ok {
 		return types.NewErr("%s cannot be the name of a header", kindOf(key))
@@ -139,22 +139,24 @@ func (h headerMap) Contains(key ref.Val) ref.Val {
 }
 
 // Get returns the one value of a header.
-func (h headerMap) Get(key ref.Val) ref.Val {
+func (h *headerMap) Get(key ref.Val) ref.Val {
 	value, _ := h.Find(key)
 	return value
 }
 
 // What follows makes it a map of CEL. Conditions that would use it are refused when they are compiled.
 
-func (h headerMap) Size() ref.Val { return types.NewErr("headers are not counted") }
-func (h headerMap) Iterator() traits.Iterator {
+func (h *headerMap) Size() ref.Val { return types.NewErr("headers are not counted") }
+func (h *headerMap) Iterator() traits.Iterator {
 	return noHeaders{types.NewErr("headers are not listed")}
 }
-func (h headerMap) Equal(ref.Val) ref.Val          { return types.NewErr("headers are not compared as a whole") }
-func (h headerMap) Type() ref.Type                 { return types.MapType }
-func (h headerMap) Value() any                     { return nil }
-func (h headerMap) ConvertToType(ref.Type) ref.Val { return types.NewErr("headers are not converted") }
-func (h headerMap) ConvertToNative(reflect.Type) (any, error) {
+func (h *headerMap) Equal(ref.Val) ref.Val {
+	return types.NewErr("headers are not compared as a whole")
+}
+func (h *headerMap) Type() ref.Type                 { return types.MapType }
+func (h *headerMap) Value() any                     { return nil }
+func (h *headerMap) ConvertToType(ref.Type) ref.Val { return types.NewErr("headers are not converted") }
+func (h *headerMap) ConvertToNative(reflect.Type) (any, error) {
 	return nil, errors.New("headers are not converted")
 }
 

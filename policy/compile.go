@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 
+	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
@@ -19,6 +21,7 @@ var ErrFormat = errors.New("the policies are of a newer format than this program
 type Policies struct {
 	set      *policyv1.PolicySet
 	td       string
+	home     ref.Val // td, as conditions compare it
 	defaults policyv1.DefaultsMode
 	stale    bool
 	exact    map[string]*group // by the full ID of a service
@@ -59,7 +62,7 @@ func compileWith(c conditions, set *policyv1.PolicySet) (*Policies, error) {
 		return nil, fmt.Errorf("compiling policies: %w", err)
 	}
 	set = proto.CloneOf(set)
-	p := &Policies{set: set, td: td.Name(), defaults: set.GetDefaults(), exact: make(map[string]*group)}
+	p := &Policies{set: set, td: td.Name(), home: types.String(td.Name()), defaults: set.GetDefaults(), exact: make(map[string]*group)}
 	p.issuers = userIssuers(set.GetUserIssuers())
 	order := 0
 	for _, pol := range set.GetPolicies() {

@@ -9,6 +9,7 @@ import (
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
 	"cel.dev/cel-go/interpreter"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -218,17 +219,18 @@ type facts struct {
 	kind          SVIDKind
 	method, path  string
 	grpc          bool // path is a gRPC method behind its slash
-	headers       Headers
+	headers       headerMap
 	token         *Token // nil: none that the rule would take
 	user          *User
 	hints         map[spiffeid.ID]string
 	hintsOfPolicy map[string]string
+	home          ref.Val // the trust domain of the service; nil: not at hand
 }
 
 // factsFor fills in what the call and a rule say. The path is the one to judge by.
 func (s *scan) factsFor(f *facts, r *rule, path string) {
 	*f = facts{peer: s.r.Peer, kind: s.r.PeerSVID, method: s.r.Method, path: path, grpc: s.grpc || r.deny && s.r.Method == "POST",
-		headers: s.r.Headers, user: s.r.User, hints: s.hints, hintsOfPolicy: r.hints}
+		headers: headerMap{s.r.Headers}, user: s.r.User, home: s.home, hints: s.hints, hintsOfPolicy: r.hints}
 	if s.tokenFits(r.spec.GetJwt()) {
 		f.token = s.r.Token
 	}
@@ -240,8 +242,11 @@ func (f *facts) ResolveName(name string) (any, bool) {
 	case varPeerID:
 		return types.String(f.peer.String()), true
 	case varPeerTrustDomain:
-		return types.String(f.peer.TrustDomain().Name()), true
+		return f.trustDomain(f.peer), true
 	case varPeerSVIDKind:
+		if int(f.kind) < len(kindValues) {
+			return kindValues[f.kind], true
+		}
 		return types.String(f.kind.String()), true
 	case varPeerHint:
 		hint, found := f.hints[f.peer]
@@ -250,20 +255,23 @@ func (f *facts) ResolveName(name string) (any, bool) {
 		}
 		return types.String(hint), found
 	case varMethod:
+		if value, ok := methodValues[f.method]; ok {
+			return value, true
+		}
 		return types.String(f.method), true
 	case varPath:
 		return types.String(f.path), true
 	case varGRPCMethod:
 		return types.String(strings.TrimPrefix(f.path, "/")), f.grpc
 	case varHeaders:
-		return headerMap{f.headers}, true
+		return &f.headers, true
 	}
 	if f.token != nil {
 		switch name {
 		case varJWTID:
 			return types.String(f.token.ID.String()), true
 		case varJWTTrustDomain:
-			return types.String(f.token.ID.TrustDomain().Name()), true
+			return f.trustDomain(f.token.ID), true
 		case varJWTClaims:
 			return f.token.Claims, true
 		}
@@ -278,6 +286,24 @@ func (f *facts) ResolveName(name string) (any, bool) {
 	}
 	return nil, false
 }
+
+// trustDomain returns the trust domain of an ID. Values that are there already need not be made for each call.
+func (f *facts) trustDomain(id spiffeid.ID) ref.Val {
+	name := id.TrustDomain().Name()
+	if home, ok := f.home.(types.String); ok && string(home) == name {
+		return f.home
+	}
+	return types.String(name)
+}
+
+// What the usual calls have, as values.
+var (
+	kindValues   = [...]ref.Val{SVIDX509: types.String("x509-svid"), SVIDJWT: types.String("jwt-svid"), SVIDWIT: types.String("wit-svid")}
+	methodValues = map[string]ref.Val{
+		"GET": types.String("GET"), "HEAD": types.String("HEAD"), "POST": types.String("POST"), "PUT": types.String("PUT"),
+		"PATCH": types.String("PATCH"), "DELETE": types.String("DELETE"), "OPTIONS": types.String("OPTIONS"),
+	}
+)
 
 // Parent returns nil: there are no other variables.
 func (f *facts) Parent() interpreter.Activation { return nil }

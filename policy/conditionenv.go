@@ -259,7 +259,7 @@ func equal(l, r ref.Val) ref.Val {
 // isIn looks for a key in a map or an item in a list, all of whose items must be comparable until it is found.
 func isIn(needle, hay ref.Val) ref.Val {
 	switch h := hay.(type) {
-	case headerMap:
+	case *headerMap:
 		return h.Contains(needle)
 	case interface {
 		ref.Val

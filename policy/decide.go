@@ -106,7 +106,7 @@ func IsMethodOverride(header string) bool {
 // Decide decides a call. It allocates nothing, keeps nothing of r, and takes about as long for 100,000 rules as for ten.
 // What costs time is how many patterns fit at once: those that put "*" in different places, of which it looks at a bounded
 // number and then denies, and rules of one caller pattern and one path pattern that differ in their methods or tokens only.
-// A condition is evaluated where all else of its rule fits. That allocates, and a bounded number is evaluated for a call.
+// A condition is evaluated where all else of its rule fits. That allocates for some conditions, and a bounded number is evaluated for a call.
 func (p *Policies) Decide(r *Request) Decision {
 	s := newScan(r)
 	d := p.decide(&s)
@@ -144,7 +144,7 @@ func (p *Policies) decide(s *scan) Decision {
 		d.Reason, d.Revocation = ReasonRevoked, name
 		return d
 	}
-	s.hints = p.hints
+	s.hints, s.home = p.hints, p.home
 	p.find(s.r.Service, s)
 	d.Outcome = s.outcome(0, s.named)
 	if s.shadowed {

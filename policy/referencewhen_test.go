@@ -260,7 +260,7 @@ func FuzzCompileCondition(f *testing.F) {
 				if strings.Contains(when, "unnamed") {
 					r.Token, r.User = nil, nil
 				}
-				held, _, err := c.eval(&facts{peer: r.Peer, method: r.Method, path: "/a", headers: r.Headers, token: r.Token, user: r.User})
+				held, _, err := c.eval(&facts{peer: r.Peer, method: r.Method, path: "/a", headers: headerMap{r.Headers}, token: r.Token, user: r.User})
 				answers = append(answers, held && err == nil)
 			}
 			for _, a := range answers {

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strings"
 
+	"cel.dev/cel-go/common/types/ref"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
@@ -39,6 +40,7 @@ type scan struct {
 	audiences, issuers []string
 	conditions         bool // what took too many steps were conditions
 	hints              map[spiffeid.ID]string
+	home               ref.Val // see Policies
 }
 
 func newScan(r *Request) scan {

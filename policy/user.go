@@ -125,7 +125,7 @@ func (p *Policies) userOf(name string, headers Headers, now time.Time) (*User, e
 	if issuer == nil {
 		return nil, errors.New("no UserIssuer document that can be used describes this issuer")
 	}
-	lines := headerMap{headers}.lines(issuer.header)
+	lines := (&headerMap{headers}).lines(issuer.header)
 	switch {
 	case len(lines) == 0:
 		return nil, fmt.Errorf("the request has no header %s", issuer.header)
