@@ -93,13 +93,25 @@ func (s *Service) bearer(k *known, revocations *policy.Revocations, authorizatio
 	return &policy.Token{ID: svid.ID, Audience: svid.Audience, Claims: svid.Claims}, nil
 }
 
+// call is what of the call may be written down, with the reason why a token did not count.
+func (v *verdict) call() policy.Call {
+	call := policy.CallOf(&v.request)
+	switch {
+	case v.token != nil:
+		call = call.WithToken(v.token)
+	case v.user != nil:
+		call = call.WithToken(fmt.Errorf("user token: %w", v.user))
+	}
+	return call
+}
+
 // tell gives a verdict its id, hands it to whoever wants to know, and returns the answer for the Envoy.
 func (s *Service) tell(ctx context.Context, v *verdict) *authv3.CheckResponse {
 	d := v.decision
 	if d.Allowed && s.config.Observer == nil && s.config.OnDecision == nil && !d.ShadowDiffers() && !s.config.Log.Enabled(ctx, slog.LevelDebug) {
 		return allowed(&v.request)
 	}
-	j := policy.Judgement{ID: rand.Text(), Time: s.config.Now(), Service: v.request.Service, Peer: v.request.Peer, Decision: d, Point: point, Call: policy.CallOf(&v.request)}
+	j := policy.Judgement{ID: rand.Text(), Time: s.config.Now(), Service: v.request.Service, Peer: v.request.Peer, Decision: d, Point: point, Call: v.call()}
 	if s.config.Observer != nil {
 		s.config.Observer.Observe(j)
 	}

@@ -350,3 +350,36 @@ func TestAClockSetBackKeepsNothingYoung(t *testing.T) {
 		t.Error("with contact it counts as old")
 	}
 }
+
+// TestWhyATokenDidNotCount: whoever asks later why a call was denied is told what was wrong with its token.
+func TestWhyATokenDidNotCount(t *testing.T) {
+	var told []policy.Judgement
+	s, err := New(Config{Source: noSource{}, Now: func() time.Time { return start }, OnDecision: func(j policy.Judgement) { told = append(told, j) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	_, _, sound := soundCheck(t)
+	k := s.envoys.know(update(&policyv1.PolicySet{Format: policy.Format, TrustDomain: "example.org", Epoch: "e", Revision: 7, Policies: []*policyv1.Policy{{
+		Name: "token", Services: []string{"spiffe://example.org/web"}, Mode: policyv1.Mode_MODE_ENFORCE,
+		Rules: []*policyv1.Rule{{Effect: policyv1.Effect_EFFECT_ALLOW, From: []string{"spiffe://example.org/**"},
+			Jwt: &policyv1.JWTMatch{Audience: []string{"web"}, Subject: policyv1.SubjectBinding_SUBJECT_BINDING_PEER}}},
+	}}}, "spiffe://example.org/web"), nil)
+	for _, tt := range []struct{ authorization, want string }{
+		{"", "none"},
+		{"Basic eDp5", "not of the kind Bearer"},
+		{"Bearer e30.e30.x", "JWT"},
+	} {
+		call := sound
+		if tt.authorization != "" {
+			call.Header = []envoycheck.Field{{Name: "authorization", Value: tt.authorization}}
+		}
+		v := s.judge(k, call.Request())
+		if s.tell(t.Context(), &v); v.decision.Allowed {
+			t.Fatalf("%q: allowed", tt.authorization)
+		}
+		if j := told[len(told)-1]; !strings.Contains(j.Call.Token, tt.want) || strings.Contains(j.Call.Token, "e30.") {
+			t.Errorf("%q: told %q, want %q and nothing of the token", tt.authorization, j.Call.Token, tt.want)
+		}
+	}
+}
