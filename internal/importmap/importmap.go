@@ -48,6 +48,7 @@ var rules = []rule{
 	{"policy/analyse", []string{"policy", "spiffe", "api/signet/policy/v1", "internal/strictyaml"}},
 	// An enforcement point that the agent serves on its socket. See docs/decisions/0029-ext-authz-on-the-agents-socket.md.
 	{"policy/extauthz", []string{"policy", "spiffe", "api/signet/policy/v1", "workloadapi", "workloadapi/peer"}},
+	{"policy/proxy", []string{"policy/...", "spiffe", "jwtauth"}}, // it shows JWT-SVIDs for programs that cannot
 	{"policy/...", []string{"policy/...", "spiffe", "api/signet/policy/v1/...", "internal/tally"}},
 
 	{"workloadapi/peer", nil},

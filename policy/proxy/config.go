@@ -113,7 +113,8 @@ type Outbound struct {
 	Servers []string `yaml:"servers"`
 	// ID is the SPIFFE ID with which to call, one that the agent gives to this process. Default: the first that it gives.
 	ID string `yaml:"spiffe_id"`
-	// JWTAudience adds to each request a JWT-SVID for this audience, in place of any Authorization header. For protocol http.
+	// JWTAudience adds to each request a JWT-SVID for this audience, in place of any Authorization header. It is renewed
+	// ahead, and requests go on with it while the agent is away. For protocol http.
 	JWTAudience string `yaml:"jwt_audience"`
 	// Limits bound what connections may take.
 	Limits Limits `yaml:"limits"`

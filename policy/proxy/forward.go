@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/signet-id/signet/jwtauth"
 	"github.com/signet-id/signet/policy/httpauthz"
 )
 
@@ -126,14 +127,39 @@ func (out *outbound) newServer(c *outboundConfig) *backend {
 				r.Out.Header[name] = lines
 			}
 		}
-		if token, ok := r.In.Context().Value(tokenKey{}).(string); ok {
-			r.Out.Header.Set("Authorization", "Bearer "+token)
+		if a, ok := r.In.Context().Value(attachedKey{}).(attached); ok {
+			r.Out.Header.Set("Authorization", a.token.TokenType+" "+a.token.AccessToken)
 		}
+	}, ModifyResponse: func(resp *http.Response) error {
+		if a, ok := resp.Request.Context().Value(attachedKey{}).(attached); ok && resp.StatusCode == http.StatusUnauthorized {
+			a.cache.Refused(a.audience, a.token)
+		}
+		return nil
 	}}
 	return b
 }
 
-type tokenKey struct{}
+// attached is the token that goes with a request.
+type attached struct {
+	cache    *jwtauth.Cache
+	audience string
+	token    *jwtauth.Token
+}
+
+type attachedKey struct{}
+
+// attach adds a token to the context of a request.
+func (out *outbound) attach(c *outboundConfig, r *http.Request) (*http.Request, error) {
+	cache, err := out.id.tokens(c.svid.id)
+	if err != nil {
+		return nil, err
+	}
+	token, err := cache.Token(r.Context(), c.JWTAudience)
+	if err != nil {
+		return nil, err
+	}
+	return r.WithContext(context.WithValue(r.Context(), attachedKey{}, attached{cache, c.JWTAudience, token})), nil
+}
 
 // forward passes on a client's request.
 func (out *outbound) forward(w http.ResponseWriter, r *http.Request) {
@@ -143,14 +169,14 @@ func (out *outbound) forward(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if c.JWTAudience != "" {
-		token, err := out.id.token(r.Context(), c.svid.id, c.JWTAudience)
+		with, err := out.attach(c, r)
 		if err != nil {
 			out.counts.noIdentity.Inc()
 			out.log.Warn("no JWT-SVID for a request", "audience", c.JWTAudience, "err", err)
 			writeError(w, r, http.StatusServiceUnavailable, "no_jwt_svid", "")
 			return
 		}
-		r = r.WithContext(context.WithValue(r.Context(), tokenKey{}, token))
+		r = with
 	}
 	p := *c.backend.proxy
 	p.ErrorLog = slog.NewLogLogger(out.log.Handler(), slog.LevelDebug)

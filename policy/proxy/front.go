@@ -100,6 +100,10 @@ func cleanTarget(r *http.Request) *refusal {
 	case len(r.Header["Host"]) > 1 || len(r.Header["Host"]) == 1 && r.Header["Host"][0] != r.Host:
 		return &refusal{http.StatusBadRequest, "host_refused"} // HTTP/2 has the host twice, and differently
 	}
+	if len(r.Trailer) > 0 {
+		// There are no rules for them, and they would come after the decision.
+		return &refusal{http.StatusBadRequest, "trailers_refused"}
+	}
 	delete(r.Header, "Host")
 	for _, line := range r.Header["Connection"] {
 		for option := range strings.SplitSeq(line, ",") {
@@ -119,7 +123,6 @@ func cleanTarget(r *http.Request) *refusal {
 	} else {
 		delete(r.Header, "Te")
 	}
-	r.Trailer = nil // there are no rules for it, and it would come after the decision
 	return nil
 }
 

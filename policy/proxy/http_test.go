@@ -271,7 +271,8 @@ func TestHTTPSmuggling(t *testing.T) {
 		"another expectation":         {"GET /docs/a HTTP/1.1\r\nHost: h\r\nExpect: 200-maybe\r\nConnection: close\r\n\r\n", 0, 417},
 		"headers without an end":      {"GET /docs/a HTTP/1.1\r\nHost: h\r\nX: " + strings.Repeat("a", 80<<10) + "\r\n\r\n", 0, 431},
 		"too many headers":            {"GET /docs/a HTTP/1.1\r\nHost: h\r\n" + strings.Repeat("X: a\r\n", 20<<10) + "\r\n", 0, 431},
-		"a trailer":                   {"POST /docs/a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTrailer: X-Tenant\r\n\r\n0\r\nX-Tenant: root\r\n\r\n", 1, 200},
+		"a trailer":                   {"POST /docs/a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nTrailer: X-Tenant\r\n\r\n0\r\nX-Tenant: root\r\n\r\n", 0, 400},
+		"a trailer out of nowhere":    {"POST /docs/a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Tenant: root\r\n\r\n", 1, 200},
 		"a chunk without an end":      {"POST /docs/a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\nabc", 1, -1},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"github.com/signet-id/signet/jwtauth"
 	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/policy/source"
 )
@@ -38,6 +39,7 @@ type identity struct {
 
 	mu          sync.Mutex
 	subscribers map[chan struct{}]struct{}
+	caches      map[spiffeid.ID]*jwtauth.Cache
 }
 
 // A policySource has the policies of the moment; a source.Source is one.

@@ -1,9 +1,12 @@
 package proxy
 
 import (
+	"bufio"
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -91,6 +94,63 @@ func TestLiveHTTP(t *testing.T) {
 			t.Errorf("h2 %v: the answer came to an orderly end", h2)
 		}
 		resp.Body.Close()
+	}
+}
+
+// TestLiveRequest: an answer under way ends when its own request would be denied, although others of its connection would not be. A
+// WebSocket is such an answer.
+func TestLiveRequest(t *testing.T) {
+	w := newWorld(t, httpPolicy)
+	backend := listen(t, "tcp", "127.0.0.1:0", func(c net.Conn) {
+		r, err := http.ReadRequest(bufio.NewReader(c))
+		switch {
+		case err != nil:
+			return
+		case r.Header.Get("Upgrade") != "":
+			_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nx")
+		default:
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\nx") // and more, until it ends
+		}
+		_, _ = io.Copy(io.Discard, c)
+	})
+	p := w.start(t, inboundConfig("http", backend.Addr().String()))
+	narrower := strings.Replace(httpPolicy, "/docs/", "/other/", 1)
+	if narrower == httpPolicy {
+		t.Fatal("the policy has no rule for /docs")
+	}
+	for _, h2 := range []bool{false, true} {
+		w.apply(t, httpPolicy)
+		resp, err := w.client(t, "/caller", h2).Get("https://" + p.in() + "/docs/a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(resp.Body, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		p.apply(t, w, compiled(t, w, narrower))
+		if _, err := io.ReadAll(resp.Body); err == nil {
+			t.Errorf("h2 %v: the answer came to an orderly end", h2)
+		}
+		resp.Body.Close()
+	}
+
+	w.apply(t, httpPolicy)
+	conn := dialTLS(t, p.in(), w.caller(t, "/caller"))
+	if _, err := io.WriteString(conn, "GET /docs/ws HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("%v, %v", resp, err)
+	}
+	if _, err := r.ReadByte(); err != nil {
+		t.Fatal(err)
+	}
+	p.apply(t, w, compiled(t, w, narrower))
+	var late net.Error
+	if _, err := io.ReadAll(r); errors.As(err, &late) && late.Timeout() {
+		t.Error("the WebSocket goes on")
 	}
 }
 

@@ -195,6 +195,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	// Connections outlive ctx while they drain.
 	hard, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
+	defer p.id.closeTokens()
 	g, ctx := errgroup.WithContext(ctx)
 	if p.id.addr != "" {
 		g.Go(func() error { return p.id.run(hard) })

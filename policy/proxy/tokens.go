@@ -5,17 +5,44 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+
+	"github.com/signet-id/signet/jwtauth"
 )
 
-// token returns a JWT-SVID for an audience. The agent keeps them and renews them ahead, so that it is asked each time.
-func (i *identity) token(ctx context.Context, id spiffeid.ID, audience string) (string, error) {
+// FetchJWTSVID is jwtauth.Fetcher's.
+func (i *identity) FetchJWTSVID(ctx context.Context, p jwtsvid.Params) (*jwtsvid.SVID, error) {
 	client := i.client.Load()
 	if client == nil {
-		return "", errNoAgent
+		return nil, errNoAgent
 	}
-	svid, err := client.FetchJWTSVID(ctx, jwtsvid.Params{Subject: id, Audience: audience})
+	return client.FetchJWTSVID(ctx, p)
+}
+
+// tokens returns the cache of the JWT-SVIDs of one SPIFFE ID; of the default one if the ID is zero. There is one for each ID
+// that outbound listeners have named since the start.
+func (i *identity) tokens(id spiffeid.ID) (*jwtauth.Cache, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if c := i.caches[id]; c != nil {
+		return c, nil
+	}
+	c, err := jwtauth.New(jwtauth.Config{Fetcher: i, Subject: id, Log: i.log, Now: i.now})
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	return svid.Marshal(), nil
+	if i.caches == nil {
+		i.caches = make(map[spiffeid.ID]*jwtauth.Cache)
+	}
+	i.caches[id] = c
+	return c, nil
+}
+
+// closeTokens ends the renewal of tokens. No request is under way any more.
+func (i *identity) closeTokens() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for _, c := range i.caches {
+		_ = c.Close() // it never fails
+	}
+	i.caches = nil
 }
