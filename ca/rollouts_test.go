@@ -48,6 +48,7 @@ func TestADenialThatAnAgentReportsRollsBack(t *testing.T) {
 		}
 	}
 	has("/new")
+	pushed := hello(t, a, "", 0)
 	now := time.Now().UnixNano()
 	if _, err := nodev1.NewNodeClient(a.conn).ReportObservations(t.Context(), &nodev1.ReportObservationsRequest{Observations: []*policyv1.Observation{{
 		First: now, Last: now, Count: 1, Service: "spiffe://example.org/web", Peer: "spiffe://example.org/old", Protocol: policyv1.CallProtocol_CALL_PROTOCOL_TLS,
@@ -57,23 +58,21 @@ func TestADenialThatAnAgentReportsRollsBack(t *testing.T) {
 	if st := h.ca.observations.Stats(); st.Accepted != 1 {
 		t.Fatalf("%+v", st)
 	}
-	deadline := time.After(30 * time.Second)
-	for {
-		o, err := rollouts.ListRollouts(t.Context(), &adminv1.ListRolloutsRequest{Name: "v2"})
+	for { // going back is pushed to the agent
+		m, err := pushed.Recv()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if o.Rollouts[0].State == "rolled_back" {
-			if o.Rollouts[0].Denials != 1 || !strings.Contains(o.Rollouts[0].Reason, "1 calls were denied") {
-				t.Errorf("%v", o.Rollouts[0])
-			}
+		if len(m.Policies) == 1 && m.Policies[0].Rules[0].From[0] == "spiffe://example.org/old" {
 			break
 		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-deadline:
-			t.Fatalf("it goes on: %v", o.Rollouts[0])
-		}
+	}
+	o, err := rollouts.ListRollouts(t.Context(), &adminv1.ListRolloutsRequest{Name: "v2"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := o.Rollouts[0]; r.State != "rolled_back" || r.Denials != 1 || !strings.Contains(r.Reason, "1 calls were denied") {
+		t.Errorf("%v", r)
 	}
 	has("/old")
 	if len(h.audit("rollout.rollback")) != 1 {
