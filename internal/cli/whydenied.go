@@ -21,13 +21,12 @@ import (
 
 // whyDenied is what the flags of why-denied ask for.
 type whyDenied struct {
-	id                    string
-	service, peer, since  string
-	last                  int
-	agentSocket           string
-	agentOnly             bool
-	sinceMoment           *timestamppb.Timestamp
-	servicePath, peerPath string
+	id                   string
+	service, peer, since string
+	last                 int
+	agentSocket          string
+	agentOnly            bool
+	sinceMoment          *timestamppb.Timestamp
 }
 
 // maxLast bounds --last.
