@@ -182,6 +182,11 @@ func (r *Revocations) X509SVID(leaf *x509.Certificate) (name string, found bool)
 	if spec := r.authorities[hex.EncodeToString(leaf.AuthorityKeyId)]; len(leaf.AuthorityKeyId) > 0 && spec != nil {
 		return spec.GetName(), true
 	}
+	if len(leaf.AuthorityKeyId) == 0 && id.TrustDomain().Name() == r.td {
+		for _, spec := range r.authorities { // who stole an authority's key can leave its identifier out; CAs never do
+			return spec.GetName(), true
+		}
+	}
 	if id.TrustDomain().Name() != r.td || leaf.SerialNumber == nil || leaf.SerialNumber.Sign() <= 0 || leaf.SerialNumber.BitLen() > 8*maxSerial {
 		return "", false
 	}

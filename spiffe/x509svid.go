@@ -1,6 +1,7 @@
 package spiffe
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -129,6 +130,12 @@ func VerifyX509SVID(chain []*x509.Certificate, bundles x509bundle.Source, o X509
 			row = "SVID-01"
 		}
 		return fail(broken(row, "X509-SVID of %q: %w", id, err))
+	}
+	// Revocations of an authority go by the identifier in what it signed: whoever stole its key must not write another one there.
+	for _, c := range chains {
+		if len(c) > 1 && len(leaf.AuthorityKeyId) > 0 && len(c[1].SubjectKeyId) > 0 && !bytes.Equal(leaf.AuthorityKeyId, c[1].SubjectKeyId) {
+			return fail(broken("X509-40", "X509-SVID of %q says that authority %x signed it, but %x did", id, leaf.AuthorityKeyId, c[1].SubjectKeyId))
+		}
 	}
 	return id, chains, nil
 }

@@ -267,9 +267,9 @@ func (r *Registry) RevokedSerials(serials ...string) (name string, revoked bool)
 		if !ok {
 			continue
 		}
-		// Any certificate of the trust domain does; its ID is one that nobody can have.
+		// Any certificate of the trust domain does; its ID is one that nobody can have, and so is its authority.
 		leaf := &x509.Certificate{SerialNumber: n, NotBefore: r.c.Now(), URIs: []*url.URL{mustID(r.c.TrustDomain, nodesPathPrefix+"any").URL()},
-			Raw: []byte{0}, KeyUsage: x509.KeyUsageDigitalSignature, BasicConstraintsValid: true}
+			Raw: []byte{0}, KeyUsage: x509.KeyUsageDigitalSignature, BasicConstraintsValid: true, AuthorityKeyId: []byte{0}}
 		if name, found := r.ix.revocations.each(false, func(p *policy.Revocations) (string, bool) { return p.X509SVID(leaf) }); found {
 			return name, true
 		}
