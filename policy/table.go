@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"strconv"
 	"strings"
 
@@ -88,7 +89,7 @@ type caseDoc struct {
 type caseToken struct {
 	Audience texts `yaml:"audience" required:"true" desc:"Audiences of the token."`
 	Subject  text  `yaml:"subject" desc:"Its subject; absent: the caller."`
-	Claims   text  `yaml:"claims" desc:"Its claims, as a JSON object in a text."`
+	Claims   text  `yaml:"claims" desc:"Its claims beside sub and aud, as a JSON object in a text."`
 }
 
 type caseUser struct {
@@ -195,6 +196,7 @@ func (p *parser) testCase(i int, doc strictyaml.Located[caseDoc]) TestCase {
 		for _, a := range p.filled("audience", d.JWT.Value.Audience) {
 			r.Token.Audience = append(r.Token.Audience, a.Value)
 		}
+		r.Token.Claims = StandardClaims(r.Token)
 	}
 	if d.Rule.Line != 0 {
 		policy, line, found := strings.Cut(d.Rule.Value, ":")
@@ -231,6 +233,17 @@ func (p *parser) claims(t text) map[string]any {
 	if err != nil {
 		p.fail(t, "%v", err)
 	}
+	return claims
+}
+
+// StandardClaims are the claims of a token that somebody wrote down for trying out, and those that every JWT-SVID has.
+func StandardClaims(t *Token) map[string]any {
+	audience := make([]any, len(t.Audience))
+	for i, a := range t.Audience {
+		audience[i] = a
+	}
+	claims := map[string]any{"sub": t.ID.String(), "aud": audience}
+	maps.Copy(claims, t.Claims)
 	return claims
 }
 

@@ -180,10 +180,13 @@ func (k call) conditions(r *policy.Request) error {
 	}
 	r.Headers = headers
 	var err error
-	if r.Token != nil && k.claims != "" {
-		if r.Token.Claims, err = policy.ParseClaims(k.claims); err != nil {
-			return usagef("--claims: %w", err)
+	if r.Token != nil {
+		if k.claims != "" {
+			if r.Token.Claims, err = policy.ParseClaims(k.claims); err != nil {
+				return usagef("--claims: %w", err)
+			}
 		}
+		r.Token.Claims = policy.StandardClaims(r.Token)
 	}
 	if k.user != "" {
 		r.User = &policy.User{Issuer: k.user}

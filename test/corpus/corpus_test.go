@@ -38,6 +38,12 @@ func isGRPC(c *policy.TestCase) bool {
 		strings.HasPrefix(c.Request.ContentTypes[0], "application/grpc") && !strings.HasPrefix(c.Request.ContentTypes[0], "application/grpc-")
 }
 
+// The points that are no program: the package alone, and an interpreter of filters for Envoy.
+const (
+	purePoint = "package policy"
+	rbacPoint = "Envoy's RBAC"
+)
+
 // leastCases is how many decisions every enforcement point has to agree on.
 const leastCases = 500
 
@@ -52,7 +58,13 @@ func TestEveryPointAgrees(t *testing.T) {
 			services = append(services, c.Request.Service)
 		}
 	}
-	f := start(t, documents, services)
+	hints := map[spiffeid.ID]string{}
+	for _, c := range cases {
+		if c.Hint != "" {
+			hints[c.Request.Peer] = c.Hint
+		}
+	}
+	f := start(t, documents, services, hints)
 	made := map[string]int{}
 	service := &backend{}
 	for _, p := range f.points(t, services, service) {
@@ -83,7 +95,7 @@ func TestEveryPointAgrees(t *testing.T) {
 }
 
 func (f *fleet) points(t *testing.T, services []spiffeid.ID, service *backend) []point {
-	points := []point{{"package policy", func(*policy.TestCase) bool { return true }, func(_ *testing.T, c *policy.TestCase) answer {
+	points := []point{{purePoint, func(*policy.TestCase) bool { return true }, func(_ *testing.T, c *policy.TestCase) answer {
 		d := f.policies.Policies().Decide(&c.Request)
 		return answer{allowed: d.Allowed, what: d.Reason.String()}
 	}}}

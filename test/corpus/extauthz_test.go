@@ -39,7 +39,7 @@ func (f *fleet) envoy(t *testing.T) []point {
 		return answer{allowed: reply.Passed, what: reply.Body}
 	}
 	return []point{
-		{"Envoy's RBAC", f.saidByRBAC(t), f.rbac},
+		{rbacPoint, f.saidByRBAC(t), f.rbac},
 		{"ext_authz for HTTP", isHTTP, func(t *testing.T, c *policy.TestCase) answer { return ask(t, c, true) }},
 		{"ext_authz for HTTP with joined headers", isHTTP, func(t *testing.T, c *policy.TestCase) answer { return ask(t, c, false) }},
 		{"ext_authz for TCP", isTLS, func(t *testing.T, c *policy.TestCase) answer { return ask(t, c, false) }},

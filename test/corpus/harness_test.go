@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -23,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
@@ -51,13 +53,15 @@ type fleet struct {
 	tokens   *workloadapi.JWTSource
 	policies *source.Source
 
+	login jose.Signer // of users' tokens
+
 	mu    sync.Mutex
 	certs map[spiffeid.ID]*tls.Certificate
 	jwts  map[string]string
 }
 
-// start brings a fleet up for the services of the cases.
-func start(t *testing.T, documents string, services []spiffeid.ID) *fleet {
+// start brings a fleet up for the services of the cases, with registration entries for callers that have hints.
+func start(t *testing.T, documents string, services []spiffeid.ID, hints map[spiffeid.ID]string) *fleet {
 	t.Helper()
 	f := &fleet{Signet: signettest.Start(t, signettest.Config{}), certs: map[spiffeid.ID]*tls.Certificate{}, jwts: map[string]string{}}
 	f.partner = signettest.Start(t, signettest.Config{TrustDomain: partner})
@@ -68,10 +72,14 @@ func start(t *testing.T, documents string, services []spiffeid.ID) *fleet {
 	if _, err := bundlev1.NewBundleClient(f.AdminConn()).BatchSetFederatedBundle(t.Context(), &bundlev1.BatchSetFederatedBundleRequest{Bundle: []*types.Bundle{foreign}}); err != nil {
 		t.Fatal(err)
 	}
+	f.Apply(f.userIssuer(t))
 	f.Apply(documents)
 	var identities strings.Builder
+	for i, id := range slices.SortedFunc(maps.Keys(hints), func(a, b spiffeid.ID) int { return strings.Compare(a.String(), b.String()) }) {
+		fmt.Fprintf(&identities, "kind: Identity\nname: h%d\nspiffeID: %s\nmatch: [unix:path:/nowhere]\nhint: %s\n---\n", i, id, hints[id])
+	}
 	for i, id := range services {
-		fmt.Fprintf(&identities, "kind: Identity\nname: s%d\nspiffeID: %s\nmatch: [unix:uid:%d]\nfederatesWith: [%s]\n---\n", i, id, os.Getuid(), partner)
+		fmt.Fprintf(&identities, "kind: Identity\nname: s%d\nspiffeID: %s\nmatch: [unix:uid:%d]\nfederatesWith: [%s]\njwtIncludeJTI: true\n---\n", i, id, os.Getuid(), partner)
 	}
 	revision := f.Apply(identities.String())
 	ctx, cancel := context.WithTimeout(t.Context(), within)
@@ -138,7 +146,7 @@ func (f *fleet) jwt(t *testing.T, token *policy.Token) string {
 	t.Helper()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	key := token.ID.String() + " " + strings.Join(token.Audience, " ")
+	key := tokenKey(token)
 	if s := f.jwts[key]; s != "" {
 		return s
 	}
@@ -149,6 +157,10 @@ func (f *fleet) jwt(t *testing.T, token *policy.Token) string {
 	}
 	f.jwts[key] = answer.GetSvid().GetToken()
 	return f.jwts[key]
+}
+
+func tokenKey(token *policy.Token) string {
+	return token.ID.String() + " " + strings.Join(token.Audience, " ")
 }
 
 // client is the TLS side of a caller. Whom it calls is of no interest here.
@@ -177,7 +189,50 @@ func (f *fleet) fields(t *testing.T, c *policy.TestCase) []field {
 	if c.Request.Token != nil {
 		out = append(out, field{"authorization", "Bearer " + f.jwt(t, c.Request.Token)})
 	}
+	if c.Request.User != nil {
+		out = append(out, field{"x-user-token", f.userToken(t, c.Request.User)})
+	}
 	return out
+}
+
+// userIssuer makes the key of an issuer of users' tokens, and returns its document.
+func (f *fleet) userIssuer(t *testing.T) string {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "one", Algorithm: "ES256", Use: "sig"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f.login, err = jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: "one"}}, (&jose.SignerOptions{}).WithType("JWT")); err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("kind: UserIssuer\nname: login\nissuer: https://login.example.com\naudience: [corpus]\nheader: X-User-Token\njwks: '%s'\n", keys)
+}
+
+// userToken signs what the case says of its user.
+func (f *fleet) userToken(t *testing.T, u *policy.User) string {
+	t.Helper()
+	claims := maps.Clone(u.Claims)
+	if claims == nil {
+		claims = map[string]any{}
+	}
+	claims["iss"], claims["aud"], claims["sub"], claims["exp"] = u.Issuer, "corpus", "somebody", time.Now().Add(time.Hour).Unix()
+	payload, err := json.Marshal(claims)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, err := f.login.Sign(payload)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := signed.CompactSerialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return token
 }
 
 // An answer is what a caller gets of an enforcement point.
