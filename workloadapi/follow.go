@@ -152,6 +152,10 @@ type Stream struct {
 	// Again, if not nil, has the newest update rendered once more: the client has asked for something else meanwhile.
 	// One slot is enough.
 	Again <-chan struct{}
+
+	// Ask, if not nil, takes in what the client has asked for since it was last called. It is called when Again says so, and
+	// before the subject is looked at, so that no request is answered by a look from before it. An error ends the stream.
+	Ask func() error
 }
 
 // clientLimit is what gRPC's clients take in one message unless they are told otherwise.
@@ -315,11 +319,21 @@ func (f *follower) wait(ctx context.Context, updates <-chan Update) (due bool, e
 		f.calm()
 		return true, nil
 	case <-f.Again:
+		if err := f.ask(); err != nil {
+			return false, err
+		}
 		if f.known {
 			f.calm()
 		}
 		return f.known, nil
 	}
+}
+
+func (f *follower) ask() error {
+	if f.Ask == nil {
+		return nil
+	}
+	return f.Ask()
 }
 
 // take takes an update, and says whether it is due at once.
@@ -381,7 +395,10 @@ func (f *follower) push(ctx context.Context, updates <-chan Update) (err error) 
 
 // send sends u, or what has come after it meanwhile, if the client does not have it already. It returns what it took.
 func (f *follower) send(ctx context.Context, u Update, updates <-chan Update) (Update, error) {
-	// The order matters: first the subject, then the newest word on what it may have, then the message.
+	// The order matters: first what is asked for, then the subject, then the newest word on what it may have, then the message.
+	if err := f.ask(); err != nil {
+		return u, err
+	}
 	if err := f.subject.Check(ctx, f.caller); err != nil {
 		return u, err
 	}

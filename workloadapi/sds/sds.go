@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
-	"sync"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
@@ -142,12 +141,15 @@ type protocol[Req, Resp any] interface {
 	client() node
 }
 
-// follow serves a stream until it ends. One goroutine takes in requests, another one pushes; each waits for nobody but
-// the network, and the last word of both counts.
+// maxAsked is how many requests of a stream wait until they are looked at; then the client waits.
+const maxAsked = 16
+
+// follow serves a stream until it ends. One goroutine receives requests, another one takes them in and pushes; each waits for
+// nobody but the network, and the last word of both counts.
 func follow[Req, Resp any](s *service, ss grpc.BidiStreamingServer[Req, Resp], method string, p protocol[Req, Resp]) error {
 	ctx, end := context.WithCancelCause(ss.Context())
 	defer end(nil)
-	var mu sync.Mutex // guards p
+	asked := make(chan *Req, maxAsked)
 	again := make(chan struct{}, 1)
 
 	// It ends with the stream's context, which the return of this function cancels.
@@ -158,15 +160,10 @@ func follow[Req, Resp any](s *service, ss grpc.BidiStreamingServer[Req, Resp], m
 				end(err)
 				return
 			}
-			mu.Lock()
-			refused, err := p.request(req)
-			mu.Unlock()
-			if err != nil {
-				end(err)
+			select {
+			case asked <- req:
+			case <-ctx.Done():
 				return
-			}
-			if refused != nil {
-				s.rejections.note(ctx, method, *refused)
 			}
 			select {
 			case again <- struct{}{}:
@@ -179,9 +176,24 @@ func follow[Req, Resp any](s *service, ss grpc.BidiStreamingServer[Req, Resp], m
 		Method: method,
 		Spread: true,
 		Again:  again,
+		Ask: func() error {
+			for range maxAsked { // whatever comes meanwhile says so anew
+				select {
+				case req := <-asked:
+					refused, err := p.request(req)
+					if err != nil {
+						return err
+					}
+					if refused != nil {
+						s.rejections.note(ctx, method, *refused)
+					}
+				default:
+					return nil
+				}
+			}
+			return nil
+		},
 		Render: func(u workloadapi.Update) (workloadapi.Message, error) {
-			mu.Lock()
-			defer mu.Unlock()
 			resp, err := p.respond(s.offer(u, p.client()))
 			if err != nil || resp == nil {
 				return workloadapi.Message{}, err
