@@ -125,13 +125,20 @@ func (r rules) decides(ctx context.Context, t *testing.T, s *signettest.Signet, 
 
 func caller(service, rule int) string { return fmt.Sprintf("/callers/of-s%d/c%d", service, rule) }
 
-// applyAll applies the rules from one file.
+// oneCall is about how many bytes of documents one call of signet apply gets; it takes 16 MiB.
+const oneCall = 12 << 20
+
+// applyAll applies the rules, in as many calls as they need.
 func (r rules) applyAll(t *testing.T, s *signettest.Signet) {
 	t.Helper()
 	var b bytes.Buffer
 	for i := range r.services {
 		for n := range r.perService {
 			if n%r.perDocument == 0 {
+				if b.Len() > oneCall {
+					apply(t, s, b.Bytes())
+					b.Reset()
+				}
 				fmt.Fprintf(&b, "---\nkind: CallPolicy\nname: s%d-%d\nservice: /services/s%d\nallow:\n", i, n/r.perDocument, i)
 			}
 			fmt.Fprintf(&b, "  - from: [%s]\n", caller(i, n))
