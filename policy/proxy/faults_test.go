@@ -227,8 +227,10 @@ func TestSlowBackend(t *testing.T) {
 	}()
 	// It is held up once no byte has moved for a while.
 	last := int64(-1)
+	look := time.NewTicker(100 * time.Millisecond)
+	defer look.Stop()
 	eventually(t, "the caller is held up", func() bool {
-		time.Sleep(100 * time.Millisecond)
+		<-look.C
 		now := p.inbound[0].relays.passedOn()
 		stood := now == last && now > 0
 		last = now

@@ -223,12 +223,15 @@ func socketPath(t testing.TB) string {
 // eventually waits until a condition holds that another process or goroutine brings about.
 func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.After(patience)
+	look := time.NewTicker(time.Millisecond) // between looks at a state that tells nobody of its changes
+	defer look.Stop()
 	for !holds() {
-		if time.Now().After(deadline) {
+		select {
+		case <-deadline:
 			t.Fatalf("still not: %s", what)
+		case <-look.C:
 		}
-		time.Sleep(time.Millisecond) // between looks at a state that tells nobody of its changes
 	}
 }
 

@@ -200,12 +200,15 @@ func (p *process) waitReady() {
 
 func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.After(patience)
+	look := time.NewTicker(5 * time.Millisecond) // between looks at another process's state
+	defer look.Stop()
 	for !holds() {
-		if time.Now().After(deadline) {
+		select {
+		case <-deadline:
 			t.Fatalf("still not: %s", what)
+		case <-look.C:
 		}
-		time.Sleep(5 * time.Millisecond) // between looks at another process's state
 	}
 }
 
