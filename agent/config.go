@@ -55,7 +55,7 @@ type Config struct {
 	// RegistrationWait is how long a process without an identity is kept waiting, in case its registration entry is just
 	// being made. Default 1s; at most 30s.
 	RegistrationWait time.Duration `yaml:"registration_wait"`
-	// MaxPrefetch is how many X509-SVIDs are kept ready for registration entries that nobody asks for now. Default 1000.
+	// MaxPrefetch is how many X509-SVIDs are kept ready for registration entries that no process asks for. Default 1000.
 	MaxPrefetch int `yaml:"max_prefetch"`
 	// DisablePrefetch keeps none ready.
 	DisablePrefetch bool `yaml:"disable_prefetch"`

@@ -76,7 +76,7 @@ type Keeper interface {
 }
 
 const (
-	// DefaultMaxPrefetch is how many X509-SVIDs are held for entries that nobody asks for now.
+	// DefaultMaxPrefetch is how many X509-SVIDs are held for entries that no process asks for.
 	DefaultMaxPrefetch = 1000
 	// DefaultRegistrationWait is how long a caller without an identity is held, in case its entry is just being made.
 	DefaultRegistrationWait = time.Second
@@ -110,7 +110,7 @@ type Config struct {
 	// WIT signs WIT-SVIDs. Nil: there are none.
 	WIT WITIssuer
 
-	// MaxPrefetch is how many X509-SVIDs are held ready for entries that nobody asks for now; 0 means
+	// MaxPrefetch is how many X509-SVIDs are held ready for entries that no process asks for; 0 means
 	// DefaultMaxPrefetch, less than 0 none.
 	MaxPrefetch int
 

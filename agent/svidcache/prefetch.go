@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// What is kept ready for entries that nobody asks for now has a budget, MaxPrefetch. Those that were used last come first: a
+// What is kept ready for entries that no process asks for has a budget, MaxPrefetch. Those that were used last come first: a
 // process that ran here will run here again. Then come the newest entries: an entry that was made a while ago and never
 // used here belongs to another node's processes, mostly, and one that was just made to a process that is about to start.
 
