@@ -65,6 +65,7 @@ type CA struct {
 	svid     *serverSVID
 
 	upstream *upstreamKeeper // nil without an upstream CA
+	clusters []*kubeCluster
 
 	observations *observations.Observations    // nil: none are taken
 	observers    []func(*policyv1.Observation) // told of each; they must neither block nor change it
@@ -172,6 +173,9 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	}
 	ca.observers = append(ca.observers, ca.noteDenial)
 	if ca.userKeys, err = newUserKeys(ca); err != nil {
+		return ca, err
+	}
+	if err := ca.openKubernetes(); err != nil {
 		return ca, err
 	}
 	ca.makeServers()

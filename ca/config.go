@@ -50,6 +50,8 @@ type Config struct {
 	JWTIssuer string `yaml:"jwt_issuer"`
 	// NodeAttestors says how nodes may prove what they are, besides by join token. Absent: not at all.
 	NodeAttestors NodeAttestors `yaml:"node_attestors"`
+	// Kubernetes says which clusters of Kubernetes the CA watches. Default: none.
+	Kubernetes Kubernetes `yaml:"kubernetes"`
 	// Audit says where the audit log is and how much room it takes.
 	Audit Audit `yaml:"audit"`
 	// Observations says for how long it is known what enforcement points decided.
@@ -325,6 +327,7 @@ func (c *Config) Check() error {
 		bad("crl.validity", "%v is shorter than 24h, for which agents go on without a CA: every X509-SVID would be refused", c.CRL.Validity)
 	}
 	c.NodeAttestors.check(bad)
+	c.Kubernetes.check(bad)
 	c.Keys.check(bad)
 	c.Limits.check(bad)
 	c.Observations.check(bad)

@@ -129,6 +129,11 @@ func (ca *CA) Run(ctx context.Context) error {
 	g.Go(func() error { return ca.poller.Run(gctx) })
 	g.Go(func() error { return ca.userKeys.Run(gctx) })
 	g.Go(func() error { return ca.moveRollouts(gctx) })
+	for _, k := range ca.clusters {
+		for _, part := range k.parts {
+			g.Go(func() error { return part(gctx) })
+		}
+	}
 	if ca.web != nil {
 		g.Go(func() error { return ca.serveMetrics(gctx) })
 	}

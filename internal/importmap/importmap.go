@@ -92,6 +92,14 @@ var neighbours = map[string][]string{
 	"ca/federation": {"ca/registry", "ca/auditlog"},             // keeps bundles in the one, and says so in the other
 	"ca/userkeys":   {"ca/registry", "ca/auditlog", "ca/store"}, // likewise, keys of issuers of user tokens
 	"ca/authority":  {"ca/store", "ca/keys"},
+	// What the CA does in Kubernetes: docs/decisions/0035-kubernetes.md.
+	"ca/kube/pods":           {"ca/registry"},
+	"ca/kube/watch":          {"ca/registry", "ca/auditlog"},
+	"ca/kube/resources":      {"ca/registry", "ca/auditlog", "ca/store"},
+	"ca/kube/spireresources": {"ca/registry", "ca/auditlog", "ca/store"},
+	"ca/kube/publish":        {"ca/authority"},
+	"ca/kube/podcert":        {"ca/registry", "ca/authority", "ca/auditlog"},
+	"ca/kube/inject":         {"ca/authority", "ca/auditlog"},
 	"agent":         {onSocket}, // docs/decisions/0029-ext-authz-on-the-agents-socket.md
 }
 
@@ -135,6 +143,9 @@ var only = []struct {
 	{"github.com/smallstep/pkcs7", []string{"ca/nodeattest/awsiid", "test/cloudtest"}},
 	// What a condition means is said in one place, which makes CEL stricter than it is.
 	{"cel.dev/cel-go/...", []string{"policy"}},
+	// Clusters are watched in one place, which the agent does not link.
+	{"k8s.io/...", []string{"ca/kube/..."}},
+	{"go.etcd.io/etcd/...", []string{"ca/store/etcd"}},
 	{"github.com/spf13/cobra", []string{"internal/cli", "internal/cli/..."}},
 }
 

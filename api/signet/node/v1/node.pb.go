@@ -476,8 +476,11 @@ type FollowResponse struct {
 	UserIssuers []*v1.UserIssuer `protobuf:"bytes,19,rep,name=user_issuers,json=userIssuers,proto3" json:"user_issuers,omitempty"`
 	// By name.
 	RemovedUserIssuers []string `protobuf:"bytes,20,rep,name=removed_user_issuers,json=removedUserIssuers,proto3" json:"removed_user_issuers,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// In the last part of a snapshot: beginnings of entry ids of which the CA does not know yet what there is, since it has not
+	// heard from the cluster that they come from. What the agent holds of them it keeps; another snapshot follows.
+	UnknownEntryPrefixes []string `protobuf:"bytes,21,rep,name=unknown_entry_prefixes,json=unknownEntryPrefixes,proto3" json:"unknown_entry_prefixes,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *FollowResponse) Reset() {
@@ -646,6 +649,13 @@ func (x *FollowResponse) GetUserIssuers() []*v1.UserIssuer {
 func (x *FollowResponse) GetRemovedUserIssuers() []string {
 	if x != nil {
 		return x.RemovedUserIssuers
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetUnknownEntryPrefixes() []string {
+	if x != nil {
+		return x.UnknownEntryPrefixes
 	}
 	return nil
 }
@@ -1601,7 +1611,7 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x12authorities_in_use\x18\x03 \x03(\tR\x10authoritiesInUse\x1a\x16\n" +
 	"\x04Sync\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02idB\t\n" +
-	"\amessage\"\xe0\x06\n" +
+	"\amessage\"\x96\a\n" +
 	"\x0eFollowResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x12\n" +
@@ -1623,7 +1633,8 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x04crls\x18\x11 \x03(\v2\x13.signet.node.v1.CRLR\x04crls\x12!\n" +
 	"\fremoved_crls\x18\x12 \x03(\tR\vremovedCrls\x12?\n" +
 	"\fuser_issuers\x18\x13 \x03(\v2\x1c.signet.policy.v1.UserIssuerR\vuserIssuers\x120\n" +
-	"\x14removed_user_issuers\x18\x14 \x03(\tR\x12removedUserIssuersB\x12\n" +
+	"\x14removed_user_issuers\x18\x14 \x03(\tR\x12removedUserIssuers\x124\n" +
+	"\x16unknown_entry_prefixes\x18\x15 \x03(\tR\x14unknownEntryPrefixesB\x12\n" +
 	"\x10_policy_defaults\"w\n" +
 	"\x03CRL\x12!\n" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x1a\n" +
