@@ -100,7 +100,7 @@ var neighbours = map[string][]string{
 	"ca/kube/publish":        {"ca/authority"},
 	"ca/kube/podcert":        {"ca/registry", "ca/authority", "ca/auditlog"},
 	"ca/kube/inject":         {"ca/authority", "ca/auditlog"},
-	"agent":         {onSocket}, // docs/decisions/0029-ext-authz-on-the-agents-socket.md
+	"agent":                  {onSocket}, // docs/decisions/0029-ext-authz-on-the-agents-socket.md
 }
 
 // composers may hold both sides of the wire in one program.
