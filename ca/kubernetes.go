@@ -21,6 +21,9 @@ type kubeCluster struct {
 // keeps no CA from starting.
 func (ca *CA) openKubernetes() error {
 	var errs []error
+	if len(ca.c.Kubernetes.Clusters) > 0 {
+		kube.LogTo(ca.log)
+	}
 	for _, name := range slices.Sorted(maps.Keys(ca.c.Kubernetes.Clusters)) {
 		c := ca.c.Kubernetes.Clusters[name]
 		client, err := kube.Open(name, c.Kubeconfig)

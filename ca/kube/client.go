@@ -7,12 +7,15 @@ package kube
 import (
 	"errors"
 	"fmt"
-	"time"
+	"net/http"
 
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/util/flowcontrol"
 
 	"github.com/signet-id/signet/internal/version"
 )
@@ -21,7 +24,6 @@ import (
 const (
 	requestsPerSecond = 50
 	requestBurst      = 200
-	requestTimeout    = 30 * time.Second
 )
 
 // A Client reaches one cluster. It is safe for concurrent use.
@@ -31,7 +33,14 @@ type Client struct {
 	// Typed knows the API of Kubernetes itself, Dynamic any resource.
 	Typed   kubernetes.Interface
 	Dynamic dynamic.Interface
+	// Metadata knows the metadata of any resource, and nothing else of it.
+	Metadata metadata.Interface
+
+	guard *guard
 }
+
+// Requests returns how much was asked of the API server until now.
+func (c *Client) Requests() Requests { return c.guard.requests() }
 
 // Open makes a client from a kubeconfig file, or, without one, as a pod of the cluster does. It makes no request.
 // Tokens and certificates that are files are read again when they change.
@@ -41,16 +50,29 @@ func Open(cluster, kubeconfig string) (*Client, error) {
 		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
 	}
 	c.UserAgent = "signet-ca/" + version.String()
-	c.QPS, c.Burst, c.Timeout = requestsPerSecond, requestBurst, requestTimeout
-	typed, err := kubernetes.NewForConfig(c)
+	c.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(requestsPerSecond, requestBurst)
+	g := &guard{timeout: requestTimeout, silence: watchSilence, limit: maxResponseBytes}
+	c.Wrap(func(next http.RoundTripper) http.RoundTripper {
+		g.next = next
+		return g
+	})
+	h, err := rest.HTTPClientFor(c)
 	if err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
 	}
-	dyn, err := dynamic.NewForConfig(c)
-	if err != nil {
+	client := &Client{Cluster: cluster, guard: g}
+	binary := rest.CopyConfig(c) // what protobuf has no words for is JSON
+	binary.ContentType, binary.AcceptContentTypes = runtime.ContentTypeProtobuf, runtime.ContentTypeProtobuf+","+runtime.ContentTypeJSON
+	if client.Typed, err = kubernetes.NewForConfigAndClient(binary, h); err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
 	}
-	return &Client{Cluster: cluster, Typed: typed, Dynamic: dyn}, nil
+	if client.Dynamic, err = dynamic.NewForConfigAndClient(c, h); err != nil {
+		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
+	}
+	if client.Metadata, err = metadata.NewForConfigAndClient(c, h); err != nil {
+		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
+	}
+	return client, nil
 }
 
 func load(kubeconfig string) (*rest.Config, error) {

@@ -1,0 +1,137 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// open returns a client of an API server that answers as h does.
+func open(t *testing.T, h http.HandlerFunc) *Client {
+	t.Helper()
+	srv := httptest.NewServer(h)
+	t.Cleanup(srv.CloseClientConnections)
+	t.Cleanup(srv.Close)
+	file := filepath.Join(t.TempDir(), "kubeconfig")
+	text := "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{name: x, context: {cluster: x, user: x}}]\nusers: [{name: x, user: {token: very-secret}}]\nclusters: [{name: x, cluster: {server: \"" + srv.URL + "\"}}]\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Open("prod", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// until keeps a handler from returning before its request is given up.
+func until(w http.ResponseWriter, r *http.Request) {
+	w.(http.Flusher).Flush()
+	<-r.Context().Done()
+}
+
+func TestAnswersAreBounded(t *testing.T) {
+	for name, tt := range map[string]struct {
+		handler http.HandlerFunc
+		want    error
+	}{
+		"no answer":      {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, errSlow},
+		"half an answer": {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, `{"kind":"Node`); until(w, r) }, errSlow},
+		"gigabytes": {func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			io.WriteString(w, `{"kind":"NodeList","apiVersion":"v1","metadata":{"continue":"`)
+			for chunk := strings.Repeat("x", 1<<16); ; {
+				if _, err := io.WriteString(w, chunk); err != nil {
+					return
+				}
+			}
+		}, errLarge},
+		"gigabytes of an error": {func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(http.StatusForbidden)
+			for chunk := strings.Repeat("x", 1<<16); ; {
+				if _, err := io.WriteString(w, chunk); err != nil {
+					return
+				}
+			}
+		}, errLarge},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := open(t, tt.handler)
+			c.guard.timeout, c.guard.limit = 300*time.Millisecond, 1<<20
+			if errors.Is(tt.want, errLarge) {
+				c.guard.timeout = time.Minute
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			_, err := c.Typed.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+			if err == nil || !strings.Contains(err.Error(), tt.want.Error()) {
+				t.Errorf("got %v, want %v", err, tt.want)
+			}
+			if err != nil && strings.Contains(err.Error(), "very-secret") {
+				t.Error("the error holds the token")
+			}
+		})
+	}
+}
+
+// A watch outlives the bound of a request for as long as it says something, and ends when it does not.
+func TestWatchLivesByWhatItSays(t *testing.T) {
+	const bookmarks = 6
+	c := open(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		for range bookmarks {
+			io.WriteString(w, `{"type":"BOOKMARK","object":{"kind":"Node","apiVersion":"v1","metadata":{"resourceVersion":"7"}}}`+"\n")
+			w.(http.Flusher).Flush()
+			select {
+			case <-time.After(100 * time.Millisecond):
+			case <-r.Context().Done():
+				return
+			}
+		}
+		until(w, r) // the connection is there, and that is all
+	})
+	c.guard.timeout, c.guard.silence = 250*time.Millisecond, 400*time.Millisecond
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	w, err := c.Typed.CoreV1().Nodes().Watch(ctx, metav1.ListOptions{Watch: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Stop()
+	got := 0
+	for e := range w.ResultChan() {
+		if e.Type != "BOOKMARK" {
+			t.Errorf("event %v", e)
+		}
+		got++
+	}
+	if got != bookmarks || ctx.Err() != nil {
+		t.Errorf("%d bookmarks, want %d; ended by the test's own bound: %v", got, bookmarks, ctx.Err())
+	}
+	if r := c.Requests(); r.Watches != 1 || r.Reads != 0 || r.Writes != 0 {
+		t.Errorf("counted %+v", r)
+	}
+}
+
+// All clients of a cluster are bounded and counted together.
+func TestEveryClientIsCounted(t *testing.T) {
+	c := open(t, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNotFound) })
+	ctx := t.Context()
+	gvr := metav1.SchemeGroupVersion.WithResource("things")
+	_, _ = c.Typed.CoreV1().Nodes().Get(ctx, "a", metav1.GetOptions{})
+	_, _ = c.Dynamic.Resource(gvr).Get(ctx, "a", metav1.GetOptions{})
+	_, _ = c.Metadata.Resource(gvr).Get(ctx, "a", metav1.GetOptions{})
+	_ = c.Typed.CoreV1().Nodes().Delete(ctx, "a", metav1.DeleteOptions{})
+	if r := c.Requests(); r.Reads != 3 || r.Writes != 1 {
+		t.Errorf("counted %+v, want 3 reads and a write", r)
+	}
+}
