@@ -60,7 +60,14 @@ type Entry struct {
 	// Identity is the document that the entry stands for, if an operator wrote one.
 	Identity *Document
 
-	// Revision is the store revision of the last change; 0 in an entry that has not been stored.
+	// Pod is set in an entry that a rule made for a pod, which is not stored. BesideEntries lets it have the SPIFFE ID of
+	// registered entries that no Identity made.
+	Pod           *Pod
+	Rule          string
+	BesideEntries bool
+
+	// Revision is the store revision of the last change; 0 in an entry that has not been stored. Of an entry of a pod it is
+	// the revision of its rule.
 	Revision store.Revision
 }
 
@@ -177,6 +184,9 @@ func sortedSelectors(ss []spiffe.Selector) []spiffe.Selector {
 func (e *Entry) validate(td spiffeid.TrustDomain) error {
 	if err := e.ID.Check(); err != nil {
 		return err
+	}
+	if e.Pod == nil && strings.HasPrefix(string(e.ID), podEntryPrefix) {
+		return invalid("id", string(e.ID), "IDs that begin with %s are those of pods, which nobody registers", podEntryPrefix)
 	}
 	if err := checkWorkloadID(td, "spiffe_id", e.SPIFFEID); err != nil {
 		return err

@@ -37,6 +37,8 @@ type Delta struct {
 	OwnBundle       bool                   // the own trust domain's bundle must be sent
 	Bundles         []*Bundle
 	RemovedBundles  []spiffeid.TrustDomain
+	// UnknownPrefixes, in a snapshot, begin the IDs of entries of which it is not known what there is.
+	UnknownPrefixes []string
 	// Every agent gets all revocations.
 	Revocations        []*policyv1.Revocation
 	RemovedRevocations []string
@@ -67,6 +69,7 @@ type held struct {
 	feds      map[spiffeid.TrustDomain]int
 	entries   map[EntryID]*Entry
 	removed   []removal
+	unknown   bool // the snapshot said that it does not know all
 	defaults  policyv1.DefaultsMode
 	defSentAt store.Revision
 	ownSentAt store.Revision
@@ -119,6 +122,7 @@ type Follower struct {
 	own     bool
 	node    bool
 	revoked bool
+	known   bool // the pods of a cluster are known now
 }
 
 // Follow begins to follow for an agent that holds revision rev of epoch; rev 0, or a revision that the history does
@@ -131,12 +135,17 @@ func (r *Registry) Follow(agent spiffeid.ID, rev store.Revision, sameEpoch bool)
 	roots := r.ix.roots(r.c.TrustDomain, agent, r.c.Now())
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
+	_, onPodNode := podNode(r.ix.nodes[agent])
 	r.mu.RUnlock()
 	now := r.c.Now()
 	for id, h := range fs.kept {
 		if !h.detached.IsZero() && now.Sub(h.detached).Abs() > keepDetached {
 			delete(fs.kept, id)
 		}
+	}
+	if onPodNode {
+		// What a node's pods are is not said by a revision, so that nothing says what it was sent by another replica.
+		delete(fs.kept, agent)
 	}
 	if h := fs.kept[agent]; h != nil && sameEpoch && rev > 0 && !h.detached.IsZero() && h.since <= rev && rev <= h.at {
 		h.detached = time.Time{}
@@ -224,6 +233,16 @@ func (r *Registry) OwnBundleChanged() {
 	}
 }
 
+// markKnown tells all that the pods of a cluster are known now.
+func (fs *followers) markKnown() {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	for f := range fs.active {
+		f.known = true
+		f.signal()
+	}
+}
+
 func (fs *followers) markAll() {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
@@ -239,6 +258,12 @@ func (fs *followers) mark(ix *index, ch *changes) {
 	defer fs.mu.Unlock()
 	for _, id := range ch.nodes {
 		for f := range fs.byAgent[id] {
+			f.node = true
+			f.signal()
+		}
+	}
+	for _, id := range ch.podNodes {
+		for f := range fs.byRoot[id] {
 			f.node = true
 			f.signal()
 		}
@@ -263,7 +288,7 @@ func (fs *followers) mark(ix *index, ch *changes) {
 				continue
 			}
 			// An entry that others descend from moves them all, also those that left in the same batch.
-			moves := len(ix.byParent[e.SPIFFEID]) > 0 || parents[e.SPIFFEID]
+			moves := e.Pod == nil && (len(ix.byParent[e.SPIFFEID]) > 0 || parents[e.SPIFFEID])
 			for up := range ix.ascend(e, time.Time{}) {
 				for f := range fs.byRoot[up] {
 					if f.full = f.full || moves || len(f.dirty) >= maxDirty; !f.full {
@@ -301,11 +326,13 @@ func (fs *followers) mark(ix *index, ch *changes) {
 func (f *Follower) take() (m struct {
 	dirty                                     map[EntryID]struct{}
 	full, policy, bundles, own, node, revoked bool
+	known                                     bool
 }) {
 	fs := &f.r.follow
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	m.dirty, m.full, m.policy, m.bundles, m.own, m.node, m.revoked = f.dirty, f.full, f.policy, f.bundles, f.own, f.node, f.revoked
+	m.known, f.known = f.known, false
 	f.dirty, f.full, f.policy, f.bundles, f.own, f.node, f.revoked = nil, false, false, false, false, false, false
 	return m
 }
@@ -323,10 +350,15 @@ func (f *Follower) Next(force bool) *Delta {
 	if h != nil && h.revokedAt < ix.revocations.since {
 		h = nil // more was revoked since than is remembered as changes
 	}
+	if m.known && h != nil && h.unknown {
+		h = nil // now what the agent has kept for want of knowledge can be told from what there is
+	}
 	if h == nil {
 		h = &held{since: ix.revision, items: map[itemKey]heldItem{}, ids: map[spiffeid.ID]int{},
 			feds: map[spiffeid.TrustDomain]int{}, entries: map[EntryID]*Entry{}, defaults: -1}
 		f.held, d.Snapshot, m.full, m.own, m.revoked = h, true, true, true, true
+		d.UnknownPrefixes = ix.unknownOf(f.agent)
+		h.unknown = len(d.UnknownPrefixes) > 0
 	}
 	d.From = h.at
 	if d.Snapshot {
@@ -362,8 +394,8 @@ func (f *Follower) Next(force bool) *Delta {
 		}
 	} else {
 		for id := range m.dirty {
-			e := ix.entries[id]
-			if e != nil && !e.alias() && !e.Expired(now) && f.inScope(ix, e, now) {
+			e := ix.entry(id)
+			if e != nil && !e.alias() && !e.Expired(now) && f.inScope(ix, e, now) && (e.Pod == nil || ix.takenBy(e) == nil) {
 				f.holdEntry(h, d, e)
 			} else {
 				f.dropEntry(h, d, id)

@@ -53,7 +53,7 @@ func newHints() hints { return hints{byID: map[spiffeid.ID]string{}, found: map[
 // noteHint works out anew the hint of an ID: all its entries that have not ended must agree. It tells whether it changed.
 func (ix *index) noteHint(id spiffeid.ID) bool {
 	hint, first := "", true
-	for _, e := range ix.byID[id] {
+	for e := range ix.holders(id) {
 		switch {
 		case e.alias() || ix.ended[e.ID]:
 		case first:

@@ -64,8 +64,8 @@ func (r *Registry) policyView(p *Plan) *policyView {
 	if r.checks.known != nil && r.checks.of == v.of {
 		v.cached = r.checks.known
 	} else {
-		v.ids = make([]spiffeid.ID, 0, len(r.ix.byID))
-		v.ids = slices.AppendSeq(v.ids, maps.Keys(r.ix.byID))
+		v.ids = make([]spiffeid.ID, 0, len(r.ix.byID)+len(r.ix.derived.byID))
+		v.ids = slices.AppendSeq(v.ids, r.ix.registered())
 		v.foreign = slices.Collect(maps.Keys(r.ix.bundles))
 		v.foreign = slices.AppendSeq(v.foreign, maps.Keys(r.ix.federations))
 	}

@@ -79,6 +79,7 @@ type Registry struct {
 
 	federationsChanged chan struct{} // one slot: look again
 	issuersChanged     chan struct{} // likewise
+	takenChanged       chan struct{} // likewise
 
 	denied denials // by roll-outs, not yet written down
 
@@ -128,7 +129,7 @@ func Open(ctx context.Context, c Config) (*Registry, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}, federationsChanged: make(chan struct{}, 1), issuersChanged: make(chan struct{}, 1), denied: newDenials()}
+	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}, federationsChanged: make(chan struct{}, 1), issuersChanged: make(chan struct{}, 1), takenChanged: make(chan struct{}, 1), denied: newDenials()}
 	r.follow.init()
 	if err := r.openSalt(ctx); err != nil {
 		return nil, fmt.Errorf("the salt of the agents' tags: %w", err)
@@ -157,6 +158,11 @@ func (r *Registry) load(ctx context.Context) error {
 	defer r.mu.Unlock()
 	if r.watch != nil {
 		r.watch.Close()
+	}
+	if r.ix != nil {
+		ix.derived = r.ix.derived
+		ix.noteHints()
+		notify(r.takenChanged)
 	}
 	r.ix, r.watch = ix, w
 	r.moved()
@@ -220,6 +226,9 @@ func (r *Registry) applyBatch(b store.Batch) error {
 	}
 	r.ix.revision = b.Revision
 	r.follow.mark(r.ix, &ch)
+	if ch.taken {
+		notify(r.takenChanged)
+	}
 	if ch.federations {
 		r.noteFederations()
 	}
@@ -302,6 +311,7 @@ type index struct {
 	issuers     userIssuers
 	rollouts    rollouts
 	hints       hints
+	derived     *derived
 }
 
 type nodeGroup struct {
@@ -315,7 +325,7 @@ func newIndex() *index {
 		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, below: map[EntryID]*Entry{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, services: newPolicyIndex(), bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
 		revocations: newRevocations(), crls: map[string]*CRL{},
-		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(),
+		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(), derived: newDerived(),
 	}
 }
 
@@ -329,9 +339,11 @@ type changes struct {
 	federations bool
 	revocations bool
 	crls        bool
-	issuers     bool // documents of UserIssuers
-	policySide  bool // what goes with policies: hints, keys of issuers, roll-outs
-	roots       bool // aliases or groups changed: which node has which roots must be worked out again
+	issuers     bool          // documents of UserIssuers
+	policySide  bool          // what goes with policies: hints, keys of issuers, roll-outs
+	podNodes    []spiffeid.ID // places of pods whose nodes must look again which roots they have
+	taken       bool          // SPIFFE IDs of pods' entries are, or were, those of registered ones
+	roots       bool          // aliases or groups changed: which node has which roots must be worked out again
 }
 
 type entryChange struct{ old, new *Entry }
@@ -471,6 +483,7 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 		}
 	}
 	ch.entries = append(ch.entries, entryChange{old, new})
+	ix.retake(old, new, ch)
 	return nil
 }
 

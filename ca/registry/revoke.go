@@ -242,7 +242,9 @@ const quietReach = 10
 // reach works out whom a revocation hits. mu is held.
 func (r *Registry) reach(d *policy.RevocationDocument) Reach {
 	var out Reach
-	out.Registered = len(r.ix.byID)
+	for range r.ix.registered() {
+		out.Registered++
+	}
 	now := r.c.Now()
 	if !d.Agent.IsZero() {
 		if n := r.ix.nodes[d.Agent]; n != nil {
@@ -262,12 +264,12 @@ func (r *Registry) reach(d *policy.RevocationDocument) Reach {
 		return out
 	}
 	admins := map[spiffeid.ID]bool{}
-	for id, entries := range r.ix.byID {
+	for id := range r.ix.registered() {
 		if !policy.RevocationCovers(d.ID, id) {
 			continue
 		}
 		out.IDs = append(out.IDs, id)
-		for _, e := range entries {
+		for _, e := range r.ix.byID[id] {
 			admins[id] = admins[id] || e.Admin && !e.Expired(now)
 		}
 	}

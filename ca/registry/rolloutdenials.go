@@ -2,7 +2,6 @@ package registry
 
 import (
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -133,9 +132,9 @@ func (o *Rollout) hold() {
 // going back changes nothing for others.
 func (ix *index) concernsOne(td spiffeid.TrustDomain, o *Rollout, now time.Time) bool {
 	var served []*Entry
-	for id, entries := range ix.byID {
+	for id := range ix.registered() {
 		if ix.rolls(o, id) {
-			served = slices.AppendSeq(served, maps.Values(entries))
+			served = slices.AppendSeq(served, ix.holders(id))
 		}
 	}
 	agents := 0

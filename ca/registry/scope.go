@@ -37,6 +37,7 @@ func (ix *index) rootsOf(td spiffeid.TrustDomain, n *Node, now time.Time) map[sp
 			roots[id] = true
 		}
 	}
+	ix.podRoots(td, n, roots)
 	return roots
 }
 
@@ -47,6 +48,11 @@ func (ix *index) descend(roots map[spiffeid.ID]bool, now time.Time, visit func(*
 	for id := range roots {
 		seen[id] = true
 		queue = append(queue, id)
+		for _, e := range ix.derived.byRoot[id] {
+			if ix.holds(e, now) {
+				visit(e)
+			}
+		}
 	}
 	for len(queue) > 0 {
 		parent := queue[len(queue)-1]
@@ -113,7 +119,7 @@ func (r *Registry) AuthorizedEntries(agent spiffeid.ID, ids []EntryID) []*Entry 
 	defer r.mu.RUnlock()
 	roots := r.ix.roots(r.c.TrustDomain, agent, now)
 	for i, id := range ids {
-		if e := r.ix.entries[id]; e != nil && r.ix.serves(roots, e, now) {
+		if e := r.ix.entry(id); e != nil && r.ix.serves(roots, e, now) {
 			out[i] = e
 		}
 	}
@@ -128,7 +134,7 @@ func (r *Registry) Serves(agent spiffeid.ID, ids []spiffeid.ID) []bool {
 	defer r.mu.RUnlock()
 	roots := r.ix.roots(r.c.TrustDomain, agent, now)
 	for i, id := range ids {
-		for _, e := range r.ix.byID[id] {
+		for e := range r.ix.holders(id) {
 			if r.ix.serves(roots, e, now) {
 				out[i] = true
 				break
@@ -142,6 +148,9 @@ func (r *Registry) Serves(agent spiffeid.ID, ids []spiffeid.ID) []bool {
 func (ix *index) serves(roots map[spiffeid.ID]bool, e *Entry, now time.Time) bool {
 	if e.alias() || e.Expired(now) || len(roots) == 0 {
 		return false
+	}
+	if e.Pod != nil {
+		return roots[e.ParentID] && ix.takenBy(e) == nil
 	}
 	if roots[e.ParentID] {
 		return true

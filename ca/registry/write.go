@@ -364,7 +364,16 @@ func (r *Registry) NoteEnds() []*Entry {
 	defer r.mu.Unlock()
 	var ch changes
 	var ended []*Entry
-	for id, e := range r.ix.ending {
+	endings := func(yield func(EntryID, *Entry) bool) {
+		for _, m := range []map[EntryID]*Entry{r.ix.ending, r.ix.derived.ending} {
+			for id, e := range m {
+				if !yield(id, e) {
+					return
+				}
+			}
+		}
+	}
+	for id, e := range endings {
 		is := e.Expired(now)
 		if is == r.ix.ended[id] {
 			continue
@@ -373,7 +382,7 @@ func (r *Registry) NoteEnds() []*Entry {
 		ch.policySide = r.ix.noteHint(e.SPIFFEID) || ch.policySide
 		ch.entries = append(ch.entries, entryChange{e, e})
 		ch.roots = ch.roots || e.alias()
-		if is {
+		if is && e.Pod == nil { // of a templated Identity its own end is noted
 			ended = append(ended, e)
 		}
 	}
