@@ -161,6 +161,11 @@ func (a *API) commit(ctx context.Context, event string, p *registry.Plan, class 
 				details["reason"] = v.Items[0].Reason
 			}
 		}
+		if f := c.Federation; f != nil {
+			details["trust_domain"] = f.TrustDomain.Name()
+			maps.Copy(details, federationDetails(f, nil))
+			details["bundle"] = f.Initial != ""
+		}
 		if c.Rules != nil {
 			details["rules"] = bounded(c.Rules)
 		}

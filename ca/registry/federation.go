@@ -45,18 +45,28 @@ type Federation struct {
 	EndpointID  spiffeid.ID // https_spiffe only
 	CreatedAt   time.Time
 	Revision    store.Revision
+
+	// Document is the Federation that the relationship belongs to, nil if signet federation or a tool of SPIRE's made it.
+	Document *Document
+	// Initial is the hash of the bundle to begin with that Document gives, in hexadecimal; empty if it gives none.
+	Initial string
 }
 
 type federationRecord struct {
-	V          int     `json:"v"`
-	URL        string  `json:"url"`
-	Profile    Profile `json:"profile"`
-	EndpointID string  `json:"endpoint_id,omitempty"`
-	CreatedAt  int64   `json:"created_at"`
+	V          int       `json:"v"`
+	URL        string    `json:"url"`
+	Profile    Profile   `json:"profile"`
+	EndpointID string    `json:"endpoint_id,omitempty"`
+	CreatedAt  int64     `json:"created_at"`
+	Document   *document `json:"document,omitempty"`
+	Initial    string    `json:"initial,omitempty"`
 }
 
 func (f *Federation) encode() ([]byte, error) {
-	r := federationRecord{V: recordVersion, URL: f.URL, Profile: f.Profile, CreatedAt: unix(f.CreatedAt)}
+	r := federationRecord{V: recordVersion, URL: f.URL, Profile: f.Profile, CreatedAt: unix(f.CreatedAt), Initial: f.Initial}
+	if d := f.Document; d != nil {
+		r.Document = &document{d.Name, string(d.Content), d.File, d.Line}
+	}
 	if !f.EndpointID.IsZero() {
 		r.EndpointID = f.EndpointID.String()
 	}
@@ -74,21 +84,34 @@ func (ix *index) applyFederation(own spiffeid.TrustDomain, name string, ev store
 		delete(ix.federations, td)
 		return nil
 	}
-	var r federationRecord
-	if err := decodeRecord(ev.Item, &r, func() int { return r.V }); err != nil {
+	f, err := decodeFederation(td, ev.Item)
+	if err != nil {
 		return err
-	}
-	f := &Federation{TrustDomain: td, URL: r.URL, Profile: r.Profile, CreatedAt: fromUnix(r.CreatedAt), Revision: ev.Modified}
-	if r.EndpointID != "" {
-		if f.EndpointID, err = spiffe.ParseWorkloadID(r.EndpointID); err != nil {
-			return fmt.Errorf("record %s: %w", ev.Key, err)
-		}
 	}
 	if err := f.validate(own); err != nil {
 		return fmt.Errorf("record %s: %w", ev.Key, err)
 	}
 	ix.federations[td] = f
 	return nil
+}
+
+func decodeFederation(td spiffeid.TrustDomain, it store.Item) (*Federation, error) {
+	var r federationRecord
+	if err := decodeRecord(it, &r, func() int { return r.V }); err != nil {
+		return nil, err
+	}
+	f := &Federation{TrustDomain: td, URL: r.URL, Profile: r.Profile, CreatedAt: fromUnix(r.CreatedAt), Initial: r.Initial, Revision: it.Modified}
+	if r.EndpointID != "" {
+		var err error
+		if f.EndpointID, err = spiffe.ParseWorkloadID(r.EndpointID); err != nil {
+			return nil, fmt.Errorf("record %s: %w", it.Key, err)
+		}
+	}
+	if r.Document != nil {
+		d := r.Document.domain()
+		f.Document = &d
+	}
+	return f, nil
 }
 
 // validate says what is wrong with a relationship by itself. [FED-17, FED-18, FED-57]
@@ -148,15 +171,29 @@ func CheckEndpointURL(s string) error {
 func (r *Registry) checkEndpoint(f *Federation, given bool) error {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
+	return federationView{own: r.c.TrustDomain,
+		bundle:     func(td spiffeid.TrustDomain) bool { return r.ix.bundles[td] != nil || given && td == f.TrustDomain },
+		federation: func(td spiffeid.TrustDomain) *Federation { return r.ix.federations[td] }}.verifiable(f)
+}
+
+// A federationView is what is known of trust domains at some moment.
+type federationView struct {
+	own        spiffeid.TrustDomain
+	bundle     func(spiffeid.TrustDomain) bool
+	federation func(spiffeid.TrustDomain) *Federation
+}
+
+// verifiable is checkEndpoint for a view.
+func (v federationView) verifiable(f *Federation) error {
 	seen := map[spiffeid.TrustDomain]bool{}
 	var way []string
 	for at := f; at.Profile == ProfileSPIFFE; {
 		td := at.EndpointID.TrustDomain()
 		way = append(way, td.Name())
-		if td == r.c.TrustDomain || r.ix.bundles[td] != nil || given && td == f.TrustDomain {
+		if td == v.own || v.bundle(td) {
 			return nil
 		}
-		next := r.ix.federations[td]
+		next := v.federation(td)
 		if td == f.TrustDomain {
 			next = f
 		}
@@ -195,7 +232,8 @@ func (r *Registry) CreateFederation(ctx context.Context, f *Federation, bundle [
 	return err
 }
 
-// UpdateFederation changes a relationship by change, which gets a copy, and stores a bundle with it, if one is given.
+// UpdateFederation changes a relationship by change, which gets a copy, and stores a bundle with it, if one is given. One that
+// belongs to a document takes a bundle, as SetBundle does, and no other change.
 // ErrNotFound if there is no relationship.
 func (r *Registry) UpdateFederation(ctx context.Context, td spiffeid.TrustDomain, change func(*Federation) error, bundle []byte) (*Federation, error) {
 	for range maxAttempts {
@@ -215,6 +253,9 @@ func (r *Registry) UpdateFederation(ctx context.Context, td spiffeid.TrustDomain
 		}
 		if f == *old && bundle == nil {
 			return old, nil
+		}
+		if err := old.owned(); err != nil && f != *old {
+			return nil, err
 		}
 		err = r.writeFederation(ctx, &f, old.Revision, bundle)
 		if !errors.Is(err, ErrConflict) {
@@ -248,12 +289,15 @@ func (r *Registry) writeFederation(ctx context.Context, f *Federation, at store.
 	return err
 }
 
-// DeleteFederation ends a relationship: the bundle is forgotten with it, so that nobody here trusts the trust domain any
-// longer. ErrNotFound if there is none. [FED-29]
+// DeleteFederation ends a relationship that belongs to no document: the bundle is forgotten with it, so that nobody here
+// trusts the trust domain any longer. ErrNotFound if there is none. [FED-29]
 func (r *Registry) DeleteFederation(ctx context.Context, td spiffeid.TrustDomain) error {
 	for range maxAttempts {
 		f, err := r.Federation(td)
 		if err != nil {
+			return err
+		}
+		if err := f.owned(); err != nil {
 			return err
 		}
 		key := federationPrefix + td.Name()

@@ -38,6 +38,8 @@ type PlannedChange struct {
 	Entry *Entry
 	// Revocation is what a Revocation was compiled into: the new one, or the deleted one.
 	Revocation *Revocation
+	// Federation is the relationship that a Federation stands for: the new one, or the ended one.
+	Federation *Federation
 	// Rules are those of a CallPolicy, a line each: the new ones, or the deleted ones.
 	Rules []string
 }
@@ -60,11 +62,12 @@ type Plan struct {
 	// in between would not be.
 	Bans []spiffeid.ID
 
-	checks   []store.Check
-	writes   []store.Write
-	entries  []*Entry                    // that it writes
-	policies map[string]*policyv1.Policy // the CallPolicies that it changes, as they will be; nil: deleted
-	revokes  map[string]int              // how much each Revocation that it writes is compiled into
+	checks      []store.Check
+	writes      []store.Write
+	entries     []*Entry                           // that it writes
+	policies    map[string]*policyv1.Policy        // the CallPolicies that it changes, as they will be; nil: deleted
+	federations map[spiffeid.TrustDomain]*resource // that it writes
+	revokes     map[string]int                     // how much each Revocation that it writes is compiled into
 }
 
 // Options of Plan and Apply.
@@ -92,7 +95,10 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 			continue
 		}
 		id := x.key()
-		if first, twice := seen[id]; twice {
+		if first, twice := seen[id]; twice && x.federation != nil {
+			errs = append(errs, fmt.Errorf("%s: a Federation with %q is in %s already", where(doc, "trustDomain"), x.federation.TrustDomain.Name(), first))
+			continue
+		} else if twice {
 			errs = append(errs, fmt.Errorf("%s: %s %q is in %s already", where(doc, "name"), x.kind, x.name, first))
 			continue
 		}
@@ -122,21 +128,28 @@ func (r *Registry) planAll(all []*resource, o Options, seen map[string]string) (
 	p := &Plan{Revision: r.ix.revision}
 	goes := func(key string) bool { return o.Prune && seen[key] == "" }
 	for _, x := range all {
-		if err := r.planOne(p, x, o, goes); err != nil {
+		plan := r.planOne
+		if x.federation != nil {
+			plan = r.planFederation
+		}
+		if err := plan(p, x, o, goes); err != nil {
 			return nil, nil, err
 		}
 	}
 	if o.Prune {
 		r.planPrune(p, all)
 	}
-	if len(p.writes) > store.MaxWrites {
-		return nil, nil, ErrTooMany
+	if len(p.writes) > store.MaxWrites { // some documents are two writes
+		return nil, nil, fmt.Errorf("%w: %w", ErrTooMany, ErrCommitTooLarge)
 	}
 	if err := p.checkCommitSize(); err != nil {
 		return nil, nil, err
 	}
 	p.notePolicies(all)
 	if err := r.checkServiceSizes(p); err != nil {
+		return nil, nil, err
+	}
+	if err := r.checkFederations(p, all); err != nil {
 		return nil, nil, err
 	}
 	if err := r.checkUserIssuers(p, all); err != nil {
@@ -183,6 +196,10 @@ func (ix *index) current(kind, name string) (doc *Document, rev store.Revision, 
 	case KindUserIssuer:
 		if i := ix.issuers.byName[name]; i != nil {
 			return &i.Document, i.Revision, i.CreatedAt, nil
+		}
+	case KindFederation:
+		if f := ix.federationNamed(name); f != nil {
+			return f.Document, f.Revision, f.CreatedAt, nil
 		}
 	case KindPolicyDefaults:
 		if d := ix.defaults; d != nil && (name == "" || d.Document.Name == name) {
@@ -392,6 +409,9 @@ func (ix *index) deletion(kind, name string) PlannedChange {
 	if kind == KindRevocation {
 		ch.Revocation = ix.revocations.documents[name]
 	}
+	if kind == KindFederation {
+		ch.Federation = ix.federationNamed(name)
+	}
 	if p := ix.policies[name]; kind == KindCallPolicy && p != nil {
 		ch.Rules = ruleLines(p.Compiled)
 	}
@@ -421,6 +441,12 @@ func (r *Registry) planPrune(p *Plan, all []*resource) {
 	}
 	for name, i := range r.ix.issuers.byName {
 		remove(KindUserIssuer, name, userIssuerPrefix+name, i.Revision)
+	}
+	for td, f := range r.ix.federations {
+		if f.Document != nil && kinds[KindFederation] && !named[federationPrefix+td.Name()] {
+			p.Changes = append(p.Changes, PlannedChange{Action: Delete, Kind: KindFederation, Name: f.Document.Name, Federation: f})
+			p.deleteFederation(f)
+		}
 	}
 	slices.SortStableFunc(p.Changes, func(a, b PlannedChange) int {
 		if (a.Action == Delete) != (b.Action == Delete) {
@@ -462,6 +488,11 @@ func (r *Registry) Apply(ctx context.Context, p *Plan) (store.Revision, error) {
 func (r *Registry) stillAlone(p *Plan) error {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
+	for td, x := range p.federations {
+		if f := r.ix.federationNamed(x.name); f != nil && f.TrustDomain != td && !slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Delete && w.Key == federationPrefix+f.TrustDomain.Name() }) {
+			return fmt.Errorf("two Federations %q, with %q and with %q: %w", x.name, f.TrustDomain.Name(), td.Name(), ErrConflict)
+		}
+	}
 	for _, e := range p.entries {
 		id, ok := r.ix.similar[e.similar()]
 		if !ok || id == e.ID || r.ix.entries[id].Identity == nil || slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == entryPrefix+string(id) }) {
@@ -522,6 +553,12 @@ func (r *Registry) Resources(kind, name string) ([]Resource, error) {
 		for n := range r.ix.issuers.byName {
 			names = append(names, n)
 		}
+	case KindFederation:
+		for _, f := range r.ix.federations {
+			if f.Document != nil {
+				names = append(names, f.Document.Name)
+			}
+		}
 	case KindPolicyDefaults:
 		if d := r.ix.defaults; d != nil {
 			names = append(names, d.Document.Name)
@@ -567,10 +604,17 @@ func (r *Registry) PlanDelete(kind, name string) (*Plan, error) {
 func (r *Registry) planDelete(kind, name string) (*Plan, *policyView, error) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	_, rev, _, _ := r.ix.current(kind, name)
-	key := (&resource{kind: kind, name: name}).key()
-	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{r.ix.deletion(kind, name)},
-		checks: []store.Check{{Key: key, Modified: rev}}, writes: []store.Write{{Key: key, Delete: true}}}
+	doc, rev, _, _ := r.ix.current(kind, name)
+	if doc == nil { // since Resources looked
+		return nil, nil, fmt.Errorf("%s %q: %w", kind, clip(name), ErrNotFound)
+	}
+	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{r.ix.deletion(kind, name)}}
+	if f := p.Changes[0].Federation; f != nil {
+		p.deleteFederation(f)
+	} else {
+		key := (&resource{kind: kind, name: name}).key()
+		p.checks, p.writes = []store.Check{{Key: key, Modified: rev}}, []store.Write{{Key: key, Delete: true}}
+	}
 	p.notePolicies(nil)
 	if err := r.guardRollouts(p); err != nil {
 		return nil, nil, err

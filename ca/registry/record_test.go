@@ -33,8 +33,11 @@ func golden() map[string]any {
 			Admin: true, Downstream: true, StoreSVID: true, NoX509Prefetch: true, CreatedAt: at},
 		"node/join_token/x": &Node{ID: id("/spire/agent/join_token/x"), Attestation: "join_token", Selectors: []spiffe.Selector{sel("node:group:b")}, Serial: "1", NewSerial: "2", ExpiresAt: at,
 			NewExpiresAt: at.Add(time.Hour), Key: []byte{1}, NewKey: []byte{2}, Active: true, Banned: true, CanReattest: true, Version: "0.1", CreatedAt: at},
-		"ack/join_token/x": &Ack{Authorities: []string{"a1", "k1"}, At: at},
-		"token/x":          &Token{ID: "x", SecretHash: []byte{1, 2}, ExpiresAt: at, Groups: []string{"b"}, UsedBy: []byte{3}},
+		"federation/partner.example": &Federation{TrustDomain: spiffeid.RequireTrustDomainFromString("partner.example"), URL: "https://10.1.2.3:8443/", Profile: ProfileSPIFFE,
+			EndpointID: spiffeid.RequireFromString("spiffe://partner.example/bundle"), CreatedAt: at, Document: &Document{"partner", []byte("kind: Federation\n"), "f.yaml", 9}, Initial: "00ff"},
+		"federation/second.example": &Federation{TrustDomain: spiffeid.RequireTrustDomainFromString("second.example"), URL: "https://second.example/", Profile: ProfileWeb, CreatedAt: at},
+		"ack/join_token/x":          &Ack{Authorities: []string{"a1", "k1"}, At: at},
+		"token/x":                   &Token{ID: "x", SecretHash: []byte{1, 2}, ExpiresAt: at, Groups: []string{"b"}, UsedBy: []byte{3}},
 	}
 }
 
@@ -47,6 +50,8 @@ func encodeAny(v any) ([]byte, error) {
 	case *Token:
 		return v.encode()
 	case *Ack:
+		return v.encode()
+	case *Federation:
 		return v.encode()
 	}
 	return nil, errors.New("unknown kind")
@@ -84,6 +89,8 @@ func TestRecordsOfVersion1AreRead(t *testing.T) {
 			got, err = decodeToken(name, item)
 		case "ack":
 			got, err = decodeAck(item)
+		case "federation":
+			got, err = decodeFederation(want.(*Federation).TrustDomain, item)
 		}
 		if err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s reads as\n%+v\nwant\n%+v (%v)", key, got, want, err)
@@ -146,6 +153,8 @@ func FuzzRecords(f *testing.F) {
 			v, err = decodeToken(name, item)
 		case "ack":
 			v, err = decodeAck(item)
+		case "federation":
+			v, err = decodeFederation(spiffeid.RequireTrustDomainFromString("partner.example"), item)
 		default:
 			_ = newIndex().apply(td, store.Event{Item: item}, nil)
 			return
@@ -171,6 +180,8 @@ func FuzzRecords(f *testing.F) {
 			w, err = decodeToken(name, again)
 		case "ack":
 			w, err = decodeAck(again)
+		case "federation":
+			w, err = decodeFederation(v.(*Federation).TrustDomain, again)
 		}
 		twice, err2 := encodeAny(w)
 		if err != nil || err2 != nil || string(once) != string(twice) {

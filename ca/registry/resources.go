@@ -25,7 +25,7 @@ const (
 )
 
 // kinds are those, for messages.
-var kinds = strings.Join([]string{KindIdentity, KindCallPolicy, KindPolicyDefaults, KindRevocation, KindUserIssuer}, ", ")
+var kinds = strings.Join([]string{KindIdentity, KindCallPolicy, KindPolicyDefaults, KindRevocation, KindUserIssuer, KindFederation}, ", ")
 
 // MaxDocuments bounds one apply: it is one commit.
 const MaxDocuments = store.MaxWrites
@@ -60,6 +60,8 @@ type resource struct {
 	revoked    *Revocation          // what it is compiled into, once it is planned
 	issuer     *policyv1.UserIssuer // UserIssuer
 	jwksURL    string
+	federation *Federation  // Federation
+	bundle     *store.Write // of the one that it gives to begin with
 }
 
 func (x *resource) key() string {
@@ -72,6 +74,8 @@ func (x *resource) key() string {
 		return revocationPrefix + x.name
 	case KindUserIssuer:
 		return userIssuerPrefix + x.name
+	case KindFederation:
+		return federationPrefix + x.federation.TrustDomain.Name()
 	}
 	return defaultsKey
 }
@@ -233,6 +237,19 @@ func (r *Registry) parseResource(doc strictyaml.Document) (*resource, error) {
 		if err := CheckName(x.name); err != nil {
 			return nil, fmt.Errorf("%s: name: %w", where(doc, "name"), err)
 		}
+	case KindFederation:
+		var bundle []byte
+		if x.federation, bundle, err = ParseFederation(doc, r.c.TrustDomain); err != nil {
+			return nil, err
+		}
+		if bundle != nil {
+			w, err := r.bundleWrite(x.federation.TrustDomain, bundle)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", where(doc, "bundle"), err)
+			}
+			x.bundle = &w
+		}
+		x.name = x.federation.Document.Name
 	default:
 		return nil, fmt.Errorf("%s: kind %q is not one of %s", where(doc, "kind"), clip(kind), kinds)
 	}

@@ -23,6 +23,7 @@ var resourceKinds = []struct{ kind, plural, singular string }{
 	{"PolicyDefaults", "defaults", "policydefaults"},
 	{"Revocation", "revocations", "revocation"},
 	{"UserIssuer", "userissuers", "userissuer"},
+	{"Federation", "federations", "federation"},
 }
 
 func kindArg(cmd *cobra.Command, word string) (string, error) {
@@ -40,7 +41,7 @@ func kindArg(cmd *cobra.Command, word string) (string, error) {
 		err.hint = "registration entries have their own commands: 'signet entry --help'"
 	case "agent", "agents":
 		err.hint = "agents have their own commands: 'signet agent --help'"
-	case "federation", "federations", "bundle", "bundles":
+	case "bundle", "bundles":
 		err.hint = "bundles have their own commands: 'signet bundle --help'"
 	}
 	return "", err
@@ -87,7 +88,7 @@ func (r resource) place() string {
 
 func (a *app) getCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "get identities|policies|defaults|revocations|userissuers [NAME]",
+		Use:   "get identities|policies|defaults|revocations|userissuers|federations [NAME]",
 		Short: "List resources that were applied, or show one",
 		Long:  `List resources that were applied, or show one. With -o yaml the documents are printed as they were applied, ready for 'signet apply -f -'.`,
 		Example: `  signet get policies
@@ -180,7 +181,7 @@ func (a *app) writeDocument(text string, further bool) error {
 func (a *app) deleteCommand() *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
-		Use:               "delete identity|policy|defaults|revocation|userissuer NAME...",
+		Use:               "delete identity|policy|defaults|revocation|userissuer|federation NAME...",
 		Short:             "Delete resources that were applied",
 		Example:           "  signet delete policy documents",
 		ValidArgsFunction: completeKinds,
