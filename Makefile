@@ -20,7 +20,7 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation interop-k8s interop-containers release clean tools
+.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation interop-k8s interop-containers release image image-twice clean tools
 
 all: build
 
@@ -111,6 +111,14 @@ rotation:
 # Static binaries for linux, the same bytes from the same commit: every one is built twice, in two places.
 release:
 	tools/release.sh '$(VERSION)' '$(COMMIT)'
+
+# Container images as OCI layouts and archives in dist/images, with SBOMs; no engine is needed. tools/image.sh says what it can be
+# told. image-twice builds them twice, in two places, and compares.
+image:
+	tools/image.sh '$(VERSION)' '$(COMMIT)'
+
+image-twice:
+	TWICE=1 tools/image.sh '$(VERSION)' '$(COMMIT)'
 
 tools: bin/tools/.made
 

@@ -4,19 +4,16 @@
 # loads PKCS #11 modules: it is built with the C compiler of this machine, for this machine's architecture.
 set -eu
 cd "$(dirname "$0")/.."
+. tools/build.sh
 version=${1:?version} commit=${2:-}
 pkg=github.com/signet-id/signet/internal/version
 tmp=$(mktemp -d)
 trap 'chmod -R u+w "$tmp"; rm -rf "$tmp"' EXIT
 
-build() { # from to
+programs() { # from to
 	for arch in amd64 arm64; do
-		for program in "$1"/cmd/*; do
-			name=$(basename "$program")
-			(cd "$1" && CGO_ENABLED=0 GOOS=linux GOARCH=$arch GOFLAGS= go build -trimpath -buildvcs=false \
-				-ldflags "-s -w -buildid= -X $pkg.version=$version -X $pkg.commit=$commit" \
-				-o "$2/${name}_linux_$arch" "./cmd/$name")
-		done
+		# shellcheck disable=SC2046 # their names have no spaces
+		build "$1" "$2" "$version" "$commit" "$arch" $(ls "$1/cmd")
 	done
 }
 
@@ -27,11 +24,11 @@ hsm() { # from to
 }
 
 rm -rf dist
-mkdir -p dist "$tmp/tree" "$tmp/dist"
-build "$PWD" "$PWD/dist"
+mkdir -p dist "$tmp/dist"
+programs "$PWD" "$PWD/dist"
 hsm "$PWD" "$PWD/dist"
-git ls-files -co --exclude-standard -z | xargs -0 tar cf - | tar xf - -C "$tmp/tree"
-GOCACHE="$tmp/cache" build "$tmp/tree" "$tmp/dist"
+copy "$tmp/tree"
+GOCACHE="$tmp/cache" programs "$tmp/tree" "$tmp/dist"
 GOCACHE="$tmp/cache" hsm "$tmp/tree" "$tmp/dist"
 for f in dist/*; do
 	cmp "$f" "$tmp/$f" || { echo "release: $f differs between two builds"; exit 1; }

@@ -76,6 +76,7 @@ var rules = []rule{
 	{"cmd/signet", []string{"internal/...", "ca/keys/lookup"}}, // with the drivers that it completes
 	{"cmd/...", []string{"internal/..."}},
 	{"test/...", []string{"..."}},
+	{"deploy/...", []string{"internal/..."}},  // what packs and checks what is deployed; no daemon calls it
 	{"jwtauth", []string{"policy", "spiffe"}}, // for programs that show and check JWT-SVIDs; it knows the agent by the Workload API only
 	{"examples/...", []string{"policy/...", "spiffe"}},
 }
