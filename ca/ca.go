@@ -31,6 +31,7 @@ import (
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/federation"
 	"github.com/signet-id/signet/ca/keys"
+	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/nodeapi"
 	"github.com/signet-id/signet/ca/observations"
 	"github.com/signet-id/signet/ca/registry"
@@ -66,6 +67,9 @@ type CA struct {
 
 	upstream *upstreamKeeper // nil without an upstream CA
 	clusters []*kubeCluster
+	pods     *pods.Expander // nil without a cluster
+	// podRefused are told of pods that do not get what a rule would give them; they must not block. All are there before Run.
+	podRefused []func(pods.Refusal)
 
 	observations *observations.Observations    // nil: none are taken
 	observers    []func(*policyv1.Observation) // told of each; they must neither block nor change it

@@ -20,6 +20,7 @@ type kubeCluster struct {
 // openKubernetes makes what works on the clusters of the configuration. It makes no request: a cluster that is away now
 // keeps no CA from starting.
 func (ca *CA) openKubernetes() error {
+	ca.openPods()
 	var errs []error
 	if len(ca.c.Kubernetes.Clusters) > 0 {
 		kube.LogTo(ca.log)

@@ -129,6 +129,7 @@ func (ca *CA) Run(ctx context.Context) error {
 	g.Go(func() error { return ca.poller.Run(gctx) })
 	g.Go(func() error { return ca.userKeys.Run(gctx) })
 	g.Go(func() error { return ca.moveRollouts(gctx) })
+	g.Go(func() error { return ca.runPods(gctx) })
 	for _, k := range ca.clusters {
 		for _, part := range k.parts {
 			g.Go(func() error { return part(gctx) })

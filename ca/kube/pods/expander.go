@@ -169,11 +169,7 @@ func (x *Expander) Update(cluster string, changed []*Pod, gone []string) {
 			x.pods[k] = s
 		}
 		s.pod = p
-		var fresh []*derivation
-		for _, r := range x.rules {
-			fresh = append(fresh, w.expand(s, r)...)
-		}
-		w.replace(s, fresh, func(*derivation) bool { return true })
+		w.expandAll(s)
 	}
 	w.finish()
 }
@@ -283,25 +279,67 @@ func (x *Expander) Pods() int {
 	return len(x.pods)
 }
 
-// Explain says for each rule that concerns a pod what it gives the pod: an entry, or why there is none. It returns nil for a
-// pod that is not known.
-func (x *Expander) Explain(cluster, uid string) (entries []*registry.Entry, refused []Refusal) {
+// Again expands pods anew by all rules, since something changed that a rule asks about besides the pod.
+func (x *Expander) Again(cluster string, uids []string) {
+	w := &work{x: x}
+	x.mu.Lock()
+	for _, uid := range uids {
+		if s := x.pods[podKey{cluster, uid}]; s != nil {
+			w.expandAll(s)
+		}
+	}
+	w.finish()
+}
+
+// IsSynced tells whether all pods of a cluster were told.
+func (x *Expander) IsSynced(cluster string) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.synced[cluster]
+}
+
+// Pod returns what is known of a pod, nil if it is not known.
+func (x *Expander) Pod(cluster, uid string) *Pod {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if s := x.pods[podKey{cluster, uid}]; s != nil {
+		return s.pod
+	}
+	return nil
+}
+
+// Entries returns what a pod stands for by all rules, in order of rule. Whether a registered entry has the SPIFFE ID of one
+// is for the registry to say.
+func (x *Expander) Entries(cluster, uid string) []*registry.Entry {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	s := x.pods[podKey{cluster, uid}]
 	if s == nil {
-		return nil, nil
+		return nil
 	}
-	for _, d := range s.entries {
-		if d.held {
-			entries = append(entries, d.entry)
-		}
+	held := slices.DeleteFunc(slices.Clone(s.entries), func(d *derivation) bool { return !d.held })
+	slices.SortStableFunc(held, func(a, b *derivation) int { return a.rule.compare(b.rule) })
+	var out []*registry.Entry
+	for _, d := range held {
+		out = append(out, d.entry)
 	}
+	return out
+}
+
+// Refusals returns why a pod gets nothing by rules that concern it.
+func (x *Expander) Refusals(cluster, uid string) []Refusal {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	s := x.pods[podKey{cluster, uid}]
+	if s == nil {
+		return nil
+	}
+	var out []Refusal
 	for r, why := range s.refused {
-		refused = append(refused, Refusal{s.pod, r.Name(), why})
+		out = append(out, Refusal{s.pod, r.Name(), why})
 	}
-	slices.SortFunc(refused, func(a, b Refusal) int { return strings.Compare(a.Rule, b.Rule) })
-	return entries, refused
+	slices.SortFunc(out, func(a, b Refusal) int { return strings.Compare(a.Rule, b.Rule) })
+	return out
 }
 
 // work collects what one change changes. The Expander's lock is held while it is made.
@@ -317,6 +355,15 @@ type work struct {
 // API server.
 func (p *Pod) eligible() bool {
 	return !p.Mirror && !p.Ended && p.NodeUID != "" && p.UID != "" && p.Namespace != ""
+}
+
+// expandAll works out anew what a pod stands for.
+func (w *work) expandAll(s *state) {
+	var fresh []*derivation
+	for _, r := range w.x.rules {
+		fresh = append(fresh, w.expand(s, r)...)
+	}
+	w.replace(s, fresh, func(*derivation) bool { return true })
 }
 
 // expand returns what a rule makes of a pod.
