@@ -78,6 +78,7 @@ modules:
 	go mod verify
 	cd tools && go mod tidy -diff && go mod verify
 	cd test/bench/engines && go mod tidy -diff && go mod verify
+	cd test/kube/box && go mod tidy -diff && go mod verify
 
 # Documents made from the code: conformance, command line, configuration, and the modules that binaries link.
 docs:

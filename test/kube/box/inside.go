@@ -1,0 +1,181 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// load imports image archives into the node's containerd.
+func load(args []string) error {
+	fs := flag.NewFlagSet("load", flag.ExitOnError)
+	dir := dirFlag(fs)
+	fs.Parse(args)
+	for _, archive := range fs.Args() {
+		f, err := os.Open(archive)
+		if err != nil {
+			return err
+		}
+		cmd, err := inNode(*dir, "ctr", "-n", "k8s.io", "images", "import", "-")
+		if err == nil {
+			cmd.Stdin = f
+			var out []byte
+			if out, err = cmd.CombinedOutput(); err != nil {
+				err = fmt.Errorf("%s: %w: %s", archive, err, out)
+			}
+		}
+		f.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// execInNode replaces this process by a command inside the node.
+func execInNode(args []string) error {
+	fs := flag.NewFlagSet("exec", flag.ExitOnError)
+	dir := dirFlag(fs)
+	fs.Parse(args)
+	if fs.NArg() == 0 {
+		return errors.New("no command")
+	}
+	cmd, err := inNode(*dir, fs.Args()...)
+	if err != nil {
+		return err
+	}
+	return syscall.Exec(cmd.Path, cmd.Args, cmd.Env)
+}
+
+// inNode returns a command that runs inside the node, with kubectl ready to use.
+func inNode(dir string, args ...string) (*exec.Cmd, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	pid, err := livePID(dir)
+	if err != nil {
+		return nil, err
+	}
+	wd, err := os.Getwd()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command("nsenter", append([]string{
+		"-t", strconv.Itoa(pid), "-m", "-n", "-p", "-u", "-i", "--wdns=" + wd, "--",
+	}, args...)...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+filepath.Join(dir, "admin.kubeconfig"))
+	return cmd, cmd.Err
+}
+
+// stop kills components, which stay away until they are started again.
+func stop(args []string) error {
+	return eachComponent("stop", args, func(dir, name string) error {
+		pid, err := os.ReadFile(filepath.Join(dir, name+".pid"))
+		if err != nil {
+			return fmt.Errorf("%s does not run: %w", name, err)
+		}
+		if err := writeFile(dir, name+".stopped", ""); err != nil {
+			return err
+		}
+		cmd, err := inNode(dir, "kill", "-9", strings.TrimSpace(string(pid)))
+		if err != nil {
+			return err
+		}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return awaitPID(dir, name, false)
+	})
+}
+
+// start lets components that were stopped run again.
+func start(args []string) error {
+	return eachComponent("start", args, func(dir, name string) error {
+		if err := os.Remove(stoppedFile(dir, name)); err != nil {
+			return fmt.Errorf("%s is not stopped: %w", name, err)
+		}
+		return awaitPID(dir, name, true)
+	})
+}
+
+func eachComponent(command string, args []string, do func(dir, name string) error) error {
+	fs := flag.NewFlagSet(command, flag.ExitOnError)
+	dir := dirFlag(fs)
+	fs.Parse(args)
+	abs, err := filepath.Abs(*dir)
+	if err != nil {
+		return err
+	}
+	if fs.NArg() == 0 {
+		return errors.New("want the names of components, such as kubelet, kube-apiserver or containerd")
+	}
+	if _, err := livePID(abs); err != nil {
+		return err
+	}
+	for _, name := range fs.Args() {
+		if err := do(abs, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// awaitPID waits until a component runs, or until it does not.
+func awaitPID(dir, name string, runs bool) error {
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		if _, err := os.Stat(filepath.Join(dir, name+".pid")); runs == !errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("waited 10s for %s", name)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// rename gives the node another name: the kubelet comes back as a node that
+// the cluster has not seen before. The old Node object stays.
+func rename(args []string) error {
+	fs := flag.NewFlagSet("rename", flag.ExitOnError)
+	dir := dirFlag(fs)
+	fs.Parse(args)
+	abs, err := filepath.Abs(*dir)
+	if err != nil {
+		return err
+	}
+	if fs.NArg() != 1 {
+		return errors.New("want the new name")
+	}
+	ca, err := openPKI(filepath.Join(abs, "pki"))
+	if err != nil {
+		return err
+	}
+	if err := stop([]string{"-dir", abs, "kubelet", "kube-proxy"}); err != nil {
+		return err
+	}
+	if err := errors.Join(ca.node(fs.Arg(0)), writeFile(abs, nodeNameFile, fs.Arg(0))); err != nil {
+		return err
+	}
+	return start([]string{"-dir", abs, "kubelet", "kube-proxy"})
+}
+
+const nodeNameFile = "node-name"
+
+// nodeNameIn returns the name of the node of the cluster in dir.
+func nodeNameIn(dir string) string {
+	b, err := os.ReadFile(filepath.Join(dir, nodeNameFile))
+	if err != nil {
+		return nodeName
+	}
+	return string(b)
+}

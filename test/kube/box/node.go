@@ -1,0 +1,240 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// A node is process 1 of the node's PID namespace. When it ends, the kernel
+// kills all that runs there.
+type node struct {
+	dir          string
+	cgroup       string
+	controlPlane bool // no node: etcd, the API server and the controllers, in the machine's network
+	at           addresses
+
+	mu     sync.Mutex
+	exited map[int]chan syscall.WaitStatus // by the PID of a child
+}
+
+func runNode(args []string) error {
+	fs := flag.NewFlagSet("node", flag.ExitOnError)
+	n := &node{exited: map[int]chan syscall.WaitStatus{}}
+	fs.StringVar(&n.dir, "dir", "", "")
+	fs.StringVar(&n.cgroup, "cgroup-root", "/", "")
+	fs.BoolVar(&n.controlPlane, "control-plane", false, "")
+	fs.StringVar(&n.at.api, "api", apiAddr, "")
+	fs.StringVar(&n.at.etcd, "etcd", etcdAddr, "")
+	fs.StringVar(&n.at.peer, "peer", etcdPeer, "")
+	pause := fs.String("pause", "", "")
+	targets := fs.String("targets", "", "")
+	outward := fs.String("outward", "", "")
+	fs.Parse(args)
+	if os.Getpid() != 1 {
+		return errors.New(`started by "kubebox up" only`)
+	}
+
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, syscall.SIGTERM)
+	go n.reap()
+	if n.controlPlane {
+		if err := privateProc(); err != nil {
+			return err
+		}
+	} else if err := n.build(*targets, *outward); err != nil {
+		return err
+	}
+	failed := make(chan error, 1)
+	go func() {
+		if err := n.boot(*pause); err != nil {
+			failed <- err
+		}
+	}()
+	select {
+	case err := <-failed:
+		return err
+	case <-stop:
+		return nil
+	}
+}
+
+// build makes the machine that the cluster runs on: file system, network and
+// cgroups, and the ways in and out.
+func (n *node) build(targets, outward string) error {
+	if err := n.mounts(); err != nil {
+		return err
+	}
+	if err := n.network(); err != nil {
+		return err
+	}
+	if err := n.makeCgroupRoot(); err != nil {
+		return err
+	}
+	for i, target := range split(targets) {
+		if err := forwardFile(uintptr(3+i), target); err != nil {
+			return err
+		}
+	}
+	for _, port := range split(outward) {
+		l, err := net.Listen("tcp", nodeIP+":"+port)
+		if err != nil {
+			return err
+		}
+		go forwardAll(l, "unix", outwardSocket(n.dir, port))
+	}
+	return nil
+}
+
+func split(list string) []string {
+	return strings.FieldsFunc(list, func(r rune) bool { return r == ',' })
+}
+
+// boot starts the components, in the order in which they need each other, and
+// waits until the cluster can run pods.
+func (n *node) boot(pause string) error {
+	start := time.Now()
+	self, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	// A component started by name, from this binary.
+	component := func(name string, args ...string) func() error {
+		return n.keep(name, fixed(append([]string{self, name}, args...)...))
+	}
+	file := func(name string) string { return filepath.Join(n.dir, name) }
+	key := func(name string) string { return filepath.Join(n.dir, "pki", name) }
+	first := []func() error{
+		component("etcd", file("etcd"), n.at.etcd, n.at.peer),
+		component("kube-apiserver", n.apiServer()...),
+	}
+	if !n.controlPlane {
+		first = append(first, n.keep("containerd", fixed("containerd", "--config", file("etc/containerd.toml"))))
+	}
+	for _, f := range first {
+		if err := f(); err != nil {
+			return err
+		}
+	}
+	api, err := n.client("admin")
+	if err != nil {
+		return err
+	}
+	if err := n.await("the API server", 2*time.Minute, func() error { return api.ok("/readyz") }); err != nil {
+		return err
+	}
+	n.say(start, "API server ready")
+	args := []string{
+		"--feature-gates=" + featureGates,
+		"--kubeconfig=" + file("controllers.kubeconfig"),
+		"--service-account-private-key-file=" + key("sa.key"), "--root-ca-file=" + key("ca.crt"),
+		"--cluster-signing-cert-file=" + key("ca.crt"), "--cluster-signing-key-file=" + key("ca.key"),
+		"--use-service-account-credentials=true",
+		"--leader-elect=false", "--bind-address=127.0.0.1",
+		// Its default of 20 a second makes it take four seconds to start.
+		"--kube-api-qps=500", "--kube-api-burst=1000",
+	}
+	if n.controlPlane {
+		// Nodes and pods that tests make stay as they are made.
+		args = append(args, "--secure-port=0",
+			"--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,-pod-garbage-collector-controller")
+	}
+	controllers := component("kube-controller-manager", args...)
+	if err := controllers(); err != nil {
+		return err
+	}
+	if n.controlPlane {
+		return n.ready(start, api, func() error { return nil })
+	}
+	if err := n.serveDNS(api); err != nil {
+		return err
+	}
+	rest := []func() error{
+		component("kube-scheduler",
+			"--kubeconfig="+file("scheduler.kubeconfig"),
+			"--leader-elect=false", "--bind-address=127.0.0.1",
+		),
+		n.keep("kube-proxy", func() []string {
+			return []string{self, "kube-proxy", "--config=" + file("etc/proxy.yaml"), "--hostname-override=" + nodeNameIn(n.dir)}
+		}),
+	}
+	if err := n.await("containerd", time.Minute, func() error { return n.run("ctr", "version") }); err != nil {
+		return err
+	}
+	if pause != "" {
+		if err := n.run("ctr", "-n", "k8s.io", "images", "import", pause); err != nil {
+			return err
+		}
+	}
+	rest = append(rest, n.keep("kubelet", func() []string {
+		return []string{self, "kubelet", "--config=" + file("etc/kubelet.yaml"), "--kubeconfig=" + file("node.kubeconfig"),
+			"--hostname-override=" + nodeNameIn(n.dir), "--node-ip=" + nodeIP}
+	}))
+	for _, f := range rest {
+		if err := f(); err != nil {
+			return err
+		}
+	}
+	return n.ready(start, api, func() error {
+		status, err := api.get("/api/v1/nodes/" + nodeName)
+		if err == nil && !nodeReady(status) {
+			err = errors.New("the node is not ready")
+		}
+		return err
+	})
+}
+
+// apiServer returns the API server's arguments.
+func (n *node) apiServer() []string {
+	key := func(name string) string { return filepath.Join(n.dir, "pki", name) }
+	host, port, _ := strings.Cut(n.at.api, ":")
+	args := []string{
+		"--etcd-servers=http://" + n.at.etcd,
+		"--secure-port=" + port, "--advertise-address=" + nodeIP,
+		"--tls-cert-file=" + key("apiserver.crt"), "--tls-private-key-file=" + key("apiserver.key"),
+		"--client-ca-file=" + key("ca.crt"),
+		"--service-cluster-ip-range=" + serviceCIDR,
+		"--service-account-issuer=" + issuer,
+		"--service-account-key-file=" + key("sa.pub"), "--service-account-signing-key-file=" + key("sa.key"),
+		"--authorization-mode=Node,RBAC",
+		"--enable-admission-plugins=NodeRestriction",
+		"--allow-privileged=true",
+		"--shutdown-delay-duration=0s",
+		"--feature-gates=" + featureGates,
+		"--runtime-config=" + betaAPIs,
+	}
+	if n.controlPlane {
+		// Nobody looks for it at its advertised address, where it is not.
+		return append(args, "--bind-address="+host, "--endpoint-reconciler-type=none")
+	}
+	return append(args, "--bind-address=0.0.0.0",
+		"--kubelet-certificate-authority="+key("ca.crt"),
+		"--kubelet-client-certificate="+key("apiserver-kubelet.crt"),
+		"--kubelet-client-key="+key("apiserver-kubelet.key"),
+		"--kubelet-preferred-address-types=InternalIP")
+}
+
+// ready waits until the cluster is of use, and says so.
+func (n *node) ready(start time.Time, api *apiClient, node func() error) error {
+	err := n.await("the node and the default service account", 2*time.Minute, func() error {
+		return errors.Join(node(), api.ok("/api/v1/namespaces/default/serviceaccounts/default"),
+			api.ok("/api/v1/namespaces/default/configmaps/kube-root-ca.crt"))
+	})
+	if err != nil {
+		return err
+	}
+	n.say(start, "ready")
+	return writeFile(n.dir, "ready", "")
+}
+
+func (n *node) say(start time.Time, what string) {
+	fmt.Printf("kubebox: %s after %.1fs\n", what, time.Since(start).Seconds())
+}
