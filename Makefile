@@ -85,6 +85,7 @@ docs:
 	go run ./internal/cli/gendoc > bin/cli.md && mv bin/cli.md docs/reference/cli.md
 	go test -count=1 ./internal/importmap ./test/docs -run 'TestModules|TestReference' -update
 	go test -count=1 ./internal/conformance -run TestDocument -update
+	go test -count=1 ./test/helm -run TestValuesAreDocumented -update
 
 # Go code of api/*.proto, with protoc and the plugins of tools/go.mod.
 generate: bin/tools/.made
@@ -131,6 +132,7 @@ bin/tools/.made: tools/go.mod tools/go.sum
 .PHONY: tools/installed
 tools/installed:
 	@PATH="$$PATH:/usr/sbin" tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools dbus-daemon nginx=nginx-light haproxy
+	@tools/helm.sh
 
 clean:
 	rm -rf bin dist

@@ -1,0 +1,54 @@
+{{/* Names: signet-ca and signet-agent for the release signet. */}}
+{{- define "signet.ca" -}}{{ .Release.Name }}-ca{{- end }}
+{{- define "signet.agent" -}}{{ .Release.Name }}-agent{{- end }}
+
+{{/* Labels of all objects of a component: (list $ "ca") */}}
+{{- define "signet.labels" -}}
+{{- $root := index . 0 -}}
+helm.sh/chart: {{ $root.Chart.Name }}-{{ $root.Chart.Version }}
+app.kubernetes.io/version: {{ include "signet.tag" $root | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+app.kubernetes.io/part-of: signet
+{{ include "signet.selector" . }}
+{{- end }}
+
+{{/* Labels by which a component's pods are found; they never change. */}}
+{{- define "signet.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: signet-{{ index . 1 }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{- end }}
+
+{{- define "signet.tag" -}}{{ .Values.image.tag | default .Chart.AppVersion }}{{- end }}
+
+{{/* An image: (list $ "signet-ca") */}}
+{{- define "signet.image" -}}
+{{- $root := index . 0 -}}
+{{ $root.Values.image.registry }}/{{ index . 1 }}:{{ include "signet.tag" $root }}
+{{- end }}
+
+{{- define "signet.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+- name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Mistakes that a schema cannot see. */}}
+{{- define "signet.check" -}}
+{{- $v := .Values -}}
+{{- if $v.ca.enabled }}
+{{- if and (gt (int $v.ca.replicas) 1) (ne $v.ca.store.type "etcd") }}
+{{- fail (printf "ca.replicas: %d replicas need ca.store.type: etcd; bolt is one file for one CA" (int $v.ca.replicas)) }}
+{{- end }}
+{{- if and (eq $v.ca.store.type "etcd") (eq $v.ca.seal.source "file") }}
+{{- fail "ca.seal.source: with ca.store.type etcd all replicas need the same seal key; use secret or kms" }}
+{{- end }}
+{{- else if and $v.agent.enabled (not $v.agent.serverAddress) }}
+{{- fail "agent.serverAddress: missing; without a CA in this release (ca.enabled: false) name the CA's host:port" }}
+{{- else if and $v.agent.enabled (not $v.agent.bundleConfigMap) }}
+{{- fail "agent.bundleConfigMap: missing; without a CA in this release (ca.enabled: false) name a ConfigMap with the CA's bundle (signet bundle show --format pem) as bundle.pem" }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,162 @@
+package helm
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+)
+
+// checkPods holds every pod to what docs/kubernetes/chart.md says of it.
+func checkPods(t *testing.T, all []runtime.Object) {
+	t.Helper()
+	for name, spec := range podSpecs(all) {
+		agent := name == "signet-agent"
+		if spec.HostNetwork || spec.HostIPC || spec.HostPID != agent || spec.ShareProcessNamespace != nil {
+			t.Errorf("%s: hostNetwork %t, hostIPC %t, hostPID %t", name, spec.HostNetwork, spec.HostIPC, spec.HostPID)
+		}
+		pod := spec.SecurityContext
+		if pod == nil || pod.SeccompProfile == nil || pod.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+			t.Errorf("%s: no seccomp profile: %+v", name, pod)
+		}
+		if !agent && (pod.RunAsNonRoot == nil || !*pod.RunAsNonRoot || *pod.RunAsUser == 0 || *pod.RunAsUser == 65534) {
+			t.Errorf("%s runs as root: %+v", name, pod)
+		}
+		for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
+			s := c.SecurityContext
+			switch {
+			case s == nil, s.Privileged != nil, s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation, s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem,
+				s.Capabilities == nil || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}), s.ProcMount != nil, s.SeccompProfile != nil:
+				t.Errorf("%s/%s: %+v", name, c.Name, s)
+			}
+			for _, capability := range s.Capabilities.Add {
+				if !agent || capability != "SYS_PTRACE" && capability != "DAC_READ_SEARCH" {
+					t.Errorf("%s/%s has the capability %s", name, c.Name, capability)
+				}
+			}
+			for _, e := range c.Env {
+				if e.ValueFrom != nil && e.ValueFrom.SecretKeyRef != nil {
+					t.Errorf("%s/%s has a secret in its environment: %s", name, c.Name, e.Name)
+				}
+			}
+			if len(c.EnvFrom) > 0 || c.LivenessProbe == nil || c.ReadinessProbe == nil || c.StartupProbe == nil || c.Resources.Requests.Memory().IsZero() {
+				t.Errorf("%s/%s: probes or requests are missing, or there is an environment: %+v", name, c.Name, c)
+			}
+			for _, p := range c.Ports {
+				if p.HostPort != 0 {
+					t.Errorf("%s/%s has a port of the node: %+v", name, c.Name, p)
+				}
+			}
+		}
+	}
+}
+
+// shown says in lines what may be mounted and asked for.
+func shown(all []runtime.Object) []string {
+	var lines []string
+	for name, spec := range podSpecs(all) {
+		for _, v := range spec.Volumes {
+			if v.HostPath != nil {
+				lines = append(lines, fmt.Sprintf("%s: hostPath %s", name, v.HostPath.Path))
+			}
+			if v.Secret != nil {
+				lines = append(lines, fmt.Sprintf("%s: secret %s %04o", name, v.Secret.SecretName, *v.Secret.DefaultMode))
+			}
+		}
+		if spec.AutomountServiceAccountToken == nil || *spec.AutomountServiceAccountToken {
+			lines = append(lines, fmt.Sprintf("%s: token of %s", name, spec.ServiceAccountName))
+		}
+		for _, c := range spec.Containers {
+			for _, a := range c.SecurityContext.Capabilities.Add {
+				lines = append(lines, fmt.Sprintf("%s: %s", name, a))
+			}
+		}
+	}
+	rules := func(kind, name string, rules []rbacv1.PolicyRule) {
+		for _, r := range rules {
+			line := fmt.Sprintf("%s %s: %s %s", kind, name, strings.Join(r.Verbs, ","), strings.Join(r.Resources, ","))
+			if len(r.ResourceNames) > 0 {
+				line += " named " + strings.Join(r.ResourceNames, ",")
+			}
+			lines = append(lines, line)
+		}
+	}
+	for _, o := range all {
+		switch o := o.(type) {
+		case *rbacv1.ClusterRole:
+			rules("ClusterRole", o.Name, o.Rules)
+		case *rbacv1.Role:
+			rules("Role", o.Namespace+"/"+o.Name, o.Rules)
+		case *corev1.ServiceAccount:
+			if o.AutomountServiceAccountToken == nil || *o.AutomountServiceAccountToken {
+				lines = append(lines, "ServiceAccount "+o.Name+": mounts its token into pods that do not ask for it")
+			}
+		}
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+// TestPrivileges is the whole list: what is new in it is a decision, and is explained in docs/kubernetes/chart.md.
+func TestPrivileges(t *testing.T) {
+	for values, want := range map[string][]string{
+		"{}": {
+			"ClusterRole signet-system-signet-agent: get nodes/pods",
+			"ClusterRole signet-system-signet-ca: create tokenreviews",
+			"ClusterRole signet-system-signet-ca: get pods,nodes",
+			"signet-agent: hostPath /run/signet/agent",
+			"signet-agent: hostPath /var/lib/signet/agent",
+			"signet-agent: token of signet-agent",
+			"signet-ca: token of signet-ca",
+		},
+		"agent: {executables: true, namespaceLabels: [x], kubelet: {legacyAuthorization: true, certificate: selfSigned}}\nca: {seal: {source: secret, secretName: mine}}": {
+			"ClusterRole signet-system-signet-agent: get namespaces",
+			"ClusterRole signet-system-signet-agent: get nodes/proxy",
+			"ClusterRole signet-system-signet-ca: create tokenreviews",
+			"ClusterRole signet-system-signet-ca: get pods,nodes",
+			"signet-agent: DAC_READ_SEARCH",
+			"signet-agent: SYS_PTRACE",
+			"signet-agent: hostPath /run/signet/agent",
+			"signet-agent: hostPath /var/lib/kubelet/pki/kubelet.crt",
+			"signet-agent: hostPath /var/lib/signet/agent",
+			"signet-agent: token of signet-agent",
+			"signet-ca: secret mine 0440",
+			"signet-ca: token of signet-ca",
+		},
+	} {
+		_, _, all := configs(t, values)
+		if got := shown(all); !slices.Equal(got, want) {
+			t.Errorf("%s:\n%s\nwant\n%s", values, strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+}
+
+// Nobody may list or watch Secrets, run commands in pods, or do everything, whatever is switched on.
+func TestNobodyReadsSecrets(t *testing.T) {
+	for name, values := range matrix {
+		rendered, err := render(t, nil, needed, values)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, o := range objects(t, rendered) {
+			var rules []rbacv1.PolicyRule
+			switch o := o.(type) {
+			case *rbacv1.ClusterRole:
+				rules = o.Rules
+			case *rbacv1.Role:
+				rules = o.Rules
+			}
+			for _, r := range rules {
+				for _, resource := range r.Resources {
+					if resource == "secrets" || resource == "*" || resource == "pods/exec" || resource == "serviceaccounts/token" || slices.Contains(r.Verbs, "*") || slices.Contains(r.APIGroups, "*") {
+						t.Errorf("%s: %s may %v", name, nameOf(o), r)
+					}
+				}
+			}
+		}
+	}
+}
