@@ -98,6 +98,9 @@ func (a *API) toStatus(err error) error {
 	if r, ok := errors.AsType[*registry.RevokedError](err); ok {
 		return status.Error(codes.FailedPrecondition, r.Error()+"; `signet unrevoke "+r.Revocation+"` lifts it")
 	}
+	if o, ok := errors.AsType[*registry.OwnedError](err); ok && !errors.Is(err, errDocument) {
+		return status.Error(codes.FailedPrecondition, o.Error())
+	}
 	switch {
 	case errors.Is(err, registry.ErrCommitTooLarge):
 		return status.Error(codes.OutOfRange, err.Error()) // a code of its own: signet apply sends the documents in smaller parts then

@@ -246,7 +246,7 @@ func (a *API) DeleteResource(ctx context.Context, req *adminv1.DeleteResourceReq
 	if req.Name == "" {
 		return nil, a.toStatus(&registry.ValidationError{Field: "name", Problem: "missing"})
 	}
-	p, err := a.c.Registry.PlanDelete(req.Kind, req.Name)
+	p, err := a.c.Registry.PlanDelete(req.Kind, req.Name, req.Yes)
 	if err == nil {
 		err = refuseLockout(p, req.Yes)
 	}

@@ -77,6 +77,13 @@ type Document struct {
 	Content []byte
 	File    string
 	Line    int
+
+	// Owner is whose document it is: empty for operators, else a source such as "kubernetes/prod/resources". Nobody else's plan
+	// changes or deletes it.
+	Owner string
+	// Definition is, of a document from a custom resource, the UID of the definition of its kind. Resources that are gone because
+	// somebody deleted their definition are not taken for deleted ones.
+	Definition string
 }
 
 // Expired tells whether the entry has ended at now.
@@ -392,6 +399,9 @@ type document struct {
 	Content string `json:"content"`
 	File    string `json:"file,omitempty"`
 	Line    int    `json:"line,omitempty"`
+
+	Owner      string `json:"owner,omitempty"`
+	Definition string `json:"definition,omitempty"`
 }
 
 func (e *Entry) encode() ([]byte, error) {
@@ -407,7 +417,8 @@ func (e *Entry) encode() ([]byte, error) {
 		r.FederatesWith = append(r.FederatesWith, td.Name())
 	}
 	if d := e.Identity; d != nil {
-		r.Identity = &document{d.Name, string(d.Content), d.File, d.Line}
+		rec := d.document()
+		r.Identity = &rec
 	}
 	b, err := json.Marshal(r)
 	if err == nil && len(b) > maxEntryBytes {
@@ -448,7 +459,8 @@ func decodeEntry(id EntryID, item store.Item) (*Entry, error) {
 		e.FederatesWith = append(e.FederatesWith, td)
 	}
 	if d := r.Identity; d != nil {
-		e.Identity = &Document{d.Name, []byte(d.Content), d.File, d.Line}
+		doc := d.domain()
+		e.Identity = &doc
 	}
 	return e, nil
 }

@@ -65,7 +65,8 @@ type federationRecord struct {
 func (f *Federation) encode() ([]byte, error) {
 	r := federationRecord{V: recordVersion, URL: f.URL, Profile: f.Profile, CreatedAt: unix(f.CreatedAt), Initial: f.Initial}
 	if d := f.Document; d != nil {
-		r.Document = &document{d.Name, string(d.Content), d.File, d.Line}
+		rec := d.document()
+		r.Document = &rec
 	}
 	if !f.EndpointID.IsZero() {
 		r.EndpointID = f.EndpointID.String()

@@ -115,7 +115,7 @@ func ParseFederation(doc strictyaml.Document, own spiffeid.TrustDomain) (f *Fede
 	if len(errs) > 0 {
 		return nil, nil, strictyaml.Sorted(errs)
 	}
-	f.Document = &Document{d.Name.Value, doc.Content, doc.File, doc.Line}
+	f.Document = &Document{Name: d.Name.Value, Content: doc.Content, File: doc.File, Line: doc.Line}
 	if bundle != nil {
 		sum := sha256.Sum256(bundle)
 		f.Initial = hex.EncodeToString(sum[:])
@@ -181,7 +181,7 @@ func (r *Registry) planFederation(p *Plan, x *resource, o Options, goes func(key
 	if named := r.ix.federationNamed(x.name); named != nil && named != old && !goes(federationPrefix+named.TrustDomain.Name()) {
 		return fail("trustDomain", "is with the trust domain %q, which cannot be changed; delete the Federation first, or give this one another name", named.TrustDomain.Name())
 	}
-	if old != nil && old.Document != nil && old.Document.Name != x.name && !o.Prune {
+	if old != nil && old.Document != nil && old.Document.Name != x.name && !goes(x.key()) && !o.Prune {
 		return fail("trustDomain", "the relationship with %q belongs to Federation %q; delete that one, or apply with prune", f.TrustDomain.Name(), old.Document.Name)
 	}
 	ch := PlannedChange{Kind: KindFederation, Name: x.name, Action: Create, Federation: &f}
@@ -252,7 +252,7 @@ func (f *Federation) compare(n *Federation) (Action, []string) {
 	if f.Document != nil && f.Initial != n.Initial {
 		out = append(out, map[[2]bool]string{{false, true}: "bundle: one to begin with is given", {true, false}: "bundle: none to begin with any more", {true, true}: "bundle: another one to begin with"}[[2]bool{f.Initial != "", n.Initial != ""}])
 	}
-	if len(out) == 0 && string(f.Document.Content) == string(n.Document.Content) && f.Document.File == n.Document.File && f.Document.Line == n.Document.Line {
+	if len(out) == 0 && f.Document.same(n.Document) {
 		return Unchanged, nil
 	}
 	if len(out) == 0 {

@@ -115,7 +115,7 @@ func TestBundleOfAFederationIsTheOneToBeginWith(t *testing.T) {
 
 func mustDelete(t *testing.T, r *Registry, name string) *Plan {
 	t.Helper()
-	p, err := r.PlanDelete(KindFederation, name)
+	p, err := r.PlanDelete(KindFederation, name, false)
 	if err != nil {
 		t.Fatal(err)
 	}

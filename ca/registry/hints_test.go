@@ -77,7 +77,7 @@ func TestPeerHintsGoWithThePoliciesThatAskForThem(t *testing.T) {
 	c.move(2 * time.Hour)
 	r.NoteEnds()
 	next("an entry that has ended", "/jobs/a=batch /jobs/b=live /jobs/x=other")
-	p, err := r.PlanDelete(KindIdentity, "a")
+	p, err := r.PlanDelete(KindIdentity, "a", false)
 	if err != nil {
 		t.Fatal(err)
 	}

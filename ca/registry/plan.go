@@ -73,6 +73,14 @@ type Plan struct {
 // Options of Plan and Apply.
 type Options struct {
 	Prune bool
+	// Owner is whose documents they are, and whose Prune and Delete touch; empty: operators'. Definitions are, by the document,
+	// what Document.Definition becomes.
+	Owner       string
+	Definitions map[Ref]string
+	// Delete names documents of the owner to be deleted by the same plan.
+	Delete []Ref
+	// Namespaces are, by the name of the CallPolicy, the namespaces that may speak for services of their own only.
+	Namespaces map[string]Namespace
 	// PlannedAt, if not 0, refuses with ErrConflict what was changed after that revision.
 	PlannedAt store.Revision
 }
@@ -82,7 +90,7 @@ var ErrTooMany = fmt.Errorf("more than %d documents or changes in one apply; sen
 
 // Plan checks documents as a whole and works out what applying them would change. It changes nothing.
 func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
-	if len(docs) > MaxDocuments {
+	if len(docs)+len(o.Delete) > MaxDocuments {
 		return nil, ErrTooMany
 	}
 	var errs []error
@@ -94,6 +102,7 @@ func (r *Registry) Plan(docs []strictyaml.Document, o Options) (*Plan, error) {
 			errs = append(errs, err)
 			continue
 		}
+		x.own(o)
 		id := x.key()
 		if first, twice := seen[id]; twice && x.federation != nil {
 			errs = append(errs, fmt.Errorf("%s: a Federation with %q is in %s already", where(doc, "trustDomain"), x.federation.TrustDomain.Name(), first))
@@ -126,8 +135,23 @@ func (r *Registry) planAll(all []*resource, o Options, seen map[string]string) (
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	p := &Plan{Revision: r.ix.revision}
-	goes := func(key string) bool { return o.Prune && seen[key] == "" }
+	r.planDeletions(p, o)
+	deleted := map[string]bool{}
+	for _, w := range p.writes {
+		deleted[w.Key] = true
+	}
+	goes := func(key string) bool {
+		return deleted[key] || o.Prune && seen[key] == "" && r.ix.ownedAt(key, o.Owner)
+	}
 	for _, x := range all {
+		if err := r.checkOwner(x, o); err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", where(*x.source, "name"), err)
+		}
+		if ns, ok := o.Namespaces[x.name]; ok && x.compiled != nil {
+			if err := r.checkNamespace(p, x, ns); err != nil {
+				return nil, nil, err
+			}
+		}
 		plan := r.planOne
 		if x.federation != nil {
 			plan = r.planFederation
@@ -137,7 +161,7 @@ func (r *Registry) planAll(all []*resource, o Options, seen map[string]string) (
 		}
 	}
 	if o.Prune {
-		r.planPrune(p, all)
+		r.planPrune(p, all, o.Owner)
 	}
 	if len(p.writes) > store.MaxWrites { // some documents are two writes
 		return nil, nil, fmt.Errorf("%w: %w", ErrTooMany, ErrCommitTooLarge)
@@ -211,11 +235,7 @@ func (ix *index) current(kind, name string) (doc *Document, rev store.Revision, 
 
 // planOne adds what one document changes. goes tells which resources, by key, the same plan deletes. mu is held.
 func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string) bool) error {
-	name := x.name
-	if x.kind == KindPolicyDefaults {
-		name = "" // there is at most one, whatever its name
-	}
-	doc, rev, created, old := r.ix.current(x.kind, name)
+	doc, rev, created, old := r.ix.current(x.kind, x.currentName())
 	if o.PlannedAt != 0 && rev > o.PlannedAt {
 		return fmt.Errorf("%s %q: %w", x.kind, x.name, ErrConflict)
 	}
@@ -281,15 +301,14 @@ func (r *Registry) planRevocation(p *Plan, x *resource) error {
 // compare tells whether a document differs from the stored one, and how. A CallPolicy whose rules moved to another
 // line is a change: explanations name lines.
 func (r *Registry) compare(x *resource, old *Entry, doc *Document) (Action, []string) {
-	samePlace := doc.File == x.doc.File && doc.Line == x.doc.Line
-	if samePlace && string(doc.Content) == string(x.doc.Content) {
+	if doc.same(&x.doc) {
 		return Unchanged, nil
 	}
 	diffs := r.differences(x, old, doc)
 	switch {
 	case len(diffs) > 0:
 		return Change, diffs
-	case samePlace && x.kind != KindCallPolicy:
+	case doc.samePlace(&x.doc) && x.kind != KindCallPolicy:
 		return Unchanged, nil
 	}
 	return Change, []string{"only its text or place changed"}
@@ -307,7 +326,7 @@ func (x *resource) encode(created time.Time) ([]byte, error) {
 	if x.issuer != nil {
 		return x.encodeUserIssuer(created)
 	}
-	rec := policyRecord{V: recordVersion, Document: document{x.doc.Name, string(x.doc.Content), x.doc.File, x.doc.Line}, Mode: int32(x.mode), CreatedAt: unix(created)}
+	rec := policyRecord{V: recordVersion, Document: x.doc.document(), Mode: int32(x.mode), CreatedAt: unix(created)}
 	if x.compiled != nil {
 		b, err := proto.Marshal(x.compiled)
 		if err != nil {
@@ -418,34 +437,31 @@ func (ix *index) deletion(kind, name string) PlannedChange {
 	return ch
 }
 
-func (r *Registry) planPrune(p *Plan, all []*resource) {
+func (r *Registry) planPrune(p *Plan, all []*resource, owner string) {
 	named, kinds := map[string]bool{}, map[string]bool{}
 	for _, x := range all {
 		named[x.key()], kinds[x.kind] = true, true
 	}
-	remove := func(kind, name, key string, rev store.Revision) {
-		if kinds[kind] && !named[key] {
-			p.Changes = append(p.Changes, r.ix.deletion(kind, name))
-			p.checks = append(p.checks, store.Check{Key: key, Modified: rev})
-			p.writes = append(p.writes, store.Write{Key: key, Delete: true})
+	remove := func(kind string, doc *Document, key string, rev store.Revision) {
+		if kinds[kind] && !named[key] && doc.Owner == owner {
+			p.delete(r.ix.deletion(kind, doc.Name), rev)
 		}
 	}
 	for id, e := range r.ix.entries {
 		if e.Identity != nil {
-			remove(KindIdentity, e.Identity.Name, entryPrefix+string(id), e.Revision)
+			remove(KindIdentity, e.Identity, entryPrefix+string(id), e.Revision)
 		}
 	}
 	// Revocations are never pruned: un-revoking is always explicit, and commands and alarms make them beside the files.
 	for name, pol := range r.ix.policies {
-		remove(KindCallPolicy, name, policyPrefix+name, pol.Revision)
+		remove(KindCallPolicy, &pol.Document, policyPrefix+name, pol.Revision)
 	}
 	for name, i := range r.ix.issuers.byName {
-		remove(KindUserIssuer, name, userIssuerPrefix+name, i.Revision)
+		remove(KindUserIssuer, &i.Document, userIssuerPrefix+name, i.Revision)
 	}
 	for td, f := range r.ix.federations {
-		if f.Document != nil && kinds[KindFederation] && !named[federationPrefix+td.Name()] {
-			p.Changes = append(p.Changes, PlannedChange{Action: Delete, Kind: KindFederation, Name: f.Document.Name, Federation: f})
-			p.deleteFederation(f)
+		if f.Document != nil {
+			remove(KindFederation, f.Document, federationPrefix+td.Name(), f.Revision)
 		}
 	}
 	slices.SortStableFunc(p.Changes, func(a, b PlannedChange) int {
@@ -589,10 +605,14 @@ func (r *Registry) Resources(kind, name string) ([]Resource, error) {
 	return out, nil
 }
 
-// PlanDelete plans the removal of one resource.
-func (r *Registry) PlanDelete(kind, name string) (*Plan, error) {
-	if _, err := r.Resources(kind, name); err != nil {
+// PlanDelete plans the removal of one resource. One that does not belong to operators is only removed if any is true.
+func (r *Registry) PlanDelete(kind, name string, any bool) (*Plan, error) {
+	have, err := r.Resources(kind, name)
+	if err != nil {
 		return nil, err
+	}
+	if doc := have[0].Document; doc.Owner != "" && !any {
+		return nil, &OwnedError{Ref{kind, name}, doc}
 	}
 	p, view, err := r.planDelete(kind, name)
 	if err != nil {
@@ -608,13 +628,8 @@ func (r *Registry) planDelete(kind, name string) (*Plan, *policyView, error) {
 	if doc == nil { // since Resources looked
 		return nil, nil, fmt.Errorf("%s %q: %w", kind, clip(name), ErrNotFound)
 	}
-	p := &Plan{Revision: r.ix.revision, Changes: []PlannedChange{r.ix.deletion(kind, name)}}
-	if f := p.Changes[0].Federation; f != nil {
-		p.deleteFederation(f)
-	} else {
-		key := (&resource{kind: kind, name: name}).key()
-		p.checks, p.writes = []store.Check{{Key: key, Modified: rev}}, []store.Write{{Key: key, Delete: true}}
-	}
+	p := &Plan{Revision: r.ix.revision}
+	p.delete(r.ix.deletion(kind, name), rev)
 	p.notePolicies(nil)
 	if err := r.guardRollouts(p); err != nil {
 		return nil, nil, err

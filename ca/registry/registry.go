@@ -311,7 +311,10 @@ type index struct {
 	issuers     userIssuers
 	rollouts    rollouts
 	hints       hints
-	derived     *derived
+
+	templates        templates // which services a namespace may speak for
+	templatesChanged int
+	derived          *derived
 }
 
 type nodeGroup struct {
@@ -325,7 +328,7 @@ func newIndex() *index {
 		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, below: map[EntryID]*Entry{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, services: newPolicyIndex(), bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
 		revocations: newRevocations(), crls: map[string]*CRL{},
-		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(), derived: newDerived(),
+		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(), templates: templates{}, derived: newDerived(),
 	}
 }
 
@@ -355,7 +358,11 @@ func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) err
 		ch = &changes{}
 	}
 	if name, ok := strings.CutPrefix(ev.Key, entryPrefix); ok {
-		return ix.applyEntry(EntryID(name), ev, ch)
+		if err := ix.applyEntry(EntryID(name), ev, ch); err != nil {
+			return err
+		}
+		ix.noteTemplate(td.Name(), EntryID(name))
+		return nil
 	}
 	if name, ok := strings.CutPrefix(ev.Key, nodePrefix); ok {
 		return ix.applyNode(td, name, ev, ch)
@@ -529,8 +536,6 @@ type policyRecord struct {
 	Mode      int32    `json:"mode,omitempty"`     // PolicyDefaults
 	CreatedAt int64    `json:"created_at"`
 }
-
-func (d document) domain() Document { return Document{d.Name, []byte(d.Content), d.File, d.Line} }
 
 func (ix *index) applyPolicy(name string, ev store.Event, ch *changes) error {
 	old := ix.policies[name]

@@ -124,7 +124,7 @@ func ParseIdentity(doc strictyaml.Document, td spiffeid.TrustDomain) (*Entry, er
 			return nil, fail("expiresAt", "%q is not a time such as 2027-01-31T00:00:00Z", clip(in.ExpiresAt))
 		}
 	}
-	e.Identity = &Document{in.Name, doc.Content, doc.File, doc.Line}
+	e.Identity = &Document{Name: in.Name, Content: doc.Content, File: doc.File, Line: doc.Line}
 	e.normalise()
 	if err := e.validate(td); err != nil {
 		v, ok := errors.AsType[*ValidationError](err)

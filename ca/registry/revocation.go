@@ -61,7 +61,7 @@ func (r *Revocation) encode() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	rec := revocationRecord{V: recordVersion, Document: document{r.Document.Name, string(r.Document.Content), r.Document.File, r.Document.Line}, Compiled: b,
+	rec := revocationRecord{V: recordVersion, Document: r.Document.document(), Compiled: b,
 		Target: r.Target, ExpiresAt: unix(r.Expires), CreatedAt: unix(r.CreatedAt)}
 	if !r.Agent.IsZero() {
 		rec.Agent = r.Agent.String()

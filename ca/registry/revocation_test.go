@@ -33,7 +33,7 @@ func revoke(t testing.TB, r *Registry, name, target string) {
 
 func unrevoke(t testing.TB, r *Registry, name string) {
 	t.Helper()
-	p, err := r.PlanDelete(KindRevocation, name)
+	p, err := r.PlanDelete(KindRevocation, name, false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -352,7 +352,7 @@ func TestWhatOverlapsARolloutIsRefused(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := r.PlanDelete(KindCallPolicy, "p"); !errors.Is(err, ErrInRollout) {
+	if _, err := r.PlanDelete(KindCallPolicy, "p", false); !errors.Is(err, ErrInRollout) {
 		t.Errorf("a deletion: %v", err)
 	}
 	docs, _ := strictyaml.Split([]byte(policyOf("z", "/db", "/old")), "t.yaml", 1)

@@ -243,7 +243,7 @@ func follows(t *testing.T, rnd *rand.Rand) {
 				_, err = r.Apply(ctx, p)
 			}
 		case 10:
-			if p, perr := r.PlanDelete(KindCallPolicy, pick("p", "q")); perr == nil {
+			if p, perr := r.PlanDelete(KindCallPolicy, pick("p", "q"), false); perr == nil {
 				_, err = r.Apply(ctx, p)
 			}
 		case 11:

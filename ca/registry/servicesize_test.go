@@ -91,7 +91,7 @@ func TestAServiceHasABound(t *testing.T) {
 	if err := applyAll(t, r, docs); !errors.Is(err, ErrServiceTooLarge) {
 		t.Errorf("three that are too much together: %v", err)
 	}
-	if p, err := r.PlanDelete(KindCallPolicy, "p1"); err != nil {
+	if p, err := r.PlanDelete(KindCallPolicy, "p1", false); err != nil {
 		t.Fatal(err)
 	} else if _, err := r.Apply(t.Context(), p); err != nil {
 		t.Fatal(err)
@@ -122,7 +122,7 @@ func TestPatternsHaveTheBoundTogether(t *testing.T) {
 func TestTwoAppliesCannotFillAServiceTogether(t *testing.T) {
 	r := open(t)
 	n := fill(t, r, "p", "/web")
-	p, err := r.PlanDelete(KindCallPolicy, "p0")
+	p, err := r.PlanDelete(KindCallPolicy, "p0", false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -138,7 +138,7 @@ func (x *resource) encodeUserIssuer(created time.Time) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return marshal(userIssuerRecord{V: recordVersion, Document: document{x.doc.Name, string(x.doc.Content), x.doc.File, x.doc.Line}, Compiled: b, JWKSURL: x.jwksURL, CreatedAt: unix(created)})
+	return marshal(userIssuerRecord{V: recordVersion, Document: x.doc.document(), Compiled: b, JWKSURL: x.jwksURL, CreatedAt: unix(created)})
 }
 
 // differences lists what applying x changes of i.

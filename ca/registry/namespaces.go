@@ -1,0 +1,228 @@
+package registry
+
+import (
+	"bytes"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// This file holds which services a namespace of a cluster may speak for: whoever may write CallPolicies there, and nowhere
+// else, must not open a service of somebody else's. What a namespace has is said by the templated Identities: below the
+// segment that holds its name there are only identities of its own pods.
+
+// A Namespace is one of a cluster.
+type Namespace struct {
+	Cluster, Name string
+	// Clusters are all clusters whose pods can have identities here. Where a template is for more than one of them and does
+	// not name the cluster in the ID, namespaces of one name share their identities, and none speaks for them.
+	Clusters []string
+}
+
+const (
+	nsVariable      = "{{ .k8s.ns }}"
+	clusterVariable = "{{ .k8s.cluster }}"
+	anySegment      = "*"
+	anyRest         = "**"
+)
+
+// A namespaceTemplate is what of a templated Identity says which IDs the pods of a namespace have.
+type namespaceTemplate struct {
+	name string   // of the Identity
+	path []string // in segments; variables are nsVariable, clusterVariable and, all others, anySegment
+	ns   int      // where the namespace is, behind segments that are the same for all pods of a cluster; -1: nowhere
+	on   []spiffe.Selector
+}
+
+// templates are those of all templated Identities, by the entry in which the Identity is stored.
+type templates map[EntryID]*namespaceTemplate
+
+// noteTemplate looks at the entry of an Identity that was written or deleted.
+func (ix *index) noteTemplate(td string, id EntryID) {
+	had := ix.templates[id] != nil
+	delete(ix.templates, id)
+	if e := ix.entries[id]; e != nil && e.Identity != nil && bytes.Contains(e.Identity.Content, []byte("{{")) {
+		if n := readTemplate(td, e.Identity); n != nil {
+			n.on = e.On
+			ix.templates[id] = n
+		}
+	}
+	if had || ix.templates[id] != nil {
+		ix.templatesChanged++
+	}
+}
+
+func readTemplate(td string, d *Document) *namespaceTemplate {
+	docs, err := strictyaml.Split(d.Content, d.File, max(1, d.Line))
+	if err != nil || len(docs) != 1 {
+		return nil
+	}
+	var in identityDocument
+	if err := strictyaml.Decode(docs[0], &in); err != nil || !strings.Contains(in.SPIFFEID, "{{") {
+		return nil
+	}
+	return newNamespaceTemplate(td, in.Name, in.SPIFFEID)
+}
+
+var variable = regexp.MustCompile(`^\{\{\s*(\.[A-Za-z0-9_.]+)\s*\}\}$`)
+
+func newNamespaceTemplate(td, name, text string) *namespaceTemplate {
+	path := strings.TrimPrefix(text, "spiffe://"+td)
+	if !strings.HasPrefix(path, "/") {
+		return nil
+	}
+	n := &namespaceTemplate{name: name, ns: -1}
+	static := true // so far
+	for i, s := range strings.Split(path[1:], "/") {
+		m := variable.FindStringSubmatch(s)
+		switch {
+		case m != nil && m[1] == ".k8s.ns":
+			s = nsVariable
+			if static && n.ns < 0 {
+				n.ns = i
+			}
+		case m != nil && m[1] == ".k8s.cluster":
+			s = clusterVariable
+		case strings.Contains(s, "{{"):
+			s, static = anySegment, false
+		}
+		n.path = append(n.path, s)
+	}
+	return n
+}
+
+// clusters returns which of all clusters the template is for.
+func (n *namespaceTemplate) clusters(all []string) []string {
+	var named []string
+	for _, s := range n.on {
+		if c, ok := strings.CutPrefix(s.Value, "cluster:"); ok && s.Type == "k8s_psat" && !slices.Contains(named, c) {
+			named = append(named, c)
+		}
+	}
+	switch len(named) {
+	case 0:
+		return all
+	case 1:
+		return named
+	}
+	return nil // no node is of two clusters
+}
+
+// in returns the template's path with the variables of a cluster filled in; namespace may be anySegment.
+func (n *namespaceTemplate) in(cluster, namespace string) []string {
+	out := slices.Clone(n.path)
+	for i, s := range out {
+		switch s {
+		case nsVariable:
+			out[i] = namespace
+		case clusterVariable:
+			out[i] = cluster
+		}
+	}
+	return out
+}
+
+// gives tells whether every ID that a service's pattern stands for lies below the namespace's segment of the template.
+func (n *namespaceTemplate) gives(ns Namespace, service []string) bool {
+	if n.ns < 0 || !slices.Contains(n.clusters(ns.Clusters), ns.Cluster) {
+		return false
+	}
+	prefix, last := n.in(ns.Cluster, ns.Name)[:n.ns+1], n.ns == len(n.path)-1
+	if len(service) < len(prefix) || len(service) == len(prefix) && !last {
+		return false
+	}
+	return slices.Equal(prefix, service[:len(prefix)]) // of which none is a wildcard
+}
+
+// givesOthers returns a cluster in which pods of other namespaces than ns can have an ID of the service's pattern by the template.
+func (n *namespaceTemplate) givesOthers(ns Namespace, service []string) (cluster string, others bool) {
+	for _, c := range n.clusters(ns.Clusters) {
+		if !overlap(n.in(c, anySegment), service) {
+			continue
+		}
+		if own := c == ns.Cluster && n.ns >= 0 && n.ns < len(service) && service[n.ns] == ns.Name; !own {
+			return c, true
+		}
+	}
+	return "", false
+}
+
+// overlap tells whether an ID of a template can be one of a service's pattern.
+func overlap(template, service []string) bool {
+	for i, s := range service {
+		switch {
+		case s == anyRest:
+			return len(template) > i
+		case i == len(template):
+			return false
+		case s != anySegment && template[i] != anySegment && s != template[i]:
+			return false
+		}
+	}
+	return len(template) == len(service)
+}
+
+// checkNamespace refuses a policy that speaks for a service which is not its namespace's, and makes the plan fail if an
+// Identity by which it is changes before it is committed. mu is held.
+func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
+	td := "spiffe://" + r.c.TrustDomain.Name()
+	for _, text := range x.compiled.Services {
+		refuse := func(format string, args ...any) error {
+			return fmt.Errorf("%s: service %q is not of namespace %q of cluster %q: %s", where(*x.source, "service"), clip(text), ns.Name, ns.Cluster, fmt.Sprintf(format, args...))
+		}
+		path, ok := strings.CutPrefix(text, td+"/")
+		if !ok {
+			return refuse("it is of another trust domain")
+		}
+		service := strings.Split(path, "/")
+		ids := r.ix.templates.sorted()
+		own := slices.IndexFunc(ids, func(id EntryID) bool { return r.ix.templates[id].gives(ns, service) })
+		if own < 0 {
+			return refuse("%s; let an admin of the cluster write a ClusterCallPolicy for others", r.ix.templates.advice(td, ns))
+		}
+		for _, id := range ids {
+			n := r.ix.templates[id]
+			if c, others := n.givesOthers(ns, service); others {
+				return refuse("pods of other namespaces or clusters, such as of cluster %q, can have such an ID by Identity %q; write {{ .k8s.cluster }} into its template or name its cluster in `on`, if that is why, or let an admin of the cluster write a ClusterCallPolicy", c, n.name)
+			}
+		}
+		by := ids[own]
+		check := store.Check{Key: entryPrefix + string(by), Modified: r.ix.entries[by].Revision}
+		if !slices.ContainsFunc(p.checks, func(c store.Check) bool { return c.Key == check.Key }) {
+			p.checks = append(p.checks, check)
+		}
+	}
+	return nil
+}
+
+func (t templates) sorted() []EntryID {
+	out := make([]EntryID, 0, len(t))
+	for id := range t {
+		out = append(out, id)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// advice says where the services of a namespace are.
+func (t templates) advice(td string, ns Namespace) string {
+	for _, id := range t.sorted() {
+		if n := t[id]; n.ns >= 0 && slices.Contains(n.clusters(ns.Clusters), ns.Cluster) {
+			return fmt.Sprintf("its services are those below %s/%s (Identity %q)", td, strings.Join(n.in(ns.Cluster, ns.Name)[:n.ns+1], "/"), n.name)
+		}
+	}
+	return "it has no services, since no templated Identity for its cluster has {{ .k8s.ns }} behind segments that are the same for all pods"
+}
+
+// TemplatesChanged returns a number that grows whenever templated Identities change: which services a namespace has may be
+// another set then.
+func (r *Registry) TemplatesChanged() int {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.ix.templatesChanged
+}

@@ -1,0 +1,157 @@
+package registry
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/signet-id/signet/spiffe"
+)
+
+// withTemplates puts templated Identities into the index.
+func withTemplates(r *Registry, td string, texts map[string]string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for name, text := range texts {
+		text, on, _ := strings.Cut(text, " on ")
+		n := newNamespaceTemplate(td, name, text)
+		if n == nil {
+			continue
+		}
+		e := &Entry{ID: EntryID(identityPrefix + name)}
+		if on != "" {
+			e.On = []spiffe.Selector{sel(on)}
+		}
+		n.on = e.On
+		r.ix.entries[e.ID] = e
+		r.ix.templates[e.ID] = n
+	}
+}
+
+const (
+	plainTemplate   = "/ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}"
+	clusterTemplate = "/{{ .k8s.cluster }}/ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}"
+)
+
+func TestANamespaceSpeaksForItsOwnServicesOnly(t *testing.T) {
+	one, two := []string{"prod"}, []string{"prod", "stage"}
+	for _, tt := range []struct {
+		name      string
+		templates string // name=text, separated by ;
+		clusters  []string
+		service   string
+		refused   string // part of the message; empty: it is its own
+	}{
+		{"an ID", plainTemplate, one, "/ns/web/sa/api", ""},
+		{"all of a service account", plainTemplate, one, "/ns/web/sa/*", ""},
+		{"all of the namespace", plainTemplate, one, "/ns/web/**", ""},
+		{"deeper than the template", plainTemplate, one, "/ns/web/sa/api/v1", ""},
+		{"the full form", "spiffe://example.org" + plainTemplate, one, "spiffe://example.org/ns/web/sa/api", ""},
+		{"spaces in a template", "/ns/{{.k8s.ns}}/sa/{{ .k8s.sa}}", one, "/ns/web/sa/api", ""},
+		{"a list", plainTemplate, one, "[/ns/web/sa/a, /ns/web/sa/b]", ""},
+		{"the namespace is the last segment", "/ns/{{ .k8s.ns }}", one, "/ns/web", ""},
+		{"the cluster in the ID", clusterTemplate, two, "/prod/ns/web/sa/api", ""},
+		{"the cluster in on", plainTemplate + " on k8s_psat:cluster:prod", two, "/ns/web/sa/api", ""},
+		{"each its own template", "/p/{{ .k8s.ns }}/{{ .k8s.sa }} on k8s_psat:cluster:prod;/s/{{ .k8s.ns }}/{{ .k8s.sa }} on k8s_psat:cluster:stage", two, "/p/web/api", ""},
+
+		{"no template", "", one, "/ns/web/sa/api", "no services"},
+		{"another namespace", plainTemplate, one, "/ns/bank/sa/api", "below spiffe://example.org/ns/web"},
+		{"a name that begins alike", plainTemplate, one, "/ns/web2/sa/api", "below"},
+		{"another case", plainTemplate, one, "/ns/Web/sa/api", "below"},
+		{"one of two", plainTemplate, one, "[/ns/web/sa/a, /ns/bank/sa/b]", "/ns/bank/sa/b"},
+		{"a wildcard for the namespace", plainTemplate, one, "/ns/*/sa/api", "below"},
+		{"a wildcard above it", plainTemplate, one, "/ns/**", "below"},
+		{"everything", plainTemplate, one, "/**", "below"},
+		{"a wildcard for the first segment", plainTemplate, one, "/*/web/sa/api", "below"},
+		{"two wildcards", plainTemplate, one, "/*/*/sa/api", "below"},
+		{"the prefix itself", plainTemplate, one, "/ns/web", "below"},
+		{"above the namespace", plainTemplate, one, "/ns", "below"},
+		{"a service outside", plainTemplate, one, "/bank", "below"},
+		{"the static part alone", "/ns/web/sa/{{ .k8s.sa }}", one, "/ns/web/sa/api", "no services"},
+		{"the namespace behind another variable", "/sa/{{ .k8s.sa }}/{{ .k8s.ns }}", one, "/sa/api/web", "no services"},
+		{"the namespace within a segment", "/ns/x-{{ .k8s.ns }}/sa/{{ .k8s.sa }}", one, "/ns/x-web/sa/api", "no services"},
+		{"two clusters share it", plainTemplate, two, "/ns/web/sa/api", "{{ .k8s.cluster }}"},
+		{"two clusters by two Identities share it", plainTemplate + " on k8s_psat:cluster:prod;" + plainTemplate + " on k8s_psat:cluster:stage", two, "/ns/web/sa/api", `cluster "stage"`},
+		{"a template of another cluster", plainTemplate + " on k8s_psat:cluster:stage", two, "/ns/web/sa/api", "no services"},
+		{"the other cluster's part", clusterTemplate, two, "/stage/ns/web/sa/api", "below"},
+		{"a wildcard for the cluster", clusterTemplate, two, "/*/ns/web/sa/api", "below"},
+		{"all of the cluster", clusterTemplate, one, "/prod/**", "below"},
+		{"a second template crosses it", plainTemplate + ";/ns/{{ .k8s.sa }}/sa/{{ .k8s.ns }}", one, "/ns/web/sa/api", "other namespaces"},
+		{"a second template crosses the whole of it only", plainTemplate + ";/ns/{{ .k8s.sa }}/x/{{ .k8s.ns }}", one, "/ns/web/sa/api", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := open(t)
+			texts := map[string]string{}
+			for i, text := range strings.Split(tt.templates, ";") {
+				if text != "" {
+					texts[string(rune('a'+i))] = text
+				}
+			}
+			withTemplates(r, "example.org", texts)
+			p, err := planOf(r, "kind: CallPolicy\nname: prod_web_p\nservice: "+tt.service+"\nallow:\n- from: [/anybody]\n",
+				Options{Owner: ofProd, Namespaces: map[string]Namespace{"prod_web_p": {Cluster: "prod", Name: "web", Clusters: tt.clusters}}})
+			switch {
+			case tt.refused == "" && err != nil:
+				t.Errorf("refused: %v", err)
+			case tt.refused == "" && !checked(p):
+				t.Error("the plan holds if the Identity changes before it is committed")
+			case tt.refused != "" && (err == nil || !strings.Contains(err.Error(), tt.refused) || !strings.Contains(err.Error(), "test.yaml:3:1")):
+				t.Errorf("Plan = %v, want a refusal at test.yaml:3:1 that says %q", err, tt.refused)
+			}
+		})
+	}
+}
+
+func checked(p *Plan) bool {
+	for _, c := range p.checks {
+		if strings.HasPrefix(c.Key, entryPrefix+identityPrefix) {
+			return true
+		}
+	}
+	return false
+}
+
+// FuzzNamespaces: whatever a policy of a namespace says, what it may speak for is no ID of another namespace or cluster.
+func FuzzNamespaces(f *testing.F) {
+	for _, s := range []string{"/ns/web/sa/api", "/ns/*/sa/api", "/**", "/ns/web/**", "/prod/ns/web/*/a", "/ns/w\u0435b/sa/api", "/ns/web/../bank", "/ns//web"} {
+		for _, template := range []string{plainTemplate, clusterTemplate, "/a/{{ .k8s.ns }}", "/{{ .k8s.cluster }}/{{ .k8s.ns }}/{{ .k8s.ns }}"} {
+			f.Add(template, s)
+		}
+	}
+	f.Fuzz(func(t *testing.T, template, service string) {
+		n := newNamespaceTemplate("example.org", "i", template)
+		if n == nil {
+			return
+		}
+		clusters := []string{"prod", "stage"}
+		ns := Namespace{Cluster: "prod", Name: "web", Clusters: clusters}
+		segments := strings.Split(strings.TrimPrefix(service, "/"), "/")
+		_, others := n.givesOthers(ns, segments)
+		if others || !n.gives(ns, segments) {
+			return
+		}
+		for _, c := range clusters {
+			for _, name := range []string{"web", "bank"} {
+				if c == "prod" && name == "web" {
+					continue
+				}
+				id := strings.ReplaceAll("/"+strings.Join(n.in(c, name), "/"), "*", "x")
+				if patternHas(segments, strings.Split(id[1:], "/")) {
+					t.Errorf("template %q: namespace web of prod speaks for %q by %q, which %s of %s has", template, service, id, name, c)
+				}
+			}
+		}
+	})
+}
+
+// patternHas is what a pattern means, written a second time.
+func patternHas(pattern, id []string) bool {
+	for i, s := range pattern {
+		if s == "**" {
+			return len(id) > i
+		}
+		if i >= len(id) || s != "*" && s != id[i] {
+			return false
+		}
+	}
+	return len(pattern) == len(id)
+}

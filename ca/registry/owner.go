@@ -1,0 +1,154 @@
+package registry
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/signet-id/signet/ca/store"
+)
+
+// This file holds who may change which document. A document belongs to whoever made it: to operators, who apply files, or to
+// a source such as the custom resources of a cluster. Two sources never fight over a name: the first one has it.
+
+// A Ref names a document.
+type Ref struct{ Kind, Name string }
+
+// An OwnedError says that a document belongs to somebody else.
+type OwnedError struct {
+	Ref
+	// Document is the one that is there.
+	Document Document
+}
+
+func (e *OwnedError) Error() string {
+	if e.Document.Owner == "" {
+		return fmt.Sprintf("%s %q was applied by an operator (%s); delete that one with 'signet delete', or choose another name", e.Kind, e.Name, clip(e.Document.File))
+	}
+	return fmt.Sprintf("%s %q comes from the custom resource %s; change it there (kubectl), or choose another name. If its cluster is gone, 'signet delete' removes it here with --yes", e.Kind, e.Name, e.Document.File)
+}
+
+// document is the stored form.
+func (d Document) document() document {
+	return document{Name: d.Name, Content: string(d.Content), File: d.File, Line: d.Line, Owner: d.Owner, Definition: d.Definition}
+}
+
+func (d document) domain() Document {
+	return Document{Name: d.Name, Content: []byte(d.Content), File: d.File, Line: d.Line, Owner: d.Owner, Definition: d.Definition}
+}
+
+// same tells whether two documents are one text at one place.
+func (d *Document) same(o *Document) bool {
+	return d.samePlace(o) && string(d.Content) == string(o.Content)
+}
+
+func (d *Document) samePlace(o *Document) bool {
+	return d.File == o.File && d.Line == o.Line && d.Owner == o.Owner && d.Definition == o.Definition
+}
+
+// checkOwner refuses a document in the place of one that belongs to somebody else. mu is held.
+func (r *Registry) checkOwner(x *resource, o Options) error {
+	if doc, _, _, _ := r.ix.current(x.kind, x.currentName()); doc != nil && doc.Owner != o.Owner {
+		return &OwnedError{Ref{x.kind, x.name}, *doc}
+	}
+	if x.federation != nil {
+		if f := r.ix.federations[x.federation.TrustDomain]; f != nil && f.Document != nil && f.Document.Owner != o.Owner {
+			return &OwnedError{Ref{x.kind, f.Document.Name}, *f.Document}
+		}
+	}
+	return nil
+}
+
+// currentName is the name under which the document in the place of x is found.
+func (x *resource) currentName() string {
+	if x.kind == KindPolicyDefaults {
+		return "" // there is at most one, whatever its name
+	}
+	return x.name
+}
+
+// ownedAt tells whether the document of a key belongs to owner. mu is held.
+func (ix *index) ownedAt(key, owner string) bool {
+	if id, ok := strings.CutPrefix(key, entryPrefix); ok {
+		e := ix.entries[EntryID(id)]
+		return e != nil && e.Identity != nil && e.Identity.Owner == owner
+	}
+	if name, ok := strings.CutPrefix(key, federationPrefix); ok {
+		td, err := spiffeid.TrustDomainFromString(name)
+		f := ix.federations[td]
+		return err == nil && f != nil && f.Document != nil && f.Document.Owner == owner
+	}
+	return false
+}
+
+// planDeletions adds the deletions that were asked for. One of a document that is not there, or not the owner's, is none. mu is
+// held.
+func (r *Registry) planDeletions(p *Plan, o Options) {
+	for _, ref := range o.Delete {
+		doc, rev, _, _ := r.ix.current(ref.Kind, ref.Name)
+		if doc != nil && doc.Owner == o.Owner {
+			p.delete(r.ix.deletion(ref.Kind, ref.Name), rev)
+		}
+	}
+}
+
+// delete adds one deletion.
+func (p *Plan) delete(ch PlannedChange, rev store.Revision) {
+	p.Changes = append(p.Changes, ch)
+	if ch.Federation != nil {
+		p.deleteFederation(ch.Federation)
+		return
+	}
+	key := (&resource{kind: ch.Kind, name: ch.Name}).key()
+	p.checks = append(p.checks, store.Check{Key: key, Modified: rev})
+	p.writes = append(p.writes, store.Write{Key: key, Delete: true})
+}
+
+// Owned returns the documents of one owner by what they are.
+func (r *Registry) Owned(owner string) map[Ref]Document {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	out := map[Ref]Document{}
+	note := func(kind string, d *Document) {
+		if d != nil && d.Owner == owner {
+			out[Ref{kind, d.Name}] = *d
+		}
+	}
+	for _, e := range r.ix.entries {
+		note(KindIdentity, e.Identity)
+	}
+	for _, p := range r.ix.policies {
+		note(KindCallPolicy, &p.Document)
+	}
+	for _, v := range r.ix.revocations.documents {
+		note(KindRevocation, &v.Document)
+	}
+	for _, f := range r.ix.federations {
+		note(KindFederation, f.Document)
+	}
+	for _, i := range r.ix.issuers.byName {
+		note(KindUserIssuer, &i.Document)
+	}
+	return out
+}
+
+// own makes a parsed document its owner's.
+func (x *resource) own(o Options) {
+	for _, d := range []*Document{&x.doc, x.storedDocument()} {
+		if d != nil {
+			d.Owner, d.Definition = o.Owner, o.Definitions[Ref{x.kind, x.name}]
+		}
+	}
+}
+
+// storedDocument is the one that goes into the record, of the kinds that keep it elsewhere.
+func (x *resource) storedDocument() *Document {
+	switch {
+	case x.entry != nil:
+		return x.entry.Identity
+	case x.federation != nil:
+		return x.federation.Document
+	}
+	return nil
+}
