@@ -20,7 +20,7 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation interop-k8s interop-containers release image image-twice clean tools
+.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation interop-k8s interop-containers release image image-twice clean tools etcd
 
 all: build
 
@@ -37,7 +37,7 @@ demo: build
 	bin/signet demo
 
 # All there is: unit, conformance, fuzz seeds, scripts of the command line, README's commands, end to end.
-test: tools/installed
+test: tools/installed etcd
 	tools/test.sh
 
 # Unmodified SPIRE programs against this tree. SPIRE_AGENT_BIN, SPIRE_SERVER_BIN and SPIRE_CONTROLLER_MANAGER_BIN name them; what
@@ -65,7 +65,7 @@ vet:
 staticcheck: bin/tools/.made
 	bin/tools/staticcheck ./...
 
-race: tools/installed
+race: tools/installed etcd
 	go test -race -timeout 10m $(quick)
 
 # Each fuzz target for FUZZTIME, which finds what its seeds do not; longer by hand: make fuzz FUZZTIME=5m
@@ -78,6 +78,7 @@ modules:
 	go mod verify
 	cd tools && go mod tidy -diff && go mod verify
 	cd test/bench/engines && go mod tidy -diff && go mod verify
+	cd test/etcd && go mod tidy -diff && go mod verify
 	cd test/kube/box && go mod tidy -diff && go mod verify
 
 # Documents made from the code: conformance, command line, configuration, and the modules that binaries link.
@@ -133,6 +134,15 @@ bin/tools/.made: tools/go.mod tools/go.sum
 tools/installed:
 	@PATH="$$PATH:/usr/sbin" tools/need.sh openssl softhsm2-util=softhsm2 swtpm swtpm_setup=swtpm-tools dbus-daemon nginx=nginx-light haproxy
 	@tools/helm.sh
+
+# etcd's own server and commands, for the tests of CAs of several replicas.
+etcd: bin/etcd/.made
+
+bin/etcd/.made: test/etcd/go.mod test/etcd/go.sum
+	@mkdir -p bin/etcd
+	cd test/etcd && CGO_ENABLED=0 go build -trimpath -o "$(CURDIR)/bin/etcd/etcd" go.etcd.io/etcd/server/v3
+	cd test/etcd && CGO_ENABLED=0 go build -trimpath -o "$(CURDIR)/bin/etcd/" go.etcd.io/etcd/etcdctl/v3 go.etcd.io/etcd/etcdutl/v3
+	@touch $@
 
 clean:
 	rm -rf bin dist
