@@ -1,0 +1,340 @@
+// Package follow keeps up with the objects of one kind at an API server: a whole list, then a watch from where the list ended, and a list
+// again when the watch cannot be continued. It holds no objects itself; its Store does, in the form that it needs.
+//
+// It stands in the place of client-go's reflector and its caches, which keep whole objects, may begin with a list that is
+// older than what was known, take lists of any size, and do not tell whether what they hold is still true.
+package follow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+	"unicode"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+)
+
+const (
+	pageSize = 500
+	maxPages = 4000
+	// openTimeout bounds how long one page or the beginning of a watch may take, with all that client-go retries by itself.
+	openTimeout = time.Minute
+	// A watch is begun anew after so long: an API server that was restarted gets its share again.
+	minWatch, maxWatch = 30 * time.Minute, time.Hour
+	// lostAfter is how long nothing may be heard until what is known counts as old.
+	lostAfter = 5 * time.Minute
+	// maxVain is how many watches may end at once, with nothing heard, before a list is tried.
+	maxVain = 8
+	// steady is how long a watch has to live for its end to be no failure.
+	steady              = 10 * time.Second
+	minDelay, maxDelay  = 500 * time.Millisecond, 30 * time.Second
+	logEvery            = time.Minute
+	maxErrorText        = 300
+	watchContactTimeout = time.Second
+)
+
+// A Store is told what there is. It is called by one goroutine at a time, and keeps nothing of an object that it need not.
+type Store interface {
+	// Begin begins a list. What is Put from now to End is all there is.
+	Begin()
+	// Put tells of an object that is there, new or changed.
+	Put(metav1.Object)
+	// End tells that the list is whole. One that breaks off has none, and is followed by another Begin; until then what was
+	// there before still holds.
+	End()
+	// Delete tells of an object that is gone.
+	Delete(metav1.Object)
+}
+
+// Config says what a Follower follows.
+type Config struct {
+	// Name says what the objects are, such as "pods".
+	Name  string
+	List  func(context.Context, metav1.ListOptions) (runtime.Object, error)
+	Watch func(context.Context, metav1.ListOptions) (watch.Interface, error)
+	Store Store
+	// Changed is called after Status().Known has changed. It must not block.
+	Changed func()
+	Log     *slog.Logger
+
+	// For tests; zero means the constants above.
+	LostAfter, MinDelay, MaxDelay time.Duration
+}
+
+// Status says how far a Follower is.
+type Status struct {
+	// Known tells that the Store holds what is at the API server, but for what just happens. It is false until the first
+	// list, and when nothing was heard for five minutes, until the next one.
+	Known bool
+	// Err is why nothing is heard at the moment; nil if all is well.
+	Err error
+	// Contact is when something was heard last.
+	Contact time.Time
+}
+
+// A Follower follows in Run.
+type Follower struct {
+	c Config
+
+	mu       sync.Mutex
+	status   Status
+	logged   string // the text of the failure that was logged last; empty: none
+	loggedAt time.Time
+}
+
+// New returns a Follower that has not begun.
+func New(c Config) *Follower {
+	if c.LostAfter == 0 {
+		c.LostAfter = lostAfter
+	}
+	if c.MinDelay == 0 {
+		c.MinDelay = minDelay
+	}
+	if c.MaxDelay == 0 {
+		c.MaxDelay = maxDelay
+	}
+	if c.Changed == nil {
+		c.Changed = func() {}
+	}
+	return &Follower{c: c}
+}
+
+// Status returns how far it is.
+func (f *Follower) Status() Status {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.status
+}
+
+// errExpired tells that a watch cannot be continued where it ended.
+var errExpired = errors.New("what was seen last is too old for the API server to go on from")
+
+// Run follows until ctx ends. Whatever the API server does, it goes on.
+func (f *Follower) Run(ctx context.Context) {
+	delay := f.c.MinDelay
+	pause := func() {
+		t := time.NewTimer(delay/2 + rand.N(delay))
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+		}
+		delay = min(2*delay, f.c.MaxDelay)
+	}
+	for ctx.Err() == nil {
+		version, err := f.list(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			f.failed(fmt.Errorf("listing %s: %w", f.c.Name, err))
+			pause()
+			continue
+		}
+		f.heard(true)
+		for vain := 0; ctx.Err() == nil && vain < maxVain; {
+			began, from := time.Now(), version
+			version, err = f.watch(ctx, version)
+			if ctx.Err() != nil {
+				return
+			}
+			if time.Since(began) >= steady {
+				delay = f.c.MinDelay
+			}
+			if vain++; version != from || time.Since(began) >= watchContactTimeout {
+				vain = 0
+			}
+			if err != nil && !errors.Is(err, errExpired) {
+				f.failed(fmt.Errorf("watching %s: %w", f.c.Name, err))
+			}
+			pause()
+			if errors.Is(err, errExpired) || f.lost() {
+				break
+			}
+		}
+	}
+}
+
+// list shows the Store all there is, page by page of one state of the API server, and returns that state's version. It is
+// never older than what any API server of the cluster had acknowledged before.
+func (f *Follower) list(ctx context.Context) (version string, err error) {
+	f.c.Store.Begin()
+	next := ""
+	for range maxPages {
+		page, err := f.page(ctx, metav1.ListOptions{Limit: pageSize, Continue: next})
+		if err != nil {
+			return "", err
+		}
+		m, err := meta.ListAccessor(page)
+		if err != nil {
+			return "", fmt.Errorf("the answer is no list: %w", err)
+		}
+		err = meta.EachListItem(page, func(o runtime.Object) error {
+			m, ok := o.(metav1.Object)
+			if !ok {
+				return fmt.Errorf("the list holds a %T", o)
+			}
+			f.c.Store.Put(m)
+			return nil
+		})
+		if err != nil {
+			return "", err
+		}
+		was := next
+		if next = m.GetContinue(); next == "" {
+			if version = m.GetResourceVersion(); version == "" || version == "0" {
+				return "", errors.New("the list has no resource version")
+			}
+			f.c.Store.End()
+			return version, nil
+		}
+		if next == was {
+			return "", errors.New("the list goes on where it was")
+		}
+	}
+	return "", fmt.Errorf("more than %d objects", maxPages*pageSize)
+}
+
+func (f *Follower) page(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	return f.c.List(ctx, o)
+}
+
+// watch shows the Store what changes after version, until the watch ends, and returns the version to go on from.
+func (f *Follower) watch(ctx context.Context, version string) (string, error) {
+	seconds := int64((minWatch + rand.N(maxWatch-minWatch)).Seconds())
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	opening := time.AfterFunc(openTimeout, cancel)
+	w, err := f.c.Watch(ctx, metav1.ListOptions{Watch: true, ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds})
+	if err == nil && !opening.Stop() {
+		w.Stop()
+		err = context.DeadlineExceeded
+	}
+	if err != nil {
+		opening.Stop()
+		if expired(err) {
+			err = errExpired
+		}
+		return version, err
+	}
+	defer w.Stop()
+	// An API server may take the request and refuse it in the first event.
+	quiet := time.NewTimer(watchContactTimeout)
+	defer quiet.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return version, nil
+		case <-quiet.C:
+			f.heard(false)
+		case e, ok := <-w.ResultChan():
+			if !ok {
+				return version, nil
+			}
+			if version, err = f.take(e, version); err != nil {
+				return version, err
+			}
+			f.heard(false)
+		}
+	}
+}
+
+// take shows the Store one event.
+func (f *Follower) take(e watch.Event, version string) (string, error) {
+	if e.Type == watch.Error {
+		err := apierrors.FromObject(e.Object)
+		if expired(err) {
+			return version, errExpired
+		}
+		// What else was in the stream is not known, and the same error would come again from here.
+		f.failed(fmt.Errorf("watching %s: %w", f.c.Name, err))
+		return version, errExpired
+	}
+	o, ok := e.Object.(metav1.Object)
+	if !ok {
+		f.failed(fmt.Errorf("watching %s: an event holds a %T", f.c.Name, e.Object))
+		return version, errExpired
+	}
+	switch e.Type {
+	case watch.Added, watch.Modified:
+		f.c.Store.Put(o)
+	case watch.Deleted:
+		f.c.Store.Delete(o)
+	}
+	if v := o.GetResourceVersion(); v != "" && v != "0" {
+		version = v
+	}
+	return version, nil
+}
+
+func expired(err error) bool { return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) }
+
+// heard notes that the API server is there. Only a list makes known what was not.
+func (f *Follower) heard(listed bool) {
+	f.mu.Lock()
+	f.status.Contact = time.Now()
+	if f.status.Err != nil && f.logged != "" {
+		f.c.Log.Info("the API server answers again", "resource", f.c.Name)
+		f.logged = ""
+	}
+	f.status.Err = nil
+	changed := listed && !f.status.Known
+	f.status.Known = f.status.Known || listed
+	f.mu.Unlock()
+	if changed {
+		f.c.Changed()
+	}
+}
+
+// failed notes a failure, which is logged if it is another one than before, and not more often than once a minute.
+func (f *Follower) failed(err error) {
+	f.mu.Lock()
+	f.status.Err = clip(err)
+	if text := f.status.Err.Error(); text != f.logged && time.Since(f.loggedAt) >= logEvery {
+		f.c.Log.Warn("the API server does not answer as it should; trying on, and what is known stays", "resource", f.c.Name, "err", f.status.Err)
+		f.logged, f.loggedAt = text, time.Now()
+	}
+	f.mu.Unlock()
+	f.lost()
+}
+
+// clip bounds the text of an error, which may be foreign, and makes a line of it.
+func clip(err error) error {
+	s := err.Error()
+	if len(s) > maxErrorText {
+		s = s[:maxErrorText] + "..."
+	}
+	return errors.New(strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s))
+}
+
+// lost tells whether a list is needed because nothing was heard for long.
+func (f *Follower) lost() bool {
+	f.mu.Lock()
+	old := f.status.Known && time.Since(f.status.Contact) >= f.c.LostAfter
+	if old {
+		f.status.Known = false
+		f.c.Log.Warn("nothing was heard of the API server for long; what is known may be out of date", "resource", f.c.Name, "since", f.status.Contact)
+	}
+	known := f.status.Known
+	f.mu.Unlock()
+	if old {
+		f.c.Changed()
+	}
+	return !known
+}
