@@ -279,6 +279,7 @@ func (ca *CA) observe(b store.Batch) {
 		if ca.rotator != nil {
 			ca.rotator.BundleChanged()
 		}
+		ca.publishedBundleChanged()
 	}
 }
 

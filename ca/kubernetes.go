@@ -4,17 +4,47 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/signet-id/signet/ca/kube"
+	"github.com/signet-id/signet/ca/kube/events"
+	"github.com/signet-id/signet/ca/kube/publish"
+	"github.com/signet-id/signet/ca/kube/watch"
 )
 
 // A kubeCluster is one cluster that the CA watches, with what works on it.
 type kubeCluster struct {
 	client *kube.Client
+	// namespace is the CA's own in the cluster.
+	namespace string
 	// parts run for as long as the CA does. One that loses its API server waits for it; an error ends the CA.
 	parts []func(context.Context) error
+	// leading run together on one replica of the CA at a time, by one Lease: each Lease costs requests all the time. They end
+	// when their context does, and are run again when this replica leads again.
+	leading []func(context.Context) error
+
+	events    *events.Recorder
+	watcher   *watch.Watcher     // nil unless pods are watched
+	publisher *publish.Publisher // nil unless the bundle is published
+}
+
+// lease is the name of the Lease in the CA's own namespace.
+const lease = "signet-ca"
+
+// lead runs what one replica does at a time.
+func (k *kubeCluster) lead(ctx context.Context, log *slog.Logger) error {
+	l := kube.Leader{Client: k.client, Namespace: k.namespace, Lease: lease, Log: log}
+	return l.Run(ctx, func(ctx context.Context) error {
+		g, ctx := errgroup.WithContext(ctx)
+		for _, f := range k.leading {
+			g.Go(func() error { return f(ctx) })
+		}
+		return g.Wait()
+	})
 }
 
 // openKubernetes makes what works on the clusters of the configuration. It makes no request: a cluster that is away now
@@ -32,7 +62,14 @@ func (ca *CA) openKubernetes() error {
 			errs = append(errs, fmt.Errorf("kubernetes: %w", err))
 			continue
 		}
-		ca.clusters = append(ca.clusters, &kubeCluster{client: client})
+		k := &kubeCluster{client: client, namespace: c.ownNamespace(), events: events.New(client, ca.log.With("cluster", name))}
+		ca.clusters = append(ca.clusters, k)
+		ca.watchPods(c, k)
+		ca.publishBundle(c, k)
+		if len(k.leading) > 0 || k.watcher != nil {
+			k.leading = append(k.leading, k.events.Run)
+			k.parts = append(k.parts, func(ctx context.Context) error { return k.lead(ctx, ca.log) })
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -1,7 +1,10 @@
 package ca
 
 import (
+	"os"
 	"path/filepath"
+	"regexp"
+	"strings"
 )
 
 // Kubernetes names the clusters that the CA watches, and says what it does there.
@@ -15,7 +18,40 @@ type KubernetesCluster struct {
 	// Kubeconfig is a file that says how to reach the API server. Programs for credentials (exec) are refused. Default: as a
 	// pod of that cluster does.
 	Kubeconfig string `yaml:"kubeconfig"`
+	// Namespace is the CA's own namespace in the cluster, where it keeps its Lease. Default: that of its pod (POD_NAMESPACE, or
+	// the mounted service account's), and signet-system with a kubeconfig.
+	Namespace string `yaml:"namespace"`
+	// Pods gives the cluster's pods their identities by templated Identities. Default: off.
+	Pods *KubernetesPods `yaml:"pods"`
+	// Bundle publishes the trust bundle in the cluster. Default: off.
+	Bundle *KubernetesBundle `yaml:"bundle"`
 }
+
+// The namespace of a pod is in a file beside its token.
+const (
+	namespaceFile    = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+	defaultNamespace = "signet-system"
+)
+
+func (c KubernetesCluster) ownNamespace() string {
+	if c.Namespace != "" {
+		return c.Namespace
+	}
+	if c.Kubeconfig != "" {
+		return defaultNamespace
+	}
+	if ns := os.Getenv("POD_NAMESPACE"); namespaceName.MatchString(ns) {
+		return ns
+	}
+	if text, err := os.ReadFile(namespaceFile); err == nil {
+		if ns := strings.TrimSpace(string(text)); namespaceName.MatchString(ns) {
+			return ns
+		}
+	}
+	return defaultNamespace
+}
+
+var namespaceName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
 func (k *Kubernetes) check(bad func(field, format string, args ...any)) {
 	for name, c := range k.Clusters {
@@ -25,6 +61,9 @@ func (k *Kubernetes) check(bad func(field, format string, args ...any)) {
 		}
 		if c.Kubeconfig != "" && !filepath.IsAbs(c.Kubeconfig) {
 			bad(field+".kubeconfig", "%q must be absolute", c.Kubeconfig)
+		}
+		if c.Namespace != "" && !namespaceName.MatchString(c.Namespace) {
+			bad(field+".namespace", "%q is not the name of a namespace, such as signet-system", c.Namespace)
 		}
 	}
 }

@@ -75,6 +75,7 @@ func newMetrics(ca *CA) *metrics {
 	)
 	m.registry.MustRegister(m.authorityGauges()...)
 	m.registry.MustRegister(m.observationMetrics()...)
+	m.registry.MustRegister(clusterMetrics{ca})
 	return m
 }
 
@@ -170,6 +171,9 @@ func (m *metrics) handler() http.Handler {
 			fmt.Fprintln(w, "warning: "+warning)
 		}
 		for _, p := range m.ca.upstream.problems() {
+			fmt.Fprintln(w, "warning:", p)
+		}
+		for _, p := range m.ca.clusterProblems() {
 			fmt.Fprintln(w, "warning:", p)
 		}
 	})

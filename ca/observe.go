@@ -19,5 +19,9 @@ func (ca *CA) Summary() string {
 		return "not ready: " + err.Error()
 	}
 	entries, agents, policies := ca.reg.Counts()
-	return fmt.Sprintf("ready; %d entries, %d agents, %d call policies, %d agents follow", entries, agents, policies, len(ca.node.Status()))
+	summary := fmt.Sprintf("ready; %d entries, %d agents, %d call policies, %d agents follow", entries, agents, policies, len(ca.node.Status()))
+	for _, p := range ca.clusterProblems() {
+		summary += "; " + p
+	}
+	return summary
 }

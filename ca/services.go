@@ -172,6 +172,13 @@ func (ca *CA) noteHealth() {
 		st = healthv1.HealthCheckResponse_NOT_SERVING
 	}
 	ca.health.SetServingStatus("", st) // without effect once it has been shut down
+	for _, k := range ca.clusters {
+		st := healthv1.HealthCheckResponse_SERVING
+		if k.problem() != "" {
+			st = healthv1.HealthCheckResponse_NOT_SERVING
+		}
+		ca.health.SetServingStatus("kubernetes/"+k.client.Cluster, st)
+	}
 }
 
 // register puts the same services on the port and on the admin socket.
