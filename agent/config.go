@@ -29,6 +29,10 @@ type Config struct {
 	ServerAddress string `yaml:"server_address"`
 	// DataDir holds the agent's own key, SVID and bundle. One agent uses it at a time; nobody else may read it.
 	DataDir string `yaml:"data_dir"`
+	// HandOver lets an agent that is started with the data_dir of one that runs take over from it: it waits, gets the socket, and
+	// serves as soon as the other has ended; callers wait in the socket's queue. Meanwhile it counts as ready. For a DaemonSet that
+	// starts the next agent of a node before it ends the present one. Default: a second agent refuses to start.
+	HandOver bool `yaml:"hand_over"`
 	// SocketPath is where workloads find the Workload API. Default /run/signet/agent.sock.
 	SocketPath string `yaml:"socket_path"`
 	// AdminSocket is where operators of this node ask the agent how it is and why a process gets no identity.

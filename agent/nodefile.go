@@ -82,6 +82,26 @@ func openNodeDir(path string, td spiffeid.TrustDomain) (*nodeDir, error) {
 
 func (d *nodeDir) close() error { return d.lock.Close() }
 
+// DataDirInUse says whether an agent runs with the data directory dir. None is using one that does not exist.
+func DataDirInUse(dir string) (bool, error) {
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("data_dir: %w", err)
+	}
+	defer lock.Close()
+	// Shared, so that two that ask do not take each other for an agent.
+	switch err := unix.Flock(int(lock.Fd()), unix.LOCK_SH|unix.LOCK_NB); {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return true, nil
+	case err != nil:
+		return false, fmt.Errorf("data_dir: locking %s: %w", lock.Name(), err)
+	}
+	return false, nil
+}
+
 func (d *nodeDir) recordPath() string  { return filepath.Join(d.path, "node.json") }
 func (d *nodeDir) sparePath() string   { return filepath.Join(d.path, "node.json.spare") }
 func (d *nodeDir) pendingPath() string { return filepath.Join(d.path, "attest.key") }

@@ -167,7 +167,7 @@ func TestHalvesFit(t *testing.T) {
 			}
 		}
 	}
-	if a.SocketPath != "/run/signet/agent/agent.sock" || mounts["socket"] != "/run/signet/agent" || mounts["data"] != a.DataDir {
+	if a.SocketPath != "/run/signet/agent/agent.sock" || mounts["socket"] != "/run/signet/agent" || mounts["data"]+"/agent" != a.DataDir || !a.HandOver {
 		t.Errorf("socket %s, mounts %v", a.SocketPath, mounts)
 	}
 	// What the pod gets from its environment is asked for by these names.

@@ -63,6 +63,87 @@ type watcher struct{ updates, errors atomic.Int64 }
 func (w *watcher) OnX509ContextUpdate(*workloadapi.X509Context) { w.updates.Add(1) }
 func (w *watcher) OnX509ContextWatchError(error)                { w.errors.Add(1) }
 
+// callers have streams open at an agent, and fetch from it all the time.
+type callers struct {
+	p            *place
+	streams      []watcher
+	done, failed atomic.Int64 // fetches
+	why          atomic.Value // the last failure's text
+	longest      atomic.Int64 // the longest fetch, in nanoseconds
+}
+
+// traffic starts callers, which end with the test.
+func (p *place) traffic(ctx context.Context) *callers {
+	p.t.Helper()
+	c := &callers{p: p, streams: make([]watcher, 300)}
+	var all sync.WaitGroup
+	ctx, stop := context.WithCancel(ctx)
+	p.t.Cleanup(func() {
+		stop()
+		all.Wait()
+	})
+	for i := range c.streams {
+		w, err := workloadapi.New(ctx, workloadapi.WithAddr(p.endpoint()))
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		all.Go(func() {
+			defer w.Close()
+			_ = w.WatchX509Context(ctx, &c.streams[i]) // ends with its context
+		})
+	}
+	for range 4 {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				began := time.Now()
+				err := fetch(ctx, p.endpoint())
+				switch {
+				case err == nil:
+					c.done.Add(1)
+				case ctx.Err() == nil:
+					c.failed.Add(1)
+					c.why.Store(err.Error())
+				}
+				took := time.Since(began).Nanoseconds()
+				for was := c.longest.Load(); took > was && !c.longest.CompareAndSwap(was, took); was = c.longest.Load() {
+				}
+			}
+		})
+	}
+	return c
+}
+
+// settled waits until each stream has had a message of each agent.
+func (c *callers) settled(atLeast int64) {
+	c.p.t.Helper()
+	c.p.eventually(func() error {
+		for i := range c.streams {
+			if n := c.streams[i].updates.Load(); n < atLeast {
+				return fmt.Errorf("stream %d has had %d messages, want %d", i, n, atLeast)
+			}
+		}
+		return nil
+	})
+}
+
+// goesOn waits until there were some fetches more than before.
+func (c *callers) goesOn(before int64) {
+	c.p.t.Helper()
+	c.p.eventually(func() error {
+		if c.done.Load() < before+20 {
+			return errors.New("callers do not go on")
+		}
+		return nil
+	})
+}
+
+func (c *callers) noneFailed() {
+	c.p.t.Helper()
+	if n := c.failed.Load(); n != 0 {
+		c.p.t.Errorf("%d of %d fetches failed, such as: %v", n, n+c.done.Load(), c.why.Load())
+	}
+}
+
 // TestUpgradeWithStreamsOpen changes the agent's program for a newer one and back, with the socket held by who starts it,
 // while hundreds of streams are open and callers come all the time: no call fails, and every stream goes on. A killed agent
 // fails the calls that are under way, and no others.
@@ -92,50 +173,10 @@ func TestUpgradeWithStreamsOpen(t *testing.T) {
 	agent := p.activated(0, socket)
 	p.eventually(func() error { return fetch(ctx, p.endpoint()) })
 
-	streams := make([]watcher, 300)
-	var all sync.WaitGroup
-	defer all.Wait()
-	clients, stop := context.WithCancel(ctx)
-	defer stop()
-	for i := range streams {
-		c, err := workloadapi.New(ctx, workloadapi.WithAddr(p.endpoint()))
-		if err != nil {
-			t.Fatal(err)
-		}
-		all.Go(func() {
-			defer c.Close()
-			_ = c.WatchX509Context(clients, &streams[i]) // ends with its context
-		})
-	}
-	// settled waits until each stream has had a message of the present agent.
-	settled := func(atLeast int64) {
-		t.Helper()
-		s.eventually(func() error {
-			for i := range streams {
-				if n := streams[i].updates.Load(); n < atLeast {
-					return fmt.Errorf("stream %d has had %d messages, want %d", i, n, atLeast)
-				}
-			}
-			return nil
-		})
-	}
-	settled(1)
-	var done, failed atomic.Int64
-	var why atomic.Value
-	for range 4 {
-		all.Go(func() {
-			for clients.Err() == nil {
-				if err := fetch(clients, p.endpoint()); err == nil {
-					done.Add(1)
-				} else if clients.Err() == nil {
-					failed.Add(1)
-					why.Store(err.Error())
-				}
-			}
-		})
-	}
+	c := p.traffic(ctx)
+	c.settled(1)
 	for round, program := range []int{1, 0, 1} { // up, down, up
-		before := done.Load()
+		before := c.done.Load()
 		if err := agent.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
@@ -148,29 +189,22 @@ func TestUpgradeWithStreamsOpen(t *testing.T) {
 		}
 		agent = p.activated(program, socket)
 		p.runs(ctx, agent, program)
-		settled(int64(round) + 2)
-		s.eventually(func() error {
-			if done.Load() < before+20 {
-				return errors.New("callers do not go on")
-			}
-			return nil
-		})
+		c.settled(int64(round) + 2)
+		c.goesOn(before)
 	}
-	if n := failed.Load(); n != 0 {
-		t.Errorf("%d of %d fetches failed, such as: %v", n, n+done.Load(), why.Load())
-	}
-	t.Logf("%d fetches in three changes of the program", done.Load())
+	c.noneFailed()
+	t.Logf("%d fetches in three changes of the program", c.done.Load())
 
-	before := failed.Load()
+	before := c.failed.Load()
 	if err := agent.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	<-agent.done
 	agent = p.activated(0, socket)
 	p.runs(ctx, agent, 0)
-	settled(5)
-	if n := failed.Load() - before; n > 4 {
-		t.Errorf("%d fetches failed after a kill, but only 4 can have been under way: %v", n, why.Load())
+	c.settled(5)
+	if n := c.failed.Load() - before; n > 4 {
+		t.Errorf("%d fetches failed after a kill, but only 4 can have been under way: %v", n, c.why.Load())
 	}
 }
 

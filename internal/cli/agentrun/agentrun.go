@@ -16,6 +16,7 @@ import (
 	"github.com/signet-id/signet/agent/examiner"
 	"github.com/signet-id/signet/internal/cli/daemon"
 	manager "github.com/signet-id/signet/internal/daemon"
+	"github.com/signet-id/signet/internal/handover"
 	"github.com/signet-id/signet/internal/sandbox"
 	"github.com/signet-id/signet/internal/version"
 )
@@ -64,6 +65,21 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 		}
 		defer s.Close()
 	}
+	if c.HandOver {
+		inherited, err := standBy(ctx, c, log)
+		if ctx.Err() != nil {
+			return nil // ended while it waited
+		}
+		if err != nil {
+			return err
+		}
+		for name, s := range inherited {
+			defer s.Close()
+			if c.Sockets[name] == nil { // the service manager's come first
+				c.Sockets = with(c.Sockets, name, s)
+			}
+		}
+	}
 	held, err := sandbox.Held()
 	if err != nil {
 		return err
@@ -89,6 +105,13 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 	a, err := agent.New(c)
 	if err != nil {
 		return err
+	}
+	if c.HandOver {
+		offer, offerErr := handover.NewOffer(c.DataDir, a.Sockets, log)
+		if offerErr != nil {
+			return errors.Join(offerErr, a.Close())
+		}
+		defer func() { err = errors.Join(err, offer.Close()) }() // when the agent has let go of everything
 	}
 	if err := restrict(privileges, log); err != nil {
 		return errors.Join(err, a.Close())
