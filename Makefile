@@ -20,7 +20,7 @@ LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 heavy   = /test/|/cmd/signet$$|/internal/demo$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
-.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation interop-k8s interop-containers release image image-twice clean tools etcd
+.PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation e2e-kube interop-containers release image image-twice clean tools etcd
 
 all: build
 
@@ -103,9 +103,11 @@ bench: bin/tools/.made
 scale:
 	go test -tags scale -count=1 -timeout 30m -v -p 1 ./test/scale ./test/node
 
-# Nodes of running clusters of Kubernetes, ours and SPIRE's agent; test/kube/kube_test.go says what it needs in the environment.
-interop-k8s:
-	go test -tags kube -count=1 -timeout 10m -v ./test/kube
+# Kubernetes, real: two clusters are started, tried and removed, which takes root. The first time builds Kubernetes, for ten minutes.
+# E2E='-run TestName' runs one test; SPIRE_AGENT_BIN and SPIRE_SERVER_BIN name SPIRE's programs, whose tests skip without them.
+E2E = -v
+e2e-kube:
+	test/kube/e2e.sh $(E2E)
 
 # A hundred agents, traffic that never stops, fifty rotations of each kind of authority; docs/performance.md has the figures.
 rotation:

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"net"
 	"net/url"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/signet-id/signet/agent/examiner"
+	"github.com/signet-id/signet/agent/nodeattest/k8spsat"
 	"github.com/signet-id/signet/agent/workloadattest/docker"
 	"github.com/signet-id/signet/internal/sandbox"
 )
@@ -99,7 +101,7 @@ func (c *Config) needs(configFile string) []need {
 		folder("node_attestation.x509pop", n.X509POP.CertificatePath, n.X509POP.PrivateKeyPath, n.X509POP.IntermediatesPath)
 	}
 	if n.K8sPSAT != nil {
-		folder("node_attestation.k8s_psat", n.K8sPSAT.TokenPath)
+		folder("node_attestation.k8s_psat", cmp.Or(n.K8sPSAT.TokenPath, k8spsat.DefaultTokenPath))
 	}
 	if n.AWSIID != nil {
 		add("node_attestation.aws_iid", need{ports: []uint16{portOf(n.AWSIID.MetadataEndpoint)}})

@@ -71,6 +71,12 @@ func TestPrivileges(t *testing.T) {
 		t.Errorf("%+v, %v", p, err)
 	}
 
+	// The token of a pod, also where the file is the default one.
+	c.NodeAttestation.K8sPSAT = &K8sPSAT{Cluster: "prod"}
+	if p, err = c.Privileges("", all); err != nil || !slices.Contains(p.Policy.Files, sandbox.Access{Path: "/var/run/secrets/tokens", Kind: sandbox.Read}) {
+		t.Errorf("%+v, %v", p, err)
+	}
+
 	// One process keeps what the examiner would.
 	c = config("sandbox: {landlock: off}\n")
 	if p, err = c.Privileges("", all); err != nil || p.Examiner || sandbox.Names(p.Policy.Keep) != "CAP_DAC_READ_SEARCH CAP_SYS_PTRACE" {

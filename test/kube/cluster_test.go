@@ -26,6 +26,16 @@ func need(t *testing.T, name, what string) string {
 	return v
 }
 
+// optional skips the test when a variable is not set.
+func optional(t *testing.T, name, what string) string {
+	t.Helper()
+	v := os.Getenv(name)
+	if v == "" {
+		t.Skipf("%s is not set; set it to %s", name, what)
+	}
+	return v
+}
+
 // A cluster is a running Kubernetes in which the test has a namespace of its own.
 type cluster struct {
 	t          *testing.T
@@ -41,10 +51,7 @@ func open(t *testing.T, ctx context.Context, kubeconfig, nodeRoot string) *clust
 	t.Helper()
 	k := &cluster{t: t, ctx: ctx, kubeconfig: kubeconfig, nodeRoot: nodeRoot, namespace: "signet-test-" + strings.ToLower(rand.Text()[:8])}
 	k.kubectl("create", "namespace", k.namespace)
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		k.ctx = ctx
+	k.atEnd(func() {
 		k.kubectl("delete", "namespace", k.namespace, "--wait=false")
 		k.kubectl("delete", "clusterrolebinding", k.namespace)
 	})
@@ -54,6 +61,16 @@ func open(t *testing.T, ctx context.Context, kubeconfig, nodeRoot string) *clust
 	k.apply(documentedRole(t))
 	k.kubectl("create", "clusterrolebinding", k.namespace, "--clusterrole=signet-node-attestation", "--serviceaccount="+k.namespace+":ca")
 	return k
+}
+
+// atEnd does something when the test has ended, and its context with it.
+func (k *cluster) atEnd(do func()) {
+	k.t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		k.ctx = ctx
+		do()
+	})
 }
 
 // documentedRole is the ClusterRole in the documentation, so that it is tried too.
@@ -98,6 +115,12 @@ func (k *cluster) try(in string, args ...string) (string, error) {
 		return "", fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, errs.String())
 	}
 	return strings.TrimSpace(out.String()), nil
+}
+
+// command returns all that a program says.
+func command(ctx context.Context, program string, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
+	return string(out), err
 }
 
 func (k *cluster) apply(documents string) { k.t.Helper(); k.kubectlIn(documents, "apply", "-f", "-") }

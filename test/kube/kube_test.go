@@ -1,18 +1,22 @@
 //go:build kube
 
-// Package kube attests nodes, and processes in pods, against running clusters of Kubernetes. `make interop-k8s` runs it, and
-// says what it needs in the environment:
+// Package kube tries signet in running clusters of Kubernetes. `make e2e-kube` starts them and says in the environment what is where;
+// to run a test by hand in other clusters, say it yourself:
 //
-//	SIGNET_KUBECONFIG        a kubeconfig of an admin of a cluster
-//	SIGNET_KUBECONFIG_OTHER  the same of another cluster
-//	SIGNET_KUBECTL           kubectl; default: the one in PATH
-//	SIGNET_KUBE_IMAGE        an image whose program just waits; default registry.k8s.io/pause:3.10
-//	SIGNET_KUBE_AGENT_IMAGE  an image with test/kube/podagent, built without cgo, as its program /podagent
-//	SIGNET_KUBE_CGROUP_ROOT  the --cgroup-root of the first cluster's kubelet, if it is not /
-//	SPIRE_AGENT_BIN          an unmodified spire-agent
-//	SPIRE_SERVER_BIN         an unmodified spire-server
-//	SIGNET_KUBE_NODE_ROOT    where the file system of the first cluster's only node can be read; then the tokens are those that the
-//	                         kubelet has written into the pods. Default: tokens of the API call that the kubelet makes for them
+//	SIGNET_KUBECONFIG           a kubeconfig of an admin of a cluster, and in _OTHER the same of another cluster
+//	SIGNET_KUBECTL              kubectl; default: the one in PATH
+//	SIGNET_KUBE_IMAGE           an image whose program just waits; default registry.k8s.io/pause:3.10
+//	SIGNET_KUBE_IMAGES          where the images signet-ca, signet-agent and signet-proxy are, such as localhost; SIGNET_KUBE_TAG is their tag
+//	SIGNET_KUBE_WORKLOAD_IMAGE  an image with test/kube/workload as its program /workload, and /usr/bin/signet-agent, built without cgo;
+//	                            SIGNET_KUBE_OTHER_IMAGE is another image with /workload
+//	SIGNET_KUBE_CGROUP_ROOT     the --cgroup-root of the first cluster's kubelet, if it is not /; in _OTHER that of the other one
+//	SIGNET_KUBE_CA_LISTEN       where the CA that a test runs listens, and in SIGNET_KUBE_CA_ADDRESS where pods find it
+//	SIGNET_KUBE_NODE_ROOT       where the file system of the first cluster's only node can be read; then the tokens are those that the
+//	                            kubelet has written into the pods. Default: tokens of the API call that the kubelet makes for them
+//	SIGNET_KUBEBOX              kubebox, if the clusters are its, and in SIGNET_KUBEBOX_DIR the state directory of the first one
+//	SPIRE_AGENT_BIN             an unmodified spire-agent, and in SPIRE_SERVER_BIN an unmodified spire-server
+//
+// A test skips when the programs of SPIRE or kubebox are not named; everything else it cannot do without.
 package kube
 
 import (
@@ -47,7 +51,7 @@ import (
 )
 
 func bounded(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -23,6 +23,7 @@ log=$KUBEBOX_DIR.log
 : >"$log"
 setsid "$build/kubebox" up -pause "$build/pause.tar" "$@" </dev/null >>"$log" 2>&1 &
 pid=$!
+trap 'kill "$pid" 2>/dev/null; wait "$pid"; exit 143' INT TERM
 until grep -q '^kubebox: ready' "$log"; do
 	if ! kill -0 "$pid" 2>/dev/null; then
 		cat "$log" >&2

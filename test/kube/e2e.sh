@@ -1,0 +1,90 @@
+#!/bin/bash
+# e2e.sh [go test's flags]: the end-to-end tests of Kubernetes, from nothing: builds kubebox and images, starts two clusters, runs
+# test/kube, and removes all it made, also when it fails or is interrupted. Needs root, Go, git and apt. make e2e-kube calls it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+box=test/kube/box
+build=${KUBEBOX_BUILD:-${XDG_CACHE_HOME:-$HOME/.cache}/kubebox}
+dir=$(mktemp -d /tmp/signet-e2e-XXXXXX)
+name=${dir##*/}
+port=$((20000 + $$ % 10000)) # of the CA, on this machine
+child=
+nodes=()
+
+# run CMD...: in a process group of its own, which an interrupt ends.
+run() {
+	setsid "$@" </dev/null &
+	child=$!
+	local status=0
+	wait "$child" || status=$?
+	child=
+	return $status
+}
+
+cleanup() {
+	local status=$? left=0 n
+	trap '' INT TERM
+	if [ -n "$child" ]; then
+		kill -- "-$child" 2>/dev/null || true
+		wait "$child" 2>/dev/null || true
+	fi
+	for n in a b; do
+		if [ $status != 0 ] && [ -d "$dir/$n/logs" ]; then
+			mkdir -p "${E2E_LOGS:-dist/e2e-kube}/$n"
+			cp -r "$dir/$n/logs/." "${E2E_LOGS:-dist/e2e-kube}/$n/"
+		fi
+		[ -d "$dir/$n" ] && { KUBEBOX_DIR=$dir/$n bash $box/down.sh || left=1; }
+	done
+	rm -rf "$dir" || left=1
+	# What a node made goes with its namespaces: nobody may be in them any more, and no cgroup or mount may be left.
+	for n in "${nodes[@]}"; do
+		if ls -l /proc/[0-9]*/ns/pid 2>/dev/null | grep -F "$n"; then left=1; fi
+	done
+	if find /sys/fs/cgroup -maxdepth 2 -name "$name-*" 2>/dev/null | grep .; then left=1; fi
+	if grep -F "$dir" /proc/self/mounts; then left=1; fi
+	if [ $left != 0 ]; then
+		echo "e2e-kube: the above is left of the clusters" >&2
+		[ $status != 0 ] || status=1
+	fi
+	exit $status
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+lap=$(date +%s)
+say() {
+	local now
+	now=$(date +%s)
+	echo "e2e-kube: $1 after $((now - lap)) s"
+	lap=$now
+}
+
+run bash $box/build.sh
+run tools/helm.sh
+say "kubebox and helm are there"
+run env ARCHS=amd64 OUT="$dir/images" tools/image.sh e2e "$(git rev-parse HEAD 2>/dev/null || true)"
+CGO_ENABLED=0 run go build -trimpath -o "$dir/bin/" ./test/kube/workload ./cmd/signet-agent
+image() { # TAG FILE=PATH...
+	"$build/kubebox" image -tag "$1" -o "$dir/images/${1//[\/:]/_}.tar" "${@:2}"
+}
+image signet.test/workload:e2e "$dir/bin/workload=/workload" "$dir/bin/signet-agent=/usr/bin/signet-agent"
+image signet.test/other:e2e "$dir/bin/workload=/workload" go.mod=/other
+say "images are built"
+for n in a b; do
+	run env KUBEBOX_DIR="$dir/$n" bash $box/up.sh -api-port 0 -cgroup-root "/$name-$n" -outward "18081:$port"
+	nodes+=("$(readlink "/proc/$(cat "$dir/$n/node.pid")/ns/pid")")
+	run "$build/kubebox" load -dir "$dir/$n" "$dir"/images/*.tar
+done
+say "two clusters are up"
+
+export SIGNET_KUBECONFIG=$dir/a/host.kubeconfig SIGNET_KUBECONFIG_OTHER=$dir/b/host.kubeconfig
+export SIGNET_KUBEBOX=$build/kubebox SIGNET_KUBEBOX_DIR=$dir/a SIGNET_KUBEBOX_DIR_OTHER=$dir/b
+export SIGNET_KUBE_CA_LISTEN=127.0.0.1:$port SIGNET_KUBE_CA_ADDRESS=10.90.0.1:18081
+export SIGNET_KUBE_NODE_ROOT SIGNET_KUBE_CGROUP_ROOT=/$name-a SIGNET_KUBE_CGROUP_ROOT_OTHER=/$name-b
+SIGNET_KUBE_NODE_ROOT=/proc/$(cat "$dir/a/node.pid")/root
+export SIGNET_KUBECTL=${KUBECTL:-$PWD/bin/tools/kubectl} HELM=${HELM:-$PWD/bin/tools/helm}
+export SIGNET_KUBE_IMAGE=kubebox.test/pause:1 SIGNET_KUBE_IMAGES=localhost SIGNET_KUBE_TAG=e2e
+export SIGNET_KUBE_WORKLOAD_IMAGE=signet.test/workload:e2e SIGNET_KUBE_OTHER_IMAGE=signet.test/other:e2e
+run go test -tags kube -count=1 -timeout 60m "$@" ./test/kube
+say "tests passed"

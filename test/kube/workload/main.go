@@ -1,0 +1,138 @@
+// Workload is what the pods of test/kube run, as a user of go-spiffe: it asks the agent at SPIFFE_ENDPOINT_SOCKET who it is, and
+// calls others by what it gets.
+//
+//	workload who            prints "ids: " and the SPIFFE IDs that this process gets, or "ids: none", and waits
+//	workload who once       the same, and ends
+//	workload hold           holds a stream, and prints "svid: " with SPIFFE ID and serial number at each update
+//	workload serve ADDR     serves HTTPS with mutual TLS to whoever is of its trust domain, and prints "serving"
+//	workload call ADDR      calls that, over connections new and old, and asks the agent anew, all the time; prints every second
+//	                        "calls: N failed: M fetches: N failed: M", and why one failed
+//	workload private CMD... runs a command in a cgroup namespace of its own
+//	workload wait           waits
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:])
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "workload: error:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	switch {
+	case slices.Equal(args, []string{"wait"}):
+		<-ctx.Done()
+		return nil
+	case slices.Equal(args, []string{"who"}), slices.Equal(args, []string{"who", "once"}):
+		ids, err := who(ctx)
+		if err != nil {
+			return err
+		}
+		fmt.Println("ids:", strings.Join(ids, " "))
+		if len(args) == 1 {
+			<-ctx.Done()
+		}
+		return nil
+	case slices.Equal(args, []string{"hold"}):
+		return hold(ctx)
+	case len(args) == 2 && args[0] == "serve":
+		return serve(ctx, args[1])
+	case len(args) == 2 && args[0] == "call":
+		return call(ctx, args[1])
+	case len(args) > 1 && args[0] == "private":
+		if err := syscall.Unshare(syscall.CLONE_NEWCGROUP); err != nil {
+			return fmt.Errorf("a cgroup namespace (CAP_SYS_ADMIN is needed): %w", err)
+		}
+		return syscall.Exec(args[1], args[1:], os.Environ())
+	}
+	return errors.New("want who, who once, hold, serve ADDR, call ADDR, private CMD... or wait")
+}
+
+// who asks until there is an answer. That there is no identity is one.
+func who(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	client, err := workloadapi.New(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer client.Close()
+	for {
+		svids, err := client.FetchX509SVIDs(ctx)
+		if status.Code(err) == codes.PermissionDenied {
+			return []string{"none"}, nil
+		}
+		if err == nil {
+			var ids []string
+			for _, s := range svids {
+				ids = append(ids, s.ID.Path())
+			}
+			slices.Sort(ids)
+			return ids, nil
+		}
+		if !wait(ctx, 200*time.Millisecond) {
+			return nil, fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+	}
+}
+
+// wait reports whether ctx lasted for so long.
+func wait(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}
+
+func hold(ctx context.Context) error {
+	client, err := workloadapi.New(ctx)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	err = client.WatchX509Context(ctx, &printer{})
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+type printer struct{ mu sync.Mutex }
+
+func (p *printer) OnX509ContextUpdate(c *workloadapi.X509Context) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, s := range c.SVIDs {
+		fmt.Printf("svid: %s %x\n", s.ID.Path(), s.Certificates[0].SerialNumber)
+	}
+}
+
+func (p *printer) OnX509ContextWatchError(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	fmt.Println("watch:", status.Code(err), err)
+}
