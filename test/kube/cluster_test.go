@@ -51,7 +51,7 @@ func open(t *testing.T, ctx context.Context, kubeconfig, nodeRoot string) *clust
 	t.Helper()
 	k := &cluster{t: t, ctx: ctx, kubeconfig: kubeconfig, nodeRoot: nodeRoot, namespace: "signet-test-" + strings.ToLower(rand.Text()[:8])}
 	k.kubectl("create", "namespace", k.namespace)
-	k.atEnd(func() {
+	k.afterwards(func() {
 		k.kubectl("delete", "namespace", k.namespace, "--wait=false")
 		k.kubectl("delete", "clusterrolebinding", k.namespace)
 	})
@@ -63,8 +63,8 @@ func open(t *testing.T, ctx context.Context, kubeconfig, nodeRoot string) *clust
 	return k
 }
 
-// atEnd does something when the test has ended, and its context with it.
-func (k *cluster) atEnd(do func()) {
+// afterwards does something when the test has ended, and its context with it.
+func (k *cluster) afterwards(do func()) {
 	k.t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()

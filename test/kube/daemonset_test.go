@@ -52,7 +52,6 @@ type agentSpec struct {
 	image   string
 	command []string
 	caps    string // capabilities that are added
-	env     string // of the pod's template: one more annotation rolls the DaemonSet
 }
 
 // runAgents starts the agents and waits until they serve.
@@ -102,7 +101,7 @@ data:
     metrics: {listen: 0.0.0.0:9989}
     log: {level: debug}
 `, k.namespace, bundle, need(k.t, "SIGNET_KUBE_CA_ADDRESS", "the address at which pods find what listens at SIGNET_KUBE_CA_LISTEN"), d.dir, name, cgroups))
-	k.atEnd(func() {
+	k.afterwards(func() {
 		if k.t.Failed() {
 			k.t.Log(k.kubectl("-n", k.namespace, "get", "pods", "-o", "wide"))
 			k.t.Log(k.kubectl("-n", k.namespace, "logs", "-l", "app=agent", "--tail=150", "--prefix"))
