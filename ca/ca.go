@@ -357,7 +357,7 @@ func (ca *CA) maintain(ctx context.Context) error {
 		var records []auditlog.Record
 		for _, e := range ended {
 			records = append(records, auditlog.Record{Time: ca.c.Now(), Event: "entry.expired", Actor: registry.ServerID(ca.td).String(), ActorKind: "system",
-				Subject: e.SPIFFEID.String(), Outcome: auditlog.Done, Details: map[string]any{"entry_id": string(e.ID)}})
+				Subject: e.IDText(), Outcome: auditlog.Done, Details: map[string]any{"entry_id": string(e.ID)}})
 		}
 		if len(records) > 0 {
 			if err := ca.audit.Append(ctx, auditlog.Essential, records...); err != nil {

@@ -231,11 +231,11 @@ func (a *API) authorityStatus(err error, unknown, wrongState codes.Code) error {
 
 // ExplainTTL says what decides how long an entry's SVIDs are valid.
 func (a *API) ExplainTTL(_ context.Context, req *adminv1.ExplainTTLRequest) (*adminv1.ExplainTTLResponse, error) {
-	e, err := a.c.Registry.Entry(registry.EntryID(req.EntryId))
+	e, err := a.c.Registry.AnyEntry(registry.EntryID(req.EntryId))
 	if err != nil {
 		return nil, status.Errorf(codes.NotFound, "entry %q not found", clip(req.EntryId))
 	}
-	out := &adminv1.ExplainTTLResponse{EntryId: string(e.ID), SpiffeId: e.SPIFFEID.String()}
+	out := &adminv1.ExplainTTLResponse{EntryId: string(e.ID), SpiffeId: e.IDText()}
 	for _, x := range []struct {
 		kind  authority.Kind
 		asked time.Duration

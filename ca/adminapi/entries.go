@@ -249,8 +249,8 @@ func (a *API) GetEntry(_ context.Context, req *entryv1.GetEntryRequest) (*types.
 	if err := checkGivenID(req.Id); err != nil {
 		return nil, a.toStatus(err)
 	}
-	e, err := a.c.Registry.Entry(registry.EntryID(req.Id))
-	if err != nil {
+	e, err := a.c.Registry.AnyEntry(registry.EntryID(req.Id))
+	if err != nil || e.Template != nil { // SPIRE has no form for a template
 		return nil, status.Errorf(codes.NotFound, "entry %q not found", clip(req.Id))
 	}
 	return spireproto.Entry(e, req.OutputMask), nil

@@ -149,7 +149,7 @@ func (a *API) commit(ctx context.Context, event string, p *registry.Plan, class 
 		}
 		details := map[string]any{"revision": int64(rev), "differences": bounded(c.Differences)}
 		if c.Entry != nil {
-			details["spiffe_id"] = c.Entry.SPIFFEID.String()
+			details["spiffe_id"] = c.Entry.IDText()
 			maps.Copy(details, entryDetails(c.Entry))
 		}
 		if v := c.Revocation; v != nil {
@@ -199,6 +199,7 @@ func answer(p *registry.Plan, rev store.Revision) *adminv1.ApplyResponse {
 	if p.FindingsOmitted > 0 {
 		out.Warnings = append(out.Warnings, fmt.Sprintf("and %d more findings", p.FindingsOmitted))
 	}
+	out.Warnings = append(out.Warnings, p.Warnings...)
 	out.Warnings = append(out.Warnings, p.Dangers...)
 	return out
 }
@@ -235,7 +236,7 @@ func (a *API) GetResources(_ context.Context, req *adminv1.GetResourcesRequest) 
 			break
 		}
 		out.Resources = append(out.Resources, &adminv1.Resource{Kind: r.Kind, Name: r.Document.Name, Revision: int64(r.Revision),
-			CreatedAt: timestamppb.New(r.CreatedAt), EntryId: string(r.EntryID),
+			CreatedAt: timestamppb.New(r.CreatedAt), EntryId: string(r.EntryID), Templated: r.Templated, Pods: int64(r.Pods),
 			Document: &adminv1.Document{Content: r.Document.Content, File: r.Document.File, Line: uint32(r.Document.Line)}})
 	}
 	return out, nil

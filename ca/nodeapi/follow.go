@@ -295,6 +295,7 @@ func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Fo
 	for _, id := range d.RemovedEntries {
 		part.RemovedEntryIds = append(part.RemovedEntryIds, string(id))
 	}
+	part.UnknownEntryPrefixes = d.UnknownPrefixes
 	part.RemovedPolicies = d.RemovedPolicies
 	part.RemovedRevocations = d.RemovedRevocations
 	part.RemovedCrls = d.RemovedCRLs

@@ -129,7 +129,7 @@ func (a *API) issueX509(ctx context.Context, field string, ids []registry.EntryI
 		}
 		e := entries[i]
 		if e == nil {
-			errs[i] = registry.ErrNotFound
+			errs[i] = a.c.Registry.Missing(c.ID, ids[i])
 			return
 		}
 		if errs[i] = ctx.Err(); errs[i] != nil {
@@ -206,6 +206,9 @@ func (a *API) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*s
 		if _, err = a.c.Registry.Barrier(ctx); err == nil {
 			e, err = a.c.Registry.AuthorizedEntry(c.ID, registry.EntryID(req.EntryId))
 		}
+		if errors.Is(err, registry.ErrNotFound) {
+			err = a.c.Registry.Missing(c.ID, registry.EntryID(req.EntryId))
+		}
 	}
 	if err != nil {
 		return fail(err)
@@ -243,8 +246,10 @@ func (a *API) IssueJWTSVIDs(ctx context.Context, req *nodev1.IssueJWTSVIDsReques
 	sign := func(i int) {
 		now := a.c.Now()
 		var svid *authority.JWTSVID
-		err := error(registry.ErrNotFound)
-		if e := entries[i]; e != nil {
+		err := error(nil)
+		if e := entries[i]; e == nil {
+			err = a.c.Registry.Missing(c.ID, ids[i])
+		} else {
 			svid, err = a.signJWT(ctx, e, req.Items[i].GetAudience())
 		}
 		if err != nil {

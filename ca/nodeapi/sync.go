@@ -146,6 +146,10 @@ func (a *API) scope(ctx context.Context, c *access.Caller) ([]*registry.Entry, e
 		a.c.Log.Warn("an agent cannot sync before the index has caught up with the store", "node_id", c.ID.String(), "err", err)
 		return nil, errNotCaughtUp
 	}
+	if a.c.Registry.PodsUnknown(c.ID) {
+		a.c.Log.Warn("an agent cannot sync before the pods of its cluster are known", "node_id", c.ID.String())
+		return nil, errNotCaughtUp
+	}
 	entries, attested := a.c.Registry.Scope(c.ID)
 	if !attested { // evicted or banned since the call began: say which
 		if _, err := a.c.Guard.CheckAgent(ctx, c); err != nil {

@@ -70,7 +70,7 @@ func (a *API) newWIT(ctx context.Context, p *svidv1.NewWITSVIDParams, e *registr
 	case len(p.GetPublicKey()) == 0:
 		return nil, status.Error(codes.InvalidArgument, "malformed param: missing public key")
 	case e == nil:
-		return nil, registry.ErrNotFound
+		return nil, a.c.Registry.Missing(access.From(ctx).ID, registry.EntryID(p.EntryId))
 	}
 	key, err := authority.ParsePublicKey(p.PublicKey)
 	if err != nil {

@@ -60,6 +60,9 @@ type Entry struct {
 	// Identity is the document that the entry stands for, if an operator wrote one.
 	Identity *Document
 
+	// Template is set in what stands for a templated Identity, which is no entry itself.
+	Template *Template
+
 	// Pod is set in an entry that a rule made for a pod, which is not stored. BesideEntries lets it have the SPIFFE ID of
 	// registered entries that no Identity made.
 	Pod           *Pod
@@ -165,7 +168,7 @@ func (e *Entry) normalise() {
 	e.On = sortedSelectors(e.On)
 	e.FederatesWith = sortedTrustDomains(e.FederatesWith)
 	e.ParentID = NormaliseAgentID(e.ParentID)
-	if e.OnNodes {
+	if e.OnNodes && e.Template == nil {
 		e.ParentID = nodesID(e.SPIFFEID.TrustDomain(), e.On)
 	}
 }
@@ -189,6 +192,9 @@ func sortedSelectors(ss []spiffe.Selector) []spiffe.Selector {
 
 // validate refuses what must not be registered in trust domain td. The entry has been normalised.
 func (e *Entry) validate(td spiffeid.TrustDomain) error {
+	if e.Template != nil {
+		return e.validateTemplate(td)
+	}
 	if err := e.ID.Check(); err != nil {
 		return err
 	}
@@ -342,9 +348,12 @@ func printable(s string) bool {
 // similar is what makes two entries the same registration: ID, parent and selectors.
 func (e *Entry) similar() string {
 	var b strings.Builder
-	b.WriteString(e.SPIFFEID.String())
+	b.WriteString(e.IDText())
 	b.WriteByte(0)
 	b.WriteString(e.ParentID.String())
+	if e.Template != nil {
+		fmt.Fprint(&b, selectorStrings(e.On))
+	}
 	for _, s := range e.Selectors {
 		b.WriteByte(0)
 		b.WriteString(s.Type)
@@ -392,6 +401,7 @@ type entryRecord struct {
 	ExpiresAt      int64     `json:"expires_at,omitempty"` // Unix seconds
 	CreatedAt      int64     `json:"created_at"`           // Unix seconds
 	Identity       *document `json:"identity,omitempty"`
+	Template       string    `json:"template,omitempty"` // of the path, in a templated Identity; its dns_names are templates too
 }
 
 type document struct {
@@ -413,6 +423,9 @@ func (e *Entry) encode() ([]byte, error) {
 		NoX509Prefetch: e.NoX509Prefetch, JWTIncludeJTI: e.JWTIncludeJTI, Canary: e.Canary,
 		ExpiresAt: unix(e.ExpiresAt), CreatedAt: unix(e.CreatedAt),
 	}
+	if e.Template != nil {
+		r.V, r.SPIFFEID, r.ParentID, r.Template = templateRecordVersion, "", "", e.Template.Path.String()
+	}
 	for _, td := range e.FederatesWith {
 		r.FederatesWith = append(r.FederatesWith, td.Name())
 	}
@@ -429,8 +442,14 @@ func (e *Entry) encode() ([]byte, error) {
 
 func decodeEntry(id EntryID, item store.Item) (*Entry, error) {
 	var r entryRecord
-	if err := decodeRecord(item, &r, func() int { return r.V }); err != nil {
-		return nil, err
+	if err := json.Unmarshal(item.Value, &r); err != nil {
+		return nil, fmt.Errorf("record %s: %w (is the store damaged?)", item.Key, err)
+	}
+	if r.V > templateRecordVersion {
+		return nil, fmt.Errorf("record %s of version %d: %w", item.Key, r.V, ErrNewerFormat)
+	}
+	if (r.V == templateRecordVersion) != (r.Template != "") {
+		return nil, fmt.Errorf("record %s: version %d and template %q do not go together (is the store damaged?)", item.Key, r.V, clip(r.Template))
 	}
 	e := &Entry{
 		ID: id, OnNodes: r.OnNodes, X509TTL: time.Duration(r.X509TTL) * time.Second, JWTTTL: time.Duration(r.JWTTTL) * time.Second,
@@ -439,14 +458,20 @@ func decodeEntry(id EntryID, item store.Item) (*Entry, error) {
 		ExpiresAt: fromUnix(r.ExpiresAt), CreatedAt: fromUnix(r.CreatedAt), Revision: item.Modified,
 	}
 	var err error
-	if e.SPIFFEID, err = spiffe.ParseWorkloadID(r.SPIFFEID); err != nil {
-		return nil, fmt.Errorf("record %s: %w", item.Key, err)
-	}
-	if e.ParentID, err = spiffe.ParseWorkloadID(r.ParentID); err != nil {
-		return nil, fmt.Errorf("record %s: %w", item.Key, err)
-	}
 	if e.Selectors, err = parseSelectors(r.Selectors); err != nil {
 		return nil, fmt.Errorf("record %s: %w", item.Key, err)
+	}
+	if r.Template != "" {
+		if e.Template, err = newTemplate(r.Template, r.DNSNames, e.Selectors); err != nil {
+			return nil, fmt.Errorf("record %s: %w", item.Key, err)
+		}
+	} else {
+		if e.SPIFFEID, err = spiffe.ParseWorkloadID(r.SPIFFEID); err != nil {
+			return nil, fmt.Errorf("record %s: %w", item.Key, err)
+		}
+		if e.ParentID, err = spiffe.ParseWorkloadID(r.ParentID); err != nil {
+			return nil, fmt.Errorf("record %s: %w", item.Key, err)
+		}
 	}
 	if e.On, err = parseSelectors(r.On); err != nil {
 		return nil, fmt.Errorf("record %s: %w", item.Key, err)

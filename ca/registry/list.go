@@ -126,7 +126,20 @@ func (r *Registry) Entry(id EntryID) (*Entry, error) {
 	return nil, ErrNotFound
 }
 
-// ListEntries returns up to limit matching entries whose IDs come after the given one, in order of ID, and whether
+// AnyEntry returns a registered entry, one of a pod, or what stands for a templated Identity. ErrNotFound if there is none.
+func (r *Registry) AnyEntry(id EntryID) (*Entry, error) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if e := r.ix.templated[id]; e != nil {
+		return e, nil
+	}
+	if e := r.ix.entry(id); e != nil {
+		return e, nil
+	}
+	return nil, ErrNotFound
+}
+
+// ListEntries returns up to limit matching registered entries whose IDs come after the given one, in order of ID, and whether
 // there are more.
 func (r *Registry) ListEntries(f EntryFilter, after EntryID, limit int) (page []*Entry, more bool) {
 	f.Selectors = sortedSelectors(f.Selectors)

@@ -46,7 +46,7 @@ type templates map[EntryID]*namespaceTemplate
 func (ix *index) noteTemplate(td string, id EntryID) {
 	had := ix.templates[id] != nil
 	delete(ix.templates, id)
-	if e := ix.entries[id]; e != nil && e.Identity != nil && bytes.Contains(e.Identity.Content, []byte("{{")) {
+	if e := ix.identity(id); e != nil && e.Identity != nil && bytes.Contains(e.Identity.Content, []byte("{{")) {
 		if n := readTemplate(td, e.Identity); n != nil {
 			n.on = e.On
 			ix.templates[id] = n
@@ -192,7 +192,7 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 			}
 		}
 		by := ids[own]
-		check := store.Check{Key: entryPrefix + string(by), Modified: r.ix.entries[by].Revision}
+		check := store.Check{Key: entryPrefix + string(by), Modified: r.ix.identity(by).Revision}
 		if !slices.ContainsFunc(p.checks, func(c store.Check) bool { return c.Key == check.Key }) {
 			p.checks = append(p.checks, check)
 		}

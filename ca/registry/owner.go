@@ -71,7 +71,7 @@ func (x *resource) currentName() string {
 // ownedAt tells whether the document of a key belongs to owner. mu is held.
 func (ix *index) ownedAt(key, owner string) bool {
 	if id, ok := strings.CutPrefix(key, entryPrefix); ok {
-		e := ix.entries[EntryID(id)]
+		e := ix.identity(EntryID(id))
 		return e != nil && e.Identity != nil && e.Identity.Owner == owner
 	}
 	if name, ok := strings.CutPrefix(key, federationPrefix); ok {
@@ -115,8 +115,10 @@ func (r *Registry) Owned(owner string) map[Ref]Document {
 			out[Ref{kind, d.Name}] = *d
 		}
 	}
-	for _, e := range r.ix.entries {
-		note(KindIdentity, e.Identity)
+	for _, m := range []map[EntryID]*Entry{r.ix.entries, r.ix.templated} {
+		for _, e := range m {
+			note(KindIdentity, e.Identity)
+		}
 	}
 	for _, p := range r.ix.policies {
 		note(KindCallPolicy, &p.Document)

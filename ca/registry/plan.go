@@ -56,6 +56,8 @@ type Plan struct {
 	// FindingsOmitted how many more there are.
 	Findings        []analyse.Finding
 	FindingsOmitted int
+	// Warnings are what else the operator should know.
+	Warnings []string
 	// Dangers say why revocations need an explicit yes.
 	Dangers []string
 	// Bans are the agents that must be banned before the plan is made anew and applied: they are revoked, and what they obtain
@@ -169,6 +171,7 @@ func (r *Registry) planAll(all []*resource, o Options, seen map[string]string) (
 	if err := p.checkCommitSize(); err != nil {
 		return nil, nil, err
 	}
+	r.warnTemplates(p)
 	p.notePolicies(all)
 	if err := r.checkServiceSizes(p); err != nil {
 		return nil, nil, err
@@ -206,7 +209,7 @@ func (r *Registry) revocationsAfter(p *Plan) int {
 func (ix *index) current(kind, name string) (doc *Document, rev store.Revision, created time.Time, entry *Entry) {
 	switch kind {
 	case KindIdentity:
-		if e := ix.entries[EntryID(identityPrefix+name)]; e != nil {
+		if e := ix.identity(EntryID(identityPrefix + name)); e != nil {
 			return e.Identity, e.Revision, e.CreatedAt, e
 		}
 	case KindCallPolicy:
@@ -241,8 +244,8 @@ func (r *Registry) planOne(p *Plan, x *resource, o Options, goes func(key string
 	}
 	if x.entry != nil {
 		id, ok := r.ix.similar[x.entry.similar()]
-		if ok && id != x.entry.ID && r.ix.entries[id].Identity != nil && !goes(entryPrefix+string(id)) {
-			return fmt.Errorf("%s:%d: Identity %q is the same registration as Identity %q: one spiffeID, one `on`, one `match`", x.doc.File, x.doc.Line, x.name, r.ix.entries[id].Identity.Name)
+		if ok && id != x.entry.ID && r.ix.identity(id).Identity != nil && !goes(entryPrefix+string(id)) {
+			return fmt.Errorf("%s:%d: Identity %q is the same registration as Identity %q: one spiffeID, one `on`, one `match`", x.doc.File, x.doc.Line, x.name, r.ix.identity(id).Identity.Name)
 		}
 	}
 	if err := r.ix.checkHints(x); err != nil {
@@ -348,7 +351,7 @@ func (r *Registry) differences(x *resource, old *Entry, doc *Document) []string 
 	switch {
 	case x.entry != nil && old != nil:
 		n := x.entry
-		diff("spiffeID", old.SPIFFEID, n.SPIFFEID)
+		diff("spiffeID", old.IDText(), n.IDText())
 		diff("match", selectorStrings(old.Selectors), selectorStrings(n.Selectors))
 		diff("on", selectorStrings(old.On), selectorStrings(n.On))
 		diff("x509TTL", old.X509TTL, n.X509TTL)
@@ -447,9 +450,11 @@ func (r *Registry) planPrune(p *Plan, all []*resource, owner string) {
 			p.delete(r.ix.deletion(kind, doc.Name), rev)
 		}
 	}
-	for id, e := range r.ix.entries {
-		if e.Identity != nil {
-			remove(KindIdentity, e.Identity, entryPrefix+string(id), e.Revision)
+	for _, m := range []map[EntryID]*Entry{r.ix.entries, r.ix.templated} {
+		for id, e := range m {
+			if e.Identity != nil {
+				remove(KindIdentity, e.Identity, entryPrefix+string(id), e.Revision)
+			}
 		}
 	}
 	// Revocations are never pruned: un-revoking is always explicit, and commands and alarms make them beside the files.
@@ -511,10 +516,10 @@ func (r *Registry) stillAlone(p *Plan) error {
 	}
 	for _, e := range p.entries {
 		id, ok := r.ix.similar[e.similar()]
-		if !ok || id == e.ID || r.ix.entries[id].Identity == nil || slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == entryPrefix+string(id) }) {
+		if !ok || id == e.ID || r.ix.identity(id).Identity == nil || slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == entryPrefix+string(id) }) {
 			continue
 		}
-		return fmt.Errorf("two Identities are one registration, %q and %q: %w", e.Identity.Name, r.ix.entries[id].Identity.Name, ErrConflict)
+		return fmt.Errorf("two Identities are one registration, %q and %q: %w", e.Identity.Name, r.ix.identity(id).Identity.Name, ErrConflict)
 	}
 	return nil
 }
@@ -547,6 +552,9 @@ type Resource struct {
 	EntryID   EntryID
 	CreatedAt time.Time
 	Revision  store.Revision
+	// Templated tells that it is a templated Identity, which stands for Pods pods now.
+	Templated bool
+	Pods      int
 }
 
 // Resources returns the documents of a kind in order of name, or the one of that name.
@@ -556,9 +564,11 @@ func (r *Registry) Resources(kind, name string) ([]Resource, error) {
 	var names []string
 	switch kind {
 	case KindIdentity:
-		for _, e := range r.ix.entries {
-			if e.Identity != nil {
-				names = append(names, e.Identity.Name)
+		for _, m := range []map[EntryID]*Entry{r.ix.entries, r.ix.templated} {
+			for _, e := range m {
+				if e.Identity != nil {
+					names = append(names, e.Identity.Name)
+				}
 			}
 		}
 	case KindCallPolicy:
@@ -596,6 +606,9 @@ func (r *Registry) Resources(kind, name string) ([]Resource, error) {
 		res := Resource{Kind: kind, Document: *doc, CreatedAt: created, Revision: rev}
 		if e != nil {
 			res.EntryID = e.ID
+			if e.Template != nil {
+				res.Templated, res.Pods = true, r.ix.derived.rules[RuleName(n)]
+			}
 		}
 		out = append(out, res)
 	}

@@ -110,7 +110,7 @@ func (p *Plan) checkPolicies(v *policyView, all []*resource) error {
 			changes[x.name], docs[x.name] = x.compiled, x.source
 		case x.kind == KindPolicyDefaults && defaults:
 			mode = x.mode
-		case x.entry != nil:
+		case x.entry != nil && x.entry.Template == nil:
 			fresh = append(fresh, x.entry.SPIFFEID)
 		}
 	}

@@ -31,6 +31,7 @@ func golden() map[string]any {
 			DNSNames: []string{"web.internal"}, Hint: "h", JWTIncludeJTI: true, ExpiresAt: at.Add(time.Hour), CreatedAt: at, Identity: &Document{Name: "web", Content: []byte("kind: Identity\n"), File: "f.yaml", Line: 3}},
 		"entry/plain": &Entry{ID: "plain", SPIFFEID: id("/p"), ParentID: id("/spire/agent/join_token/x"), Selectors: []spiffe.Selector{sel("unix:path:/bin/a"), sel("unix:uid:1")},
 			Admin: true, Downstream: true, StoreSVID: true, NoX509Prefetch: true, CreatedAt: at},
+		"entry/identity.cluster-default": templated(),
 		"node/join_token/x": &Node{ID: id("/spire/agent/join_token/x"), Attestation: "join_token", Selectors: []spiffe.Selector{sel("node:group:b")}, Serial: "1", NewSerial: "2", ExpiresAt: at,
 			NewExpiresAt: at.Add(time.Hour), Key: []byte{1}, NewKey: []byte{2}, Active: true, Banned: true, CanReattest: true, Version: "0.1", CreatedAt: at},
 		"federation/partner.example": &Federation{TrustDomain: spiffeid.RequireTrustDomainFromString("partner.example"), URL: "https://10.1.2.3:8443/", Profile: ProfileSPIFFE,
@@ -39,6 +40,17 @@ func golden() map[string]any {
 		"ack/join_token/x":          &Ack{Authorities: []string{"a1", "k1"}, At: at},
 		"token/x":                   &Token{ID: "x", SecretHash: []byte{1, 2}, ExpiresAt: at, Groups: []string{"b"}, UsedBy: []byte{3}},
 	}
+}
+
+// templated is a templated Identity, whose record has version 2.
+func templated() *Entry {
+	match := []spiffe.Selector{sel("k8s:container-name:web"), sel("k8s:ns:shop")}
+	t, err := newTemplate("/ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}", []string{"{{ .k8s.sa }}.internal"}, match)
+	if err != nil {
+		panic(err)
+	}
+	return &Entry{ID: "identity.cluster-default", Template: t, OnNodes: true, On: []spiffe.Selector{sel("k8s_psat:cluster:prod")}, Selectors: match, DNSNames: []string{"{{ .k8s.sa }}.internal"},
+		X509TTL: time.Hour, JWTIncludeJTI: true, CreatedAt: time.Unix(1795320000, 0).UTC(), Identity: &Document{Name: "cluster-default", Content: []byte("kind: Identity\n"), File: "f.yaml", Line: 9}}
 }
 
 func encodeAny(v any) ([]byte, error) {
@@ -118,9 +130,9 @@ func TestPolicyRecordRoundTrip(t *testing.T) {
 func TestNewerRecordsAreRefused(t *testing.T) {
 	for key := range golden() {
 		ix := newIndex()
-		err := ix.apply(td, store.Event{Item: store.Item{Key: key, Value: []byte(`{"v":2,"spiffe_id":"spiffe://example.org/a"}`)}}, nil)
+		err := ix.apply(td, store.Event{Item: store.Item{Key: key, Value: []byte(`{"v":3,"spiffe_id":"spiffe://example.org/a"}`)}}, nil)
 		if !errors.Is(err, ErrNewerFormat) || !strings.Contains(err.Error(), key) {
-			t.Errorf("%s of version 2: %v", key, err)
+			t.Errorf("%s of version 3: %v", key, err)
 		}
 	}
 	for _, key := range []string{"policy/p", "bundle/partner.example", "defaults"} {

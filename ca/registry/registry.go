@@ -80,8 +80,13 @@ type Registry struct {
 	federationsChanged chan struct{} // one slot: look again
 	issuersChanged     chan struct{} // likewise
 	takenChanged       chan struct{} // likewise
+	templatesChanged   chan struct{} // likewise
 
 	denied denials // by roll-outs, not yet written down
+
+	// expanded is the revision whose templated Identities are those that the entries of pods are made by; 0: nobody makes any.
+	// mu guards it.
+	expanded store.Revision
 
 	// wmu guards pending: registrations that are being written, by what makes them similar.
 	wmu     sync.Mutex
@@ -129,7 +134,7 @@ func Open(ctx context.Context, c Config) (*Registry, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}, federationsChanged: make(chan struct{}, 1), issuersChanged: make(chan struct{}, 1), takenChanged: make(chan struct{}, 1), denied: newDenials()}
+	r := &Registry{c: c, applied: make(chan struct{}), pending: map[string]chan struct{}{}, federationsChanged: make(chan struct{}, 1), issuersChanged: make(chan struct{}, 1), takenChanged: make(chan struct{}, 1), templatesChanged: make(chan struct{}, 1), denied: newDenials()}
 	r.follow.init()
 	if err := r.openSalt(ctx); err != nil {
 		return nil, fmt.Errorf("the salt of the agents' tags: %w", err)
@@ -163,6 +168,8 @@ func (r *Registry) load(ctx context.Context) error {
 		ix.derived = r.ix.derived
 		ix.noteHints()
 		notify(r.takenChanged)
+		notify(r.templatesChanged)
+		ix.templatedAt = rev // any may have changed
 	}
 	r.ix, r.watch = ix, w
 	r.moved()
@@ -229,6 +236,9 @@ func (r *Registry) applyBatch(b store.Batch) error {
 	if ch.taken {
 		notify(r.takenChanged)
 	}
+	if ch.templated {
+		notify(r.templatesChanged)
+	}
 	if ch.federations {
 		r.noteFederations()
 	}
@@ -239,6 +249,9 @@ func (r *Registry) applyBatch(b store.Batch) error {
 	return nil
 }
 
+// TrustDomain returns the trust domain that the registry is of.
+func (r *Registry) TrustDomain() spiffeid.TrustDomain { return r.c.TrustDomain }
+
 // Revision returns the revision up to which the store is in memory.
 func (r *Registry) Revision() store.Revision {
 	r.mu.RLock()
@@ -246,13 +259,14 @@ func (r *Registry) Revision() store.Revision {
 	return r.ix.revision
 }
 
-// WaitFor returns when the index holds everything up to rev.
+// WaitFor returns when the index holds everything up to rev, and pods the entries that templated Identities give them.
 func (r *Registry) WaitFor(ctx context.Context, rev store.Revision) error {
 	for {
 		r.mu.RLock()
 		at, moved := r.ix.revision, r.applied
+		expanding := r.expanded != 0 && r.expanded < r.ix.templatedAt
 		r.mu.RUnlock()
-		if at >= rev {
+		if at >= rev && !expanding {
 			return nil
 		}
 		select {
@@ -315,6 +329,9 @@ type index struct {
 	templates        templates // which services a namespace may speak for
 	templatesChanged int
 	derived          *derived
+
+	templated   map[EntryID]*Entry // templated Identities
+	templatedAt store.Revision     // of their last change
 }
 
 type nodeGroup struct {
@@ -328,7 +345,7 @@ func newIndex() *index {
 		similar: map[string]EntryID{}, ending: map[EntryID]*Entry{}, ended: map[EntryID]bool{}, below: map[EntryID]*Entry{}, groups: map[spiffeid.ID]*nodeGroup{}, nodes: map[spiffeid.ID]*Node{}, acks: map[spiffeid.ID]*Ack{},
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, services: newPolicyIndex(), bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
 		revocations: newRevocations(), crls: map[string]*CRL{},
-		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(), templates: templates{}, derived: newDerived(),
+		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(), templates: templates{}, derived: newDerived(), templated: map[EntryID]*Entry{},
 	}
 }
 
@@ -345,6 +362,7 @@ type changes struct {
 	issuers     bool          // documents of UserIssuers
 	policySide  bool          // what goes with policies: hints, keys of issuers, roll-outs
 	podNodes    []spiffeid.ID // places of pods whose nodes must look again which roots they have
+	templated   bool          // templated Identities
 	taken       bool          // SPIFFE IDs of pods' entries are, or were, those of registered ones
 	roots       bool          // aliases or groups changed: which node has which roots must be worked out again
 }
@@ -436,7 +454,21 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 			return err
 		}
 	}
-	old := ix.entries[id]
+	ix.dropTemplated(id, ev.Modified, ch)
+	if new != nil && new.Template != nil {
+		ix.changeEntry(id, ix.entries[id], nil, ch)
+		ix.addTemplated(new, ev.Modified, ch)
+	} else {
+		ix.changeEntry(id, ix.entries[id], new, ch)
+	}
+	return nil
+}
+
+// changeEntry puts a registered entry in the place of another; either may be nil.
+func (ix *index) changeEntry(id EntryID, old, new *Entry, ch *changes) {
+	if old == nil && new == nil {
+		return
+	}
 	if old == nil || new == nil || old.SPIFFEID != new.SPIFFEID {
 		ix.who++
 	}
@@ -491,7 +523,6 @@ func (ix *index) applyEntry(id EntryID, ev store.Event, ch *changes) error {
 	}
 	ch.entries = append(ch.entries, entryChange{old, new})
 	ix.retake(old, new, ch)
-	return nil
 }
 
 func put[K, I comparable, V any](m map[K]map[I]V, k K, id I, v V) {

@@ -3,6 +3,7 @@ package registry
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 
 	policyv1 "github.com/signet-id/signet/api/signet/policy/v1"
 	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/ca/template"
 	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/spiffe"
@@ -80,7 +82,8 @@ func (x *resource) key() string {
 	return defaultsKey
 }
 
-// ParseIdentity reads an Identity document into the registration entry that it stands for.
+// ParseIdentity reads an Identity document into the registration entry that it stands for. One with a template stands for
+// those of many pods, which have in common what the Entry says.
 func ParseIdentity(doc strictyaml.Document, td spiffeid.TrustDomain) (*Entry, error) {
 	var in identityDocument
 	if err := strictyaml.Decode(doc, &in); err != nil {
@@ -92,9 +95,6 @@ func ParseIdentity(doc strictyaml.Document, td spiffeid.TrustDomain) (*Entry, er
 	if err := CheckName(in.Name); err != nil {
 		return nil, fail("name", "%v", err)
 	}
-	if strings.Contains(in.SPIFFEID, "{{") {
-		return nil, fail("spiffeID", "%q is a template; templated Identities are not supported by this version", clip(in.SPIFFEID))
-	}
 	e := &Entry{ID: EntryID(identityPrefix + in.Name), OnNodes: true, X509TTL: in.X509TTL, JWTTTL: in.JWTTTL,
 		DNSNames: in.DNSNames, Hint: in.Hint, Admin: in.Admin, JWTIncludeJTI: in.JWTIncludeJTI,
 		Canary: in.Canary, NoX509Prefetch: in.Canary} // an agent that fetched it ahead would raise the alarm
@@ -103,11 +103,16 @@ func ParseIdentity(doc strictyaml.Document, td spiffeid.TrustDomain) (*Entry, er
 		full = td.IDString() + full
 	}
 	var err error
-	if e.SPIFFEID, err = spiffe.ParseWorkloadID(full); err != nil {
-		return nil, fail("spiffeID", "%v", err)
-	}
 	if e.Selectors, err = parseSelectors(in.Match); err != nil {
 		return nil, fail("match", "%v", err)
+	}
+	e.Selectors = sortedSelectors(e.Selectors)
+	if template.Is(in.SPIFFEID) || slices.ContainsFunc(in.DNSNames, template.Is) {
+		if err := parseTemplate(doc, &in, e, td); err != nil {
+			return nil, err
+		}
+	} else if e.SPIFFEID, err = spiffe.ParseWorkloadID(full); err != nil {
+		return nil, fail("spiffeID", "%v", err)
 	}
 	if e.On, err = parseSelectors(in.On); err != nil {
 		return nil, fail("on", "%v", err)

@@ -197,9 +197,12 @@ func (r *Registry) UpdateEntry(ctx context.Context, id EntryID, change func(*Ent
 
 // tryUpdate is one attempt; what it reserves is released when it returns.
 func (r *Registry) tryUpdate(ctx context.Context, id EntryID, change func(*Entry) error) (*Entry, error) {
-	old, err := r.Entry(id)
+	old, err := r.AnyEntry(id)
 	if err != nil {
 		return nil, err
+	}
+	if old.Pod != nil {
+		return nil, ofPod(old)
 	}
 	if old.Identity != nil {
 		return nil, invalid("id", string(id), "belongs to Identity %q; change that document and apply it", old.Identity.Name)
@@ -246,11 +249,19 @@ func (r *Registry) reserveChange(ctx context.Context, e *Entry) error {
 	return err
 }
 
+// ofPod refuses to change what is not stored.
+func ofPod(e *Entry) error {
+	return invalid("id", string(e.ID), "is that of pod %s/%s in cluster %s by %s; it goes with the pod, or with that rule", e.Pod.Namespace, e.Pod.Name, e.Pod.Cluster, e.Rule)
+}
+
 // DeleteEntry removes an entry. ErrNotFound if there is none.
 func (r *Registry) DeleteEntry(ctx context.Context, id EntryID) (*Entry, store.Revision, error) {
-	e, err := r.Entry(id)
+	e, err := r.AnyEntry(id)
 	if err != nil {
 		return nil, 0, err
+	}
+	if e.Pod != nil {
+		return nil, 0, ofPod(e)
 	}
 	if e.Identity != nil {
 		return nil, 0, invalid("id", string(id), "belongs to Identity %q; delete it with `signet delete identity %s`", e.Identity.Name, e.Identity.Name)

@@ -82,7 +82,10 @@ func (a *app) side(cmd *cobra.Command, files []string, trustDomain string) (*sid
 			if err != nil {
 				return nil, err
 			}
-			ids, foreign = append(ids, e.SPIFFEID), append(foreign, e.FederatesWith...)
+			if e.Template == nil { // one with a template names no ID
+				ids = append(ids, e.SPIFFEID)
+			}
+			foreign = append(foreign, e.FederatesWith...)
 		}
 	}
 	s.known, s.identities = analyse.NewKnown(td, slices.Values(ids), foreign), len(ids) > 0

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/policy"
 )
 
@@ -68,10 +69,13 @@ type resource struct {
 	File      string `json:"file,omitempty"`
 	Line      uint32 `json:"line,omitempty"`
 	Document  string `json:"document"`
+	// Of a templated Identity.
+	Templated bool  `json:"templated,omitempty"`
+	Pods      int64 `json:"pods,omitempty"`
 }
 
 func resourceOf(r *adminv1.Resource) resource {
-	out := resource{Kind: r.GetKind(), Name: r.GetName(), Revision: r.GetRevision(), EntryID: r.GetEntryId(),
+	out := resource{Kind: r.GetKind(), Name: r.GetName(), Revision: r.GetRevision(), EntryID: r.GetEntryId(), Templated: r.GetTemplated(), Pods: r.GetPods(),
 		File: r.GetDocument().GetFile(), Line: r.GetDocument().GetLine(), Document: string(r.GetDocument().GetContent())}
 	if r.GetCreatedAt() != nil {
 		out.CreatedAt = stamp(r.GetCreatedAt().AsTime())
@@ -127,6 +131,14 @@ func (a *app) printResources(ctx context.Context, c *caConn, f format, req *admi
 		{name: "FROM", value: resource.place},
 		{name: "ENTRY ID", wide: true, value: func(r resource) string { return r.EntryID }},
 	}}
+	if req.Kind == registry.KindIdentity {
+		l.columns = slices.Insert(l.columns, 1, column[resource]{name: "PODS", value: func(r resource) string {
+			if !r.Templated {
+				return ""
+			}
+			return fmt.Sprint(r.Pods)
+		}})
+	}
 	if req.Kind == policy.KindRevocation {
 		l.columns = slices.Insert(l.columns, 1, column[resource]{name: "REVOKED", value: func(r resource) string {
 			field, value := revocationTarget(&adminv1.Document{Content: []byte(r.Document)})

@@ -89,12 +89,12 @@ var neighbours = map[string][]string{
 	"ca/adminapi":   {"ca/access", "ca/spireproto", "ca/registry", "ca/authority", "ca/rotation", "ca/auditlog", "ca/store"},
 	"ca/rotation":   {"ca/registry", "ca/authority", "ca/auditlog", "ca/store"}, // docs/decisions/0008-rotation.md
 	"ca/spireproto": {"ca/registry"},
-	"ca/registry":   {"ca/store"},
+	"ca/registry":   {"ca/store", "ca/template"},                // docs/decisions/0036-identities-of-pods.md
 	"ca/federation": {"ca/registry", "ca/auditlog"},             // keeps bundles in the one, and says so in the other
 	"ca/userkeys":   {"ca/registry", "ca/auditlog", "ca/store"}, // likewise, keys of issuers of user tokens
 	"ca/authority":  {"ca/store", "ca/keys"},
 	// What the CA does in Kubernetes: docs/decisions/0035-kubernetes.md.
-	"ca/kube/pods":           {"ca/registry"},
+	"ca/kube/pods":           {"ca/registry", "ca/template"},
 	"ca/kube/watch":          {"ca/registry", "ca/auditlog"},
 	"ca/kube/resources":      {"ca/registry", "ca/auditlog", "ca/store"},
 	"ca/kube/spireresources": {"ca/registry", "ca/auditlog", "ca/store"},

@@ -2,7 +2,6 @@ package pods
 
 import (
 	"cmp"
-	"context"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -96,7 +95,7 @@ type claims struct {
 	owner string
 }
 
-// New makes an Expander without pods and rules.
+// New makes an Expander without pods, with the rules that the registry's templated Identities are.
 func New(c Config) *Expander {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -107,7 +106,10 @@ func New(c Config) *Expander {
 	if c.Refused == nil {
 		c.Refused = func(Refusal) {}
 	}
-	return &Expander{c: c, pods: map[podKey]*state{}, origins: map[string]bool{}, expected: map[string]bool{}, synced: map[string]bool{}, ids: map[spiffeid.ID]*claims{}}
+	x := &Expander{c: c, pods: map[podKey]*state{}, origins: map[string]bool{}, expected: map[string]bool{}, synced: map[string]bool{}, ids: map[spiffeid.ID]*claims{}}
+	x.takeIdentities()
+	c.Registry.Expanded(0) // until Run nobody keeps them so
+	return x
 }
 
 // Expect says that an origin has rules which are not known yet: until SetRules tells them, no cluster counts as known. Call
@@ -235,18 +237,6 @@ func (x *Expander) SetRules(origin string, rules []Rule) {
 
 func sameRule(a, b Rule) bool {
 	return reflect.ValueOf(a).Comparable() && reflect.ValueOf(b).Comparable() && a == b
-}
-
-// Run reports pods whose ID is that of a registered entry, until ctx ends.
-func (x *Expander) Run(ctx context.Context) error {
-	for {
-		x.reportTaken()
-		select {
-		case <-x.c.Registry.TakenChanged():
-		case <-ctx.Done():
-			return nil
-		}
-	}
 }
 
 func (x *Expander) reportTaken() {

@@ -206,13 +206,13 @@ func TestNothingButAttestationLeadsToPods(t *testing.T) {
 // TestARegisteredIDIsNoPods: an ID that an operator registered is never a pod's by its labels, whichever came first.
 func TestARegisteredIDIsNoPods(t *testing.T) {
 	r := newRegistry(t)
+	apply(t, r, "kind: Identity\nname: by-label\nspiffeID: /app/{{ .k8s.label[\"app\"] }}\n")
 	refused := make(chan Refusal, 10)
 	x := New(Config{Registry: r, Refused: func(r Refusal) { refused <- r }})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- x.Run(ctx) }()
 	t.Cleanup(func() { cancel(); <-done })
-	x.SetRules(OriginIdentities, []Rule{&rule{name: "Identity by-label", revision: 1, path: func(p *Pod) (string, error) { return "/app/" + p.Labels["app"], nil }}})
 	agent := node(t, r, "prod", "node-a")
 	p := pod("1", "node-a", "shop", "web")
 	p.Labels = map[string]string{"app": "payments"}

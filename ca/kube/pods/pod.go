@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/template"
 )
 
 // A Pod is what the CA has seen of one pod at an API server. It is never changed in place.
@@ -35,10 +36,7 @@ type Pod struct {
 }
 
 // An Owner is an owner reference.
-type Owner struct {
-	APIVersion, Kind, Name string
-	Controller             bool
-}
+type Owner = template.Owner
 
 // A Rule makes registration entries of pods: a templated Identity is one.
 type Rule interface {

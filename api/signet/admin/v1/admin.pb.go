@@ -407,7 +407,10 @@ type Resource struct {
 	// The document, as applied.
 	Document *Document `protobuf:"bytes,5,opt,name=document,proto3" json:"document,omitempty"`
 	// Identity: id of its registration entry.
-	EntryId       string `protobuf:"bytes,6,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	EntryId string `protobuf:"bytes,6,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	// A templated Identity, which stands for so many pods now.
+	Templated     bool  `protobuf:"varint,7,opt,name=templated,proto3" json:"templated,omitempty"`
+	Pods          int64 `protobuf:"varint,8,opt,name=pods,proto3" json:"pods,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -482,6 +485,20 @@ func (x *Resource) GetEntryId() string {
 		return x.EntryId
 	}
 	return ""
+}
+
+func (x *Resource) GetTemplated() bool {
+	if x != nil {
+		return x.Templated
+	}
+	return false
+}
+
+func (x *Resource) GetPods() int64 {
+	if x != nil {
+		return x.Pods
+	}
+	return 0
 }
 
 type GetResourcesRequest struct {
@@ -3101,7 +3118,7 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\rApplyResponse\x121\n" +
 	"\achanges\x18\x01 \x03(\v2\x17.signet.admin.v1.ChangeR\achanges\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1a\n" +
-	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"\xdb\x01\n" +
+	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"\x8d\x02\n" +
 	"\bResource\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n" +
@@ -3109,7 +3126,9 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"created_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x125\n" +
 	"\bdocument\x18\x05 \x01(\v2\x19.signet.admin.v1.DocumentR\bdocument\x12\x19\n" +
-	"\bentry_id\x18\x06 \x01(\tR\aentryId\"y\n" +
+	"\bentry_id\x18\x06 \x01(\tR\aentryId\x12\x1c\n" +
+	"\ttemplated\x18\a \x01(\bR\ttemplated\x12\x12\n" +
+	"\x04pods\x18\b \x01(\x03R\x04pods\"y\n" +
 	"\x13GetResourcesRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1b\n" +

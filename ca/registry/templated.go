@@ -1,0 +1,245 @@
+package registry
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/ca/template"
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/spiffe"
+)
+
+// This file holds templated Identities: one record each, which stands for the entries of all pods that it concerns.
+
+// A Template is what makes an Identity a templated one. The Entry that has it says what the entries of its pods have in
+// common; it has no SPIFFE ID itself, and its Selectors are the whole of `match`.
+type Template struct {
+	Path     template.Path
+	DNSNames []template.DNSName
+
+	match   []template.Match  // what the CA judges
+	process []spiffe.Selector // what is left for agents
+}
+
+// templateRecordVersion is the version of a record of a templated Identity. A CA that does not know of them refuses it:
+// agents would drop what they hold for pods if it went on without.
+const templateRecordVersion = 2
+
+// samplePath stands for any path.
+const samplePath = "/x"
+
+func newTemplate(path string, dnsNames []string, match []spiffe.Selector) (*Template, error) {
+	t := &Template{}
+	var err error
+	if t.Path, err = template.ParsePath(path); err != nil {
+		return nil, err
+	}
+	for _, n := range dnsNames {
+		d, err := template.ParseDNSName(n)
+		if err != nil {
+			return nil, err
+		}
+		t.DNSNames = append(t.DNSNames, d)
+	}
+	for _, s := range match {
+		if m, ok := template.ParseMatch(s.Value); ok && s.Type == "k8s" {
+			t.match = append(t.match, m)
+		} else {
+			t.process = append(t.process, s)
+		}
+	}
+	return t, nil
+}
+
+// RuleName is what the rule of an Identity is called.
+func RuleName(identity string) string { return "Identity " + identity }
+
+// Expand returns the entry that the Identity stands for in the case of a pod, without what Derive fills in; nil if it does not
+// concern the pod; or why the pod gets none.
+func (e *Entry) Expand(td spiffeid.TrustDomain, pod *template.Pod) (*Entry, error) {
+	t := e.Template
+	for _, m := range t.match {
+		if !m.Holds(pod) {
+			return nil, nil
+		}
+	}
+	path, err := t.Path.Expand(pod)
+	if err != nil {
+		return nil, fmt.Errorf("spiffeID: %w", err)
+	}
+	out := *e
+	out.Template, out.Identity, out.DNSNames = nil, nil, nil
+	if out.SPIFFEID, err = spiffeid.FromPath(td, path); err != nil {
+		return nil, fmt.Errorf("spiffeID: %w", err)
+	}
+	for _, d := range t.DNSNames {
+		name, err := d.Expand(pod)
+		if err != nil {
+			return nil, fmt.Errorf("dnsNames: %w", err)
+		}
+		out.DNSNames = append(out.DNSNames, name)
+	}
+	out.Selectors = t.process
+	return &out, nil
+}
+
+// parseTemplate reads what is templated in an Identity.
+func parseTemplate(doc strictyaml.Document, in *identityDocument, e *Entry, td spiffeid.TrustDomain) error {
+	path, whole := strings.CutPrefix(in.SPIFFEID, td.IDString())
+	skip := 0
+	if whole {
+		skip = len(td.IDString())
+	}
+	at := func(field string, i, skip int, err error) error {
+		s, ok := errors.AsType[*template.SyntaxError](err)
+		if !ok {
+			return err
+		}
+		return fmt.Errorf("%s: %s: %s", inValue(doc, field, i, skip+s.Offset), field, s.Problem)
+	}
+	switch {
+	case !template.Is(in.SPIFFEID):
+		return fmt.Errorf("%s: dnsNames: a template needs one in spiffeID, too", where(doc, "dnsNames"))
+	case in.Admin:
+		return fmt.Errorf("%s: admin: templates make no admins: whoever may create pods would become one; name the admin by a plain Identity", where(doc, "admin"))
+	case in.Canary:
+		return fmt.Errorf("%s: canary: a template is no canary; name one ID that nobody uses by a plain Identity", where(doc, "canary"))
+	case strings.HasPrefix(in.SPIFFEID, "spiffe://") && !whole:
+		return fmt.Errorf("%s: spiffeID: %q must be in trust domain %q", where(doc, "spiffeID"), clip(in.SPIFFEID), td.Name())
+	}
+	if _, err := template.ParsePath(path); err != nil {
+		return at("spiffeID", -1, skip, err)
+	}
+	for i, n := range in.DNSNames {
+		if _, err := template.ParseDNSName(n); err != nil {
+			return at("dnsNames", i, 0, err)
+		}
+	}
+	var err error
+	e.Template, err = newTemplate(path, in.DNSNames, e.Selectors)
+	return err
+}
+
+// inValue returns file:line:column of the byte after n bytes of a field's value, or of item i of it.
+func inValue(doc strictyaml.Document, field string, i, n int) string {
+	m := mapping(doc.Node)
+	if m == nil {
+		return where(doc, field)
+	}
+	for k := 0; k+1 < len(m.Content); k += 2 {
+		if m.Content[k].Value != field {
+			continue
+		}
+		v := m.Content[k+1]
+		if i >= 0 && i < len(v.Content) {
+			v = v.Content[i]
+		}
+		col := v.Column
+		switch v.Style {
+		case yaml.LiteralStyle, yaml.FoldedStyle: // its text begins elsewhere
+		case yaml.SingleQuotedStyle, yaml.DoubleQuotedStyle:
+			col += n + 1
+		default:
+			col += n
+		}
+		return fmt.Sprintf("%s:%d:%d", doc.File, v.Line, col)
+	}
+	return where(doc, field)
+}
+
+// validateTemplate refuses what no pod could have. The entry has been normalised.
+func (e *Entry) validateTemplate(td spiffeid.TrustDomain) error {
+	sample := *e
+	sample.Template, sample.SPIFFEID = nil, mustID(td, samplePath)
+	sample.ParentID = nodesID(td, e.On)
+	sample.Selectors = append(slices.Clip(e.Selectors), spiffe.Selector{Type: "k8s", Value: "pod-uid:x"})
+	sample.DNSNames = nil
+	for _, d := range e.Template.DNSNames {
+		sample.DNSNames = append(sample.DNSNames, d.Sample())
+	}
+	if len(e.Selectors) == MaxSelectors {
+		return invalid("selectors", "", "at most %d are allowed in a template", MaxSelectors-1)
+	}
+	return sample.validate(td)
+}
+
+// IDText is the SPIFFE ID of an entry, or the template of it.
+func (e *Entry) IDText() string {
+	if e.Template != nil {
+		return e.Template.Path.String()
+	}
+	return e.SPIFFEID.String()
+}
+
+// identity returns what an Identity was made into, by its entry ID.
+func (ix *index) identity(id EntryID) *Entry {
+	if e := ix.templated[id]; e != nil {
+		return e
+	}
+	return ix.entries[id]
+}
+
+// dropTemplated takes a templated Identity out of the index, if there is one.
+func (ix *index) dropTemplated(id EntryID, at store.Revision, ch *changes) {
+	old := ix.templated[id]
+	if old == nil {
+		return
+	}
+	ch.templated, ix.templatedAt = true, at
+	delete(ix.templated, id)
+	if ix.similar[old.similar()] == id {
+		delete(ix.similar, old.similar())
+	}
+	delete(ix.ending, id)
+	delete(ix.ended, id)
+}
+
+func (ix *index) addTemplated(e *Entry, at store.Revision, ch *changes) {
+	ch.templated, ix.templatedAt = true, at
+	ix.templated[e.ID] = e
+	ix.similar[e.similar()] = e.ID
+	if !e.ExpiresAt.IsZero() {
+		ix.ending[e.ID] = e
+	}
+}
+
+// Templates returns the templated Identities in order of name, and the revision that this is as of.
+func (r *Registry) Templates() ([]*Entry, store.Revision) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	out := slices.Collect(maps.Values(r.ix.templated))
+	slices.SortFunc(out, func(a, b *Entry) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	return out, r.ix.revision
+}
+
+// TemplatedChanged is signalled when Templates may have changed.
+func (r *Registry) TemplatedChanged() <-chan struct{} { return r.templatesChanged }
+
+// Expanded says that the entries of pods are as the templated Identities of a revision have it. From then on whoever waits
+// for a later change of one waits for its pods' entries too, until 0 says that nobody expands any more.
+func (r *Registry) Expanded(rev store.Revision) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.expanded = rev
+	r.moved()
+}
+
+// warnTemplates says what of a plan stands for nothing. mu is held.
+func (r *Registry) warnTemplates(p *Plan) {
+	if len(r.ix.derived.clusters) > 0 {
+		return
+	}
+	for _, e := range p.entries {
+		if e.Template != nil {
+			p.Warnings = append(p.Warnings, "templated Identities stand for pods, and this CA watches no cluster: name one in its configuration (kubernetes.clusters.NAME.pods)")
+			return
+		}
+	}
+}
