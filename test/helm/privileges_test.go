@@ -106,14 +106,22 @@ func TestPrivileges(t *testing.T) {
 	for values, want := range map[string][]string{
 		"{}": {
 			"ClusterRole signet-system-signet-agent: get nodes/pods",
+			"ClusterRole signet-system-signet-ca: attest signers named signet-id.github.io/x509-svid",
+			"ClusterRole signet-system-signet-ca: create events",
 			"ClusterRole signet-system-signet-ca: create tokenreviews",
 			"ClusterRole signet-system-signet-ca: get pods,nodes",
+			"ClusterRole signet-system-signet-ca: get,list,watch,create,patch,delete configmaps named signet-bundle",
+			"ClusterRole signet-system-signet-ca: list,watch namespaces",
+			"ClusterRole signet-system-signet-ca: list,watch pods,nodes",
+			"ClusterRole signet-system-signet-ca: list,watch,create,patch clustertrustbundles named signet-id.github.io:x509-svid:example.org",
+			"Role signet-system/signet-ca: create leases",
+			"Role signet-system/signet-ca: get,update leases named signet-ca",
 			"signet-agent: hostPath /run/signet/agent",
 			"signet-agent: hostPath /var/lib/signet",
 			"signet-agent: token of signet-agent",
 			"signet-ca: token of signet-ca",
 		},
-		"agent: {executables: true, namespaceLabels: [x], kubelet: {legacyAuthorization: true, certificate: selfSigned}}\nca: {seal: {source: secret, secretName: mine}}": {
+		"agent: {executables: true, namespaceLabels: [x], kubelet: {legacyAuthorization: true, certificate: selfSigned}, bundleConfigMap: b}\nca: {seal: {source: secret, secretName: mine}, kubernetes: {pods: false, bundle: false}}": {
 			"ClusterRole signet-system-signet-agent: get namespaces",
 			"ClusterRole signet-system-signet-agent: get nodes/proxy",
 			"ClusterRole signet-system-signet-ca: create tokenreviews",

@@ -39,6 +39,9 @@ var matrix = map[string]string{
 	"from a registry":   "image: {registry: 'images.example.org:5000/signet', tag: 1.2.3, pullPolicy: Always, pullSecrets: [one, two]}",
 	"network":           "networkPolicy: {caFrom: [{ipBlock: {cidr: 10.0.0.0/8}}], metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}]}",
 	"configured":        "log: {level: debug, format: text}\nca: {config: {ttl: {x509: 30m}, audit: {keep_files: 7}, listen: ':9000'}}\nagent: {config: {max_offline: 48h, sealed_cache: {disable: true}}}",
+	"watches nothing":   "ca: {kubernetes: {pods: false, bundle: false}}\nagent: {bundleConfigMap: mine}",
+	"publishes nothing": "ca: {kubernetes: {bundle: false, events: false}}\nagent: {bundleConfigMap: mine}",
+	"no ClusterBundle":  "ca: {kubernetes: {clusterTrustBundle: false}}",
 	"IPv6":              "ca: {metrics: {address: '[::]', port: 1234}}\nagent: {metrics: {address: '[::]', port: 1235}}",
 }
 

@@ -53,6 +53,8 @@ func TestRefused(t *testing.T) {
 		"ca: {extraEnv: [{value: x}]}":                            "/ca/extraEnv/0",
 		"ca: {enabled: false}":                                    "agent.serverAddress: missing",
 		"ca: {enabled: false}\nagent: {serverAddress: 'ca:8081'}": "agent.bundleConfigMap: missing",
+		"ca: {kubernetes: {bundle: false}}":                       "agent.bundleConfigMap: missing",
+		"ca: {kubernetes: {secrets: true}}":                       "'secrets'",
 		"agent: {serverAddress: 'https://ca:8081'}":               "/agent/serverAddress",
 		"agent: {socket: {directory: run/signet}}":                "/agent/socket/directory",
 		"agent: {socket: {directory: /run/signet/}}":              "/agent/socket/directory",

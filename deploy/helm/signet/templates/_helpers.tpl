@@ -46,6 +46,9 @@ imagePullSecrets:
 {{- if and (eq $v.ca.store.type "etcd") (eq $v.ca.seal.source "file") }}
 {{- fail "ca.seal.source: with ca.store.type etcd all replicas need the same seal key; use secret or kms" }}
 {{- end }}
+{{- if and $v.agent.enabled (not $v.ca.kubernetes.bundle) (not $v.agent.bundleConfigMap) }}
+{{- fail "agent.bundleConfigMap: missing; without ca.kubernetes.bundle nobody makes signet-bundle, so name a ConfigMap with the CA's bundle as bundle.pem" }}
+{{- end }}
 {{- else if and $v.agent.enabled (not $v.agent.serverAddress) }}
 {{- fail "agent.serverAddress: missing; without a CA in this release (ca.enabled: false) name the CA's host:port" }}
 {{- else if and $v.agent.enabled (not $v.agent.bundleConfigMap) }}
