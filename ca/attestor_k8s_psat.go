@@ -43,3 +43,8 @@ func (c *K8sPSAT) check(bad func(field, format string, args ...any)) { c.config(
 func (c *K8sPSAT) open(context.Context, attestorEnv) (nodeattest.Attestor, error) {
 	return k8spsat.New(c.config())
 }
+
+// namesAgentsAfterPods tells whether the agents of a cluster are named after their pods, and not after their nodes.
+func (n *NodeAttestors) namesAgentsAfterPods(cluster string) bool {
+	return n.K8sPSAT != nil && n.K8sPSAT.Clusters[cluster].UsePodUID
+}

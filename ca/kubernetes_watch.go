@@ -35,7 +35,7 @@ func (ca *CA) watchPods(c KubernetesCluster, k *kubeCluster) {
 }
 
 // keepObjects tells whether something reads pods and nodes beyond what rules look at.
-func keepObjects(KubernetesCluster) bool { return false }
+func keepObjects(c KubernetesCluster) bool { return c.PodCertificates != nil }
 
 // podRefused is the Event that says why a pod does not get what a rule would give it.
 func podRefused(r pods.Refusal) events.Event {

@@ -25,6 +25,8 @@ type KubernetesCluster struct {
 	Pods *KubernetesPods `yaml:"pods"`
 	// Bundle publishes the trust bundle in the cluster. Default: off.
 	Bundle *KubernetesBundle `yaml:"bundle"`
+	// PodCertificates answers the PodCertificateRequests of kubelets. It needs the watch of the pods.
+	PodCertificates *PodCertificates `yaml:"pod_certificates"`
 }
 
 // The namespace of a pod is in a file beside its token.
