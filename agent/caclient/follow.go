@@ -196,6 +196,7 @@ func (s *snapshot) add(m *nodev1.FollowResponse) (*nodev1.FollowResponse, error)
 		p.Revocations = append(p.Revocations, m.GetRevocations()...)
 		p.Crls = append(p.Crls, m.GetCrls()...)
 		p.UserIssuers = append(p.UserIssuers, m.GetUserIssuers()...)
+		p.UnknownEntryPrefixes = append(p.UnknownEntryPrefixes, m.GetUnknownEntryPrefixes()...)
 		if m.PolicyDefaults != nil {
 			p.PolicyDefaults = m.PolicyDefaults
 		}

@@ -297,6 +297,7 @@ func (c *Cache) Apply(m *nodev1.FollowResponse) error {
 		return errors.New("a snapshot is applied only when it is complete")
 	}
 	old := c.state.Load()
+	m = old.withKept(c.config.TrustDomain, c.config.ServiceMatches, m)
 	next, change, skipped, err := old.next(c.config.TrustDomain, m)
 	if err != nil {
 		return err
