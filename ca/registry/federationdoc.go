@@ -43,6 +43,9 @@ func Schema(kind string) ([]byte, error) {
 	if kind == KindFederation {
 		return strictyaml.Schema(reflect.TypeFor[federationDocument](), kind)
 	}
+	if kind == KindIdentity {
+		return strictyaml.Schema(reflect.TypeFor[identityDocument](), kind)
+	}
 	return nil, fmt.Errorf("kind %q has no schema here", kind)
 }
 

@@ -34,20 +34,20 @@ const MaxDocuments = store.MaxWrites
 
 // identityDocument is the YAML form of an Identity. [DESIGN §8]
 type identityDocument struct {
-	Kind          string        `yaml:"kind"`
-	Name          string        `yaml:"name"`
-	SPIFFEID      string        `yaml:"spiffeID"`
-	Match         []string      `yaml:"match"`
-	On            []string      `yaml:"on"`
-	X509TTL       time.Duration `yaml:"x509TTL"`
-	JWTTTL        time.Duration `yaml:"jwtTTL"`
-	DNSNames      []string      `yaml:"dnsNames"`
-	FederatesWith []string      `yaml:"federatesWith"`
-	Hint          string        `yaml:"hint"`
-	Admin         bool          `yaml:"admin"`
-	JWTIncludeJTI bool          `yaml:"jwtIncludeJTI"`
-	Canary        bool          `yaml:"canary"`
-	ExpiresAt     string        `yaml:"expiresAt"`
+	Kind          string        `yaml:"kind" enum:"Identity" required:"true" desc:"Identity"`
+	Name          string        `yaml:"name" required:"true" desc:"Name of the document, unique among Identities."`
+	SPIFFEID      string        `yaml:"spiffeID" required:"true" desc:"The SPIFFE ID, or its path, such as /web. With variables of pods, such as /ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}, it is a template that stands for the IDs of many pods."`
+	Match         []string      `yaml:"match" empty:"ok" desc:"Selectors that a process must have, all of them, such as unix:uid:1000. Needed unless spiffeID is a template."`
+	On            []string      `yaml:"on" empty:"ok" desc:"Selectors that a node must have, all of them. Absent: any attested node."`
+	X509TTL       time.Duration `yaml:"x509TTL" desc:"Validity of X509-SVIDs, such as 1h. Absent: the CA's default."`
+	JWTTTL        time.Duration `yaml:"jwtTTL" desc:"Validity of JWT-SVIDs, such as 5m. Absent: the CA's default."`
+	DNSNames      []string      `yaml:"dnsNames" empty:"ok" desc:"DNS names in X509-SVIDs. They may hold variables of pods where spiffeID does."`
+	FederatesWith []string      `yaml:"federatesWith" empty:"ok" desc:"Names of the foreign trust domains whose bundles the workload gets."`
+	Hint          string        `yaml:"hint" desc:"Tells several identities of one workload apart."`
+	Admin         bool          `yaml:"admin" desc:"The holder is an admin of the CA. Never in a template."`
+	JWTIncludeJTI bool          `yaml:"jwtIncludeJTI" desc:"JWT-SVIDs have an ID of their own, by which one can be revoked."`
+	Canary        bool          `yaml:"canary" desc:"Nobody should ever hold it: who asks for it raises an alarm. Never in a template."`
+	ExpiresAt     string        `yaml:"expiresAt" desc:"When the identity ends, such as 2027-01-31T00:00:00Z. Absent: never."`
 }
 
 // A resource is one parsed document: what it makes in the store.
