@@ -7,10 +7,10 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -37,7 +37,7 @@ import (
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/rotation"
 	"github.com/signet-id/signet/ca/store"
-	"github.com/signet-id/signet/ca/store/bolt"
+	"github.com/signet-id/signet/ca/store/etcd"
 	"github.com/signet-id/signet/ca/userkeys"
 	"github.com/signet-id/signet/internal/durable"
 	"github.com/signet-id/signet/spiffe"
@@ -50,7 +50,10 @@ type CA struct {
 	log      *slog.Logger
 	level    *slog.LevelVar
 	store    store.Store
-	bolt     *bolt.Store
+	opened   opened
+	shared   *etcd.Store // the store, if other replicas may run on it; otherwise nil
+	dirLock  io.Closer   // of data_dir, where the store itself has none
+	freshAt  atomic.Pointer[time.Time]
 	audit    *auditlog.Log
 	keys     *keys.Ring
 	set      *authority.Set
@@ -110,14 +113,14 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		return ca, fmt.Errorf("data_dir: %w", err)
 	}
 	ca.metrics = newMetrics(ca)
-	if ca.bolt, err = bolt.Open(bolt.Config{Dir: filepath.Join(c.DataDir, "store"), Log: ca.log}); err != nil {
+	if err = ca.openStore(ctx); err != nil {
 		return ca, err
 	}
 	// The store's lock keeps a second CA on this data directory from taking the socket away.
 	if ca.socket, err = ca.listenAdmin(); err != nil {
 		return ca, fmt.Errorf("admin_socket: %w", err)
 	}
-	ca.store = ca.metrics.timed(ca.bolt)
+	ca.store = ca.metrics.timed(ca.opened)
 	if err := ca.checkTrustDomain(ctx); err != nil {
 		return ca, err
 	}
@@ -138,12 +141,12 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		ca.upstream = newUpstreamKeeper(ca, driver)
 		above = ca.upstream
 	}
-	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Upstream: above, UpstreamTTL: c.Upstream.TTL, Store: ca.store, Seal: seal, Keys: ca.keys, Exclusive: true, Now: c.Now, Log: ca.log,
+	if ca.set, err = authority.Open(ctx, authority.Config{TrustDomain: ca.td, Upstream: above, UpstreamTTL: c.Upstream.TTL, Store: ca.store, Seal: seal, Keys: ca.keys, Exclusive: !ca.replicated(), Now: c.Now, Log: ca.log,
 		X509Lifetime: c.Authorities.X509Lifetime, JWTLifetime: c.Authorities.JWTLifetime, RefreshHint: c.Authorities.RefreshHint,
 		DefaultX509TTL: c.TTL.X509, DefaultJWTTTL: c.TTL.JWT, MaxX509TTL: c.TTL.MaxX509, MaxJWTTTL: c.TTL.MaxJWT, Issuer: c.JWTIssuer, WIT: c.WIT.authority()}); err != nil {
 		return ca, err
 	}
-	if ca.reg, err = registry.Open(ctx, registry.Config{TrustDomain: ca.td, Store: ca.store, Now: c.Now, Log: ca.log,
+	if ca.reg, err = registry.Open(ctx, registry.Config{TrustDomain: ca.td, Store: ca.store, Replicated: ca.replicated(), Now: c.Now, Log: ca.log,
 		CheckTTL: ca.checkTTL, CheckRevokedAuthority: ca.checkRevokedAuthority, Admins: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, CheckBundle: ca.checkForeignBundle, Observe: ca.observe, Relisted: ca.reloadAuthorities, Callers: ca.callersSeen}); err != nil {
 		return ca, err
 	}
@@ -160,7 +163,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 	ca.limiter = newLimiter(ca)
 	ca.leaks = newLeaks(ca)
 	ca.guard = &access.Guard{TrustDomain: ca.td, Registry: ca.reg, Bundles: bundles{ca.set, ca.reg}, Own: ca.set.Own(), Appended: ca.set.HasAppendedX509, OwnIssuer: ca.set.OwnIssuer, Trusted: bundles{ca.set, ca.reg}.trusted, AllowLocal: ca.allowLocal, Certificate: ca.svid.get,
-		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Slow: slowMethods(), Endless: endlessMethods(), Limit: ca.limiter.admit, Superseded: ca.leaks.superseded, Refused: ca.refused, Now: c.Now, Log: ca.log}
+		AdminIDs: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, Methods: methods(), Slow: slowMethods(), Endless: endlessMethods(), Limit: ca.limiter.admit, Superseded: ca.leaks.superseded, Stale: ca.tooStale, Operator: ca.fresh, Refused: ca.refused, Now: c.Now, Log: ca.log}
 	ca.rotator = rotation.New(rotation.Config{TrustDomain: ca.td, Set: ca.set, Registry: ca.reg, Audit: ca.audit, Automatic: c.Authorities.Rotate == rotateAuto,
 		ActivationDeadline: c.Authorities.ActivationDeadline, RefreshHint: ca.set.Bundle().RefreshHint, Federated: ca.federated,
 		Following: ca.rotationFollowers, Settle: c.settle, Now: c.Now, Log: ca.log})
@@ -245,10 +248,16 @@ func (ca *CA) checkTrustDomain(ctx context.Context) error {
 	it, err := ca.store.Get(ctx, trustDomainKey)
 	if errors.Is(err, store.ErrNotFound) {
 		_, err = ca.store.Commit(ctx, []store.Check{{Key: trustDomainKey}}, []store.Write{{Key: trustDomainKey, Value: []byte(ca.td.Name())}})
-		return err
+		if _, lost := errors.AsType[*store.ConflictError](err); !lost {
+			return err
+		}
+		it, err = ca.store.Get(ctx, trustDomainKey) // another replica was faster
 	}
 	if err != nil {
 		return err
+	}
+	if string(it.Value) != ca.td.Name() && ca.replicated() {
+		return fmt.Errorf("store.etcd.prefix %s belongs to trust domain %q, not to %q; use another prefix, or correct trust_domain", ca.c.Store.Etcd.Prefix, it.Value, ca.td.Name())
 	}
 	if string(it.Value) != ca.td.Name() {
 		return fmt.Errorf("data_dir %s belongs to trust domain %q, not to %q; use another data_dir, or correct trust_domain", ca.c.DataDir, it.Value, ca.td.Name())
@@ -405,7 +414,7 @@ func (ca *CA) Health() error {
 	if ca.stopping.Load() {
 		return errors.New("shutting down")
 	}
-	if err := ca.bolt.Health(); err != nil {
+	if err := ca.storeHealth(); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
 	if err := ca.audit.Health(); err != nil {
@@ -455,10 +464,13 @@ func (ca *CA) Close() {
 			ca.log.Error("closing the audit log", "err", err)
 		}
 	}
-	if ca.bolt != nil {
-		if err := ca.bolt.Close(); err != nil && !errors.Is(err, store.ErrClosed) {
+	if ca.opened != nil {
+		if err := ca.opened.Close(); err != nil && !errors.Is(err, store.ErrClosed) {
 			ca.log.Error("closing the store", "err", err)
 		}
+	}
+	if ca.dirLock != nil {
+		ca.dirLock.Close()
 	}
 }
 

@@ -26,6 +26,8 @@ type Config struct {
 	Listen string `yaml:"listen"`
 	// DataDir holds the store and the audit log. One CA uses it at a time.
 	DataDir string `yaml:"data_dir"`
+	// Store says where the state is. Default: in data_dir, for one CA; etcd for several replicas.
+	Store StoreConfig `yaml:"store"`
 	// AdminSocket is where local admins are served.
 	AdminSocket AdminSocket `yaml:"admin_socket"`
 	// AdminIDs are SPIFFE IDs, of any trust domain whose SVIDs this CA can verify, that are admins over TCP.
@@ -291,6 +293,7 @@ func (c *Config) Check() error {
 		}
 	}
 	c.Seal.check(bad)
+	c.Store.check(c, bad)
 	if c.TTL.Agent == 0 {
 		c.TTL.Agent = time.Hour
 	}

@@ -59,6 +59,7 @@ func newMetrics(ca *CA) *metrics {
 			}
 			return float64(ca.reg.Revision())
 		}),
+		gauge("signet_ca_store_stale_seconds", "For how long it has not been known that all that other replicas committed is in memory; 0 for a single CA.", func() float64 { return ca.staleFor().Seconds() }),
 		gauge("signet_ca_follow_lag_revisions", "How far the slowest follower's acknowledgement is behind.", m.lag),
 		gauge("signet_ca_upstream_failing", "What the upstream CA does not do at the moment, of: following it, publishing JWT keys, renewing the intermediate.", func() float64 {
 			return float64(len(ca.upstream.problems()))
@@ -169,6 +170,9 @@ func (m *metrics) handler() http.Handler {
 		fmt.Fprintln(w, "ready")
 		for _, warning := range m.ca.rotator.Warnings() { // it works; an operator has to see to it that it goes on
 			fmt.Fprintln(w, "warning: "+warning)
+		}
+		if err := m.ca.storeProblem(); err != nil {
+			fmt.Fprintln(w, "warning: store:", err)
 		}
 		for _, p := range m.ca.upstream.problems() {
 			fmt.Fprintln(w, "warning:", p)

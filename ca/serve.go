@@ -108,6 +108,7 @@ func (ca *CA) Run(ctx context.Context) error {
 	g.Go(func() error { return serve(ca.tcp, ca.port) })
 	g.Go(func() error { return serve(ca.local, ca.socket) })
 	g.Go(func() error { return ca.maintain(gctx) })
+	g.Go(func() error { return ca.keepFresh(gctx) })
 	g.Go(func() error {
 		ca.set.Prove(gctx)
 		ca.noteHealth()

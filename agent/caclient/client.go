@@ -361,6 +361,8 @@ func (c *Client) use() (*session, func(), error) {
 func dial(address string, creds grpc.DialOption) (*grpc.ClientConn, error) {
 	conn, err := grpc.NewClient("dns:///"+address, creds,
 		grpc.WithDisableServiceConfig(),
+		// A name may stand for several replicas of the CA: each attempt begins with another, and agents spread over them.
+		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}`),
 		grpc.WithNoProxy(),
 		grpc.WithIdleTimeout(0),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes)),

@@ -152,6 +152,11 @@ type Guard struct {
 	// Superseded is told of a call with an agent's X509-SVID that another one has replaced, from where the agent was not when
 	// it was replaced: the agent, or its SVID, is in two places. Nil: nobody.
 	Superseded func(ctx context.Context, c *Caller, n *registry.Node)
+	// Stale returns why this replica must not judge agents: it may not know what others have committed. Nil: it always knows.
+	Stale func() error
+	// Operator is called before each call of an admin, with a chance to catch up with what other replicas have committed. Nil:
+	// there are none.
+	Operator func(ctx context.Context, c *Caller)
 	// Refused is told of each refusal, for audit and metrics.
 	Refused func(ctx context.Context, c *Caller, method string, err error)
 	Now     func() time.Time
@@ -279,6 +284,9 @@ func (g *Guard) admit(ctx context.Context, method string, req any) (context.Cont
 		}
 		return nil, err
 	}
+	if g.Operator != nil && c.Kind&(Admin|Local) != 0 {
+		g.Operator(ctx, c)
+	}
 	return context.WithValue(ctx, callerKey{}, c), nil
 }
 
@@ -394,6 +402,11 @@ func (g *Guard) CheckAgent(ctx context.Context, c *Caller) (*registry.Node, erro
 }
 
 func (g *Guard) checkAgent(ctx context.Context, c *Caller, superseded func(context.Context, *Caller, *registry.Node)) (*registry.Node, error) {
+	if g.Stale != nil {
+		if err := g.Stale(); err != nil {
+			return nil, err
+		}
+	}
 	if !g.trusted(c) {
 		return nil, revoked(c.ID)
 	}

@@ -119,6 +119,9 @@ func (a *API) toStatus(err error) error {
 	case errors.Is(err, auditlog.ErrDisk), errors.Is(err, store.ErrDiskFull):
 		a.c.Log.Error("the disk is full", "err", err)
 		return status.Error(codes.Unavailable, "the CA's disk is full: free room on it and try again")
+	case errors.Is(err, store.ErrUnavailable):
+		a.c.Log.Error("the store does not answer", "err", err)
+		return status.Error(codes.Unavailable, "the store does not answer: whether anything was changed is not known; look, and try again")
 	case errors.Is(err, store.ErrTooLarge):
 		return status.Error(codes.InvalidArgument, err.Error())
 	case errors.Is(err, authority.ErrUnavailable):

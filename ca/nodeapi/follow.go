@@ -104,6 +104,15 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 	case hello.Format < FollowFormat:
 		return status.Errorf(codes.FailedPrecondition, "format %d is older than this CA speaks (%d); upgrade the agent", hello.Format, FollowFormat)
 	}
+	// An agent that comes from another replica may know more than this one has seen: sent a snapshot now, it would drop that.
+	if hello.Epoch == a.c.Epoch && store.Revision(hello.Revision) > a.c.Registry.Revision() {
+		bctx, bcancel := context.WithTimeout(ctx, maxCatchUp)
+		_, err := a.c.Registry.Barrier(bctx)
+		bcancel()
+		if err != nil {
+			return a.toStatus(err)
+		}
+	}
 	st := &followState{cancel: cancel, version: clip(hello.AgentVersion), address: c.Address, own: c.AuthorityIDs()}
 	if err := a.c.Registry.NoteFollows(ctx, c.Node, st.version); err != nil && ctx.Err() == nil { // not worth a refusal
 		a.c.Log.Info("the agent's version was not noted", "node_id", c.ID.String(), "err", err)
@@ -123,6 +132,9 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 	}()
 	return a.supervise(ctx, c, pushErr)
 }
+
+// maxCatchUp bounds the wait of an agent for what this replica has not seen yet.
+const maxCatchUp = 10 * time.Second
 
 // maxHello is how long an agent may take to say hello. Until then nothing watches its rights.
 const maxHello = 30 * time.Second

@@ -142,6 +142,9 @@ func (a *API) toStatus(err error) error {
 	case errors.Is(err, auditlog.ErrDisk), errors.Is(err, store.ErrDiskFull):
 		a.c.Log.Error("nothing is issued that cannot be logged", "err", err)
 		return status.Error(codes.Unavailable, "the CA's disk is full")
+	case errors.Is(err, store.ErrUnavailable):
+		a.c.Log.Warn("the store does not answer", "err", err)
+		return status.Error(codes.Unavailable, "the store does not answer; try again")
 	case errors.Is(err, authority.ErrNoActive), errors.Is(err, authority.ErrExpired), errors.Is(err, authority.ErrStopped), errors.Is(err, authority.ErrUnavailable):
 		a.c.Log.Error("cannot sign", "err", err)
 		return status.Error(codes.Unavailable, "the CA cannot sign now")

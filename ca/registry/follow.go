@@ -147,7 +147,7 @@ func (r *Registry) Follow(agent spiffeid.ID, rev store.Revision, sameEpoch bool)
 		// What a node's pods are is not said by a revision, so that nothing says what it was sent by another replica.
 		delete(fs.kept, agent)
 	}
-	if h := fs.kept[agent]; h != nil && sameEpoch && rev > 0 && !h.detached.IsZero() && h.since <= rev && rev <= h.at {
+	if h := fs.kept[agent]; h != nil && !r.c.Replicated && sameEpoch && rev > 0 && !h.detached.IsZero() && h.since <= rev && rev <= h.at {
 		h.detached = time.Time{}
 		h.rewind(rev)
 		f.held = h

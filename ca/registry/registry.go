@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"time"
@@ -46,6 +47,8 @@ const (
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	Store       store.Store
+	// Replicated says that other replicas serve agents from the same store: what an agent was sent here may not be what it holds.
+	Replicated bool
 	// CheckTTL refuses TTLs that the authorities could not honour; nil allows all.
 	CheckTTL func(x509, jwt time.Duration) error
 	// CheckRevokedAuthority refuses the revocation of an authority by a document, such as of the active one; nil allows all.
@@ -179,6 +182,30 @@ func (r *Registry) load(ctx context.Context) error {
 	return nil
 }
 
+// reloadPause is between two attempts to read a store that does not answer, with jitter.
+const reloadPause = time.Second
+
+// reload is load, and what follows from it, as soon as the store answers. Until then the index is what it was.
+func (r *Registry) reload(ctx context.Context) error {
+	for {
+		err := r.load(ctx)
+		if err == nil && r.c.Relisted != nil {
+			err = r.c.Relisted(ctx)
+		}
+		if !errors.Is(err, store.ErrUnavailable) && !errors.Is(err, store.ErrCompacted) {
+			return err
+		}
+		r.c.Log.Warn("reading the store afresh; trying again", "err", err)
+		t := time.NewTimer(reloadPause/2 + rand.N(reloadPause))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		}
+	}
+}
+
 // moved wakes whoever waits for a revision. mu is held.
 func (r *Registry) moved() {
 	close(r.applied)
@@ -200,13 +227,11 @@ func (r *Registry) Run(ctx context.Context) error {
 			return nil
 		case errors.Is(err, store.ErrCompacted):
 			r.c.Log.Warn("fell behind the store's history; reading it afresh")
-			if err := r.load(ctx); err != nil {
-				return err
-			}
-			if r.c.Relisted != nil {
-				if err := r.c.Relisted(ctx); err != nil {
-					return err
+			if err := r.reload(ctx); err != nil {
+				if ctx.Err() != nil {
+					return nil
 				}
+				return err
 			}
 			r.OwnBundleChanged() // it may have changed in what was missed
 			continue

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -71,6 +72,14 @@ func lock(dir string, timeout time.Duration) (*os.File, error) {
 		_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
 	return f, nil
+}
+
+// Lock takes a data directory, which it makes, for a CA whose state is elsewhere. Closing the file gives it back.
+func Lock(dir string) (io.Closer, error) {
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	return lock(dir, DefaultLockTimeout)
 }
 
 func holderOf(f *os.File) string {
