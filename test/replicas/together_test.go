@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,7 +38,7 @@ func TestReplicas(t *testing.T) {
 	t.Run("EntriesReachAgentsOfOthers", func(t *testing.T) {
 		for i := range 5 {
 			began := time.Now()
-			f.replicas[i%3].apply(fmt.Sprintf("kind: Identity\nname: n%d\nspiffeID: /n%d\nmatch: [%q]\n", i, i, fmt.Sprint("unix:uid:0")))
+			f.replicas[i%3].apply(fmt.Sprintf("kind: Identity\nname: n%d\nspiffeID: /n%d\nmatch: [%q]\n", i, i, fmt.Sprint("unix:uid:", os.Getuid())))
 			n := nodes[(i+1)%3]
 			ids, err := n.ids(t.Context())
 			if err != nil || !ids[fmt.Sprintf("/n%d", i)] {
