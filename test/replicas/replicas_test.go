@@ -63,10 +63,9 @@ type replica struct {
 	conn  *grpc.ClientConn
 	admin adminv1.AdminClient
 
-	mu   sync.Mutex // guards all below
-	cmd  *exec.Cmd
-	out  *said
-	ends int // of the process, by itself or killed
+	mu  sync.Mutex // guards all below
+	cmd *exec.Cmd
+	out *said
 }
 
 // said keeps what a process said.
@@ -195,7 +194,7 @@ func (r *replica) end(sig syscall.Signal) {
 	}
 	_ = r.cmd.Process.Signal(sig)
 	_ = r.cmd.Wait()
-	r.cmd, r.ends = nil, r.ends+1
+	r.cmd = nil
 }
 
 // answers waits until the replica's admin socket answers.
