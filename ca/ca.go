@@ -442,6 +442,9 @@ func (ca *CA) Close() {
 			l.Close()
 		}
 	}
+	for _, k := range ca.clusters {
+		k.client.Close()
+	}
 	if ca.limiter != nil {
 		ca.limiter.stop()
 	}

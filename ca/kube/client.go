@@ -10,6 +10,7 @@ import (
 	"net/http"
 
 	"k8s.io/apimachinery/pkg/runtime"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/metadata"
@@ -74,6 +75,9 @@ func Open(cluster, kubeconfig string) (*Client, error) {
 	}
 	return client, nil
 }
+
+// Close lets go of idle connections.
+func (c *Client) Close() { utilnet.CloseIdleConnectionsFor(c.guard.next) }
 
 func load(kubeconfig string) (*rest.Config, error) {
 	if kubeconfig == "" {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -65,8 +66,11 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := g.next.RoundTrip(req.WithContext(ctx))
 	if err != nil {
 		timer.Stop()
-		if errors.Is(context.Cause(ctx), errSlow) {
+		switch {
+		case errors.Is(context.Cause(ctx), errSlow):
 			err = errSlow
+		case req.Context().Err() == nil:
+			err = unreachable(err)
 		}
 		cancel(nil)
 		g.failed.Add(1)
@@ -87,6 +91,15 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp.Body = b
 	return resp, nil
 }
+
+// unreachable makes an error of err that client-go does not know for one of a broken connection. It would try ten times more, for a
+// minute and longer, and nobody would be told; net/http has tried again already what a former connection may have spoilt.
+func unreachable(err error) error {
+	return errors.New("the API server cannot be reached: " + brokenConnection.Replace(err.Error()))
+}
+
+var brokenConnection = strings.NewReplacer("connection reset by peer", "the connection was reset", "use of closed network connection", "the connection was closed",
+	"client connection lost", "the connection was lost", "can't write HTTP request on broken connection", "the connection was broken")
 
 // A guardedBody ends a watch that says nothing for too long, and any other answer that is too long or takes too long.
 type guardedBody struct {

@@ -32,6 +32,9 @@ type wire struct {
 	cut   bool
 	held  chan struct{} // nil: not held; closed: no longer
 	conns map[net.Conn]bool
+	// stranded are connections on which nothing passes until never is closed, at the end of the test.
+	stranded map[net.Conn]bool
+	never    chan struct{}
 }
 
 func newWire(t *testing.T, kubeconfig string) *wire {
@@ -52,7 +55,7 @@ func newWire(t *testing.T, kubeconfig string) *wire {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &wire{kubeconfig: filepath.Join(t.TempDir(), "kubeconfig"), conns: map[net.Conn]bool{}}
+	w := &wire{kubeconfig: filepath.Join(t.TempDir(), "kubeconfig"), conns: map[net.Conn]bool{}, stranded: map[net.Conn]bool{}, never: make(chan struct{})}
 	cluster.TLSServerName = server.Hostname()
 	cluster.Server = "https://" + l.Addr().String()
 	if err := clientcmd.WriteToFile(*c, w.kubeconfig); err != nil {
@@ -84,6 +87,7 @@ func newWire(t *testing.T, kubeconfig string) *wire {
 	t.Cleanup(func() {
 		l.Close()
 		w.release()
+		close(w.never)
 		w.setCut(true)
 		wg.Wait()
 	})
@@ -96,6 +100,9 @@ func (w *wire) carry(from, to net.Conn) {
 		n, err := from.Read(buf)
 		w.mu.Lock()
 		held := w.held
+		if w.stranded[from] {
+			held = w.never
+		}
 		w.mu.Unlock()
 		if held != nil {
 			<-held
@@ -127,6 +134,15 @@ func (w *wire) hold() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.held = make(chan struct{})
+}
+
+// strand lets nothing pass any more on the connections that there are. New ones work.
+func (w *wire) strand() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for c := range w.conns {
+		w.stranded[c] = true
+	}
 }
 
 func (w *wire) release() {

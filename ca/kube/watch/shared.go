@@ -54,7 +54,7 @@ func (s *shared) pod(cluster string, o *corev1.Pod, keepObject bool) (*pods.Pod,
 		p.Owners = owners
 	}
 	if keepObject {
-		kept := &corev1.Pod{TypeMeta: o.TypeMeta, ObjectMeta: o.ObjectMeta, Spec: o.Spec}
+		kept := &corev1.Pod{ObjectMeta: o.ObjectMeta, Spec: o.Spec}
 		kept.ManagedFields = nil
 		p.Object = kept
 		size += int64(kept.Size())

@@ -161,7 +161,7 @@ func (s *nodesKnown) put(o metav1.Object) {
 		return
 	}
 	if object, ok := o.(*corev1.Node); ok && s.k.keepObjects {
-		object.ManagedFields, object.Status = nil, corev1.NodeStatus{}
+		object.TypeMeta, object.ManagedFields, object.Status = metav1.TypeMeta{}, nil, corev1.NodeStatus{}
 		n.object, n.size = object, n.size+int64(object.Size())
 	}
 	_, again := s.former[name]
