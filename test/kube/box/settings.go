@@ -86,11 +86,11 @@ kind: KubeletConfiguration
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 authentication:
   anonymous: {enabled: false}
-  webhook: {enabled: true, cacheTTL: 5s}
+  webhook: {enabled: true} # it keeps what it learnt for two minutes, which is the default
   x509: {clientCAFile: "{PKI}/ca.crt"}
 authorization:
   mode: Webhook
-  webhook: {cacheAuthorizedTTL: 5s, cacheUnauthorizedTTL: 5s}
+  webhook: {cacheUnauthorizedTTL: 5s}
 tlsCertFile: "{PKI}/kubelet.crt"
 tlsPrivateKeyFile: "{PKI}/kubelet.key"
 staticPodPath: "{DIR}/manifests"
