@@ -288,11 +288,26 @@ func (ix *index) changePodEntry(td spiffeid.TrustDomain, old, new *Entry, ch *ch
 		ch.taken = ch.taken || ix.takenBy(new) != nil
 	}
 	for _, e := range []*Entry{old, new} {
-		if e != nil && ix.noteHint(e.SPIFFEID) {
+		if e != nil && !d.another(e) && ix.noteHint(e.SPIFFEID) {
 			ch.policySide = true
 		}
 	}
 	ch.entries = append(ch.entries, entryChange{old, new})
+}
+
+// another tells whether there is surely another entry of the same ID by the same rule, so that e makes no difference to what
+// is known of the ID. It does not look through all.
+func (d *derived) another(e *Entry) bool {
+	looked := 0
+	for _, o := range d.byID[e.SPIFFEID] {
+		if o != e && o.Rule == e.Rule && o.Revision == e.Revision {
+			return true
+		}
+		if looked++; looked > 1 {
+			break
+		}
+	}
+	return false
 }
 
 // countGroup notes which of its pods' groups a node is asked about.
