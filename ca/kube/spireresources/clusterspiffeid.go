@@ -160,22 +160,7 @@ func trustDomains(names []string) ([]spiffeid.TrustDomain, error) {
 // seconds cuts a TTL to whole ones, in which SPIRE's API has it.
 func seconds(d metav1.Duration) time.Duration { return d.Truncate(time.Second) }
 
-// compare says which of two makes an entry that both would make: the one that was created first, then the one that is not being deleted.
-func (r *clusterSPIFFEID) compare(o *clusterSPIFFEID) int {
-	if c := r.meta.CreationTimestamp.Compare(o.meta.CreationTimestamp.Time); c != 0 {
-		return c
-	}
-	a, b := r.meta.DeletionTimestamp, o.meta.DeletionTimestamp
-	switch {
-	case a == nil && b != nil:
-		return -1
-	case a != nil && b == nil:
-		return 1
-	case a != nil && !a.Equal(b):
-		return b.Compare(a.Time)
-	}
-	return cmp.Compare(r.meta.UID, o.meta.UID)
-}
+func (r *clusterSPIFFEID) compare(o *clusterSPIFFEID) int { return compareMeta(&r.meta, &o.meta) }
 
 // revision changes whenever the resource's spec does, also when it is deleted and made anew, and is the same on every
 // replica: 32 bits of when it was created, 20 of its generation, 11 of its UID.
@@ -194,6 +179,8 @@ type set struct {
 	c        *Config
 	all      []*clusterSPIFFEID
 	services *services
+	serial   uint64 // of the resources
+	seen     func() // is called when a pod is expanded by a rule
 	last     lastPod
 }
 
@@ -205,7 +192,7 @@ type result struct {
 	masked   bool // another one makes the same entry
 }
 
-func newSet(c *Config, all []*clusterSPIFFEID, services *services) *set {
+func newSet(c *Config, all []*clusterSPIFFEID, services *services, serial uint64, seen func()) *set {
 	all = slices.Clone(all)
 	slices.SortStableFunc(all, func(a, b *clusterSPIFFEID) int {
 		if a.spec.Fallback != b.spec.Fallback {
@@ -216,7 +203,7 @@ func newSet(c *Config, all []*clusterSPIFFEID, services *services) *set {
 		}
 		return a.compare(b)
 	})
-	return &set{c: c, all: all, services: services}
+	return &set{c: c, all: all, services: services, serial: serial, seen: seen}
 }
 
 // expand returns what each of s.all makes of the pod.
@@ -342,6 +329,7 @@ func (r *rule) Created() time.Time { return r.set.all[r.at].meta.CreationTimesta
 
 // Expand implements pods.Rule.
 func (r *rule) Expand(p *pods.Pod) ([]*registry.Entry, error) {
+	r.set.seen()
 	got := r.set.last.expand(r.set, p)[r.at]
 	if got.entry == nil {
 		return nil, got.err

@@ -21,6 +21,8 @@ type services struct {
 
 	mu     sync.Mutex
 	serial uint64                         // rises with each change
+	moved  map[string]bool                // UIDs of pods whose Services changed since take
+	whole  bool                           // all were listed once
 	slices map[string]slice               // by namespace/name
 	byPod  map[string]map[string]struct{} // names of slices, by UID of a pod
 	listed map[string]bool
@@ -33,7 +35,23 @@ type slice struct {
 }
 
 func newServices(changed func()) *services {
-	return &services{changed: changed, slices: map[string]slice{}, byPod: map[string]map[string]struct{}{}}
+	return &services{changed: changed, slices: map[string]slice{}, byPod: map[string]map[string]struct{}{}, moved: map[string]bool{}}
+}
+
+// known tells whether all were listed once.
+func (s *services) known() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.whole
+}
+
+// take returns the UIDs of the pods whose Services changed since it was called last.
+func (s *services) take() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := slices.Collect(maps.Keys(s.moved))
+	clear(s.moved)
+	return out
 }
 
 func (s *services) version() uint64 {
@@ -74,7 +92,7 @@ func (s *services) End() {
 			s.drop(key)
 		}
 	}
-	s.listed = nil
+	s.listed, s.whole = nil, true
 	s.mu.Unlock()
 	s.changed()
 }
@@ -106,6 +124,7 @@ func (s *services) Put(o metav1.Object) {
 		s.slices[key] = now
 		s.serial++
 		for _, uid := range now.pods {
+			s.moved[uid] = true
 			if s.byPod[uid] == nil {
 				s.byPod[uid] = map[string]struct{}{}
 			}
@@ -133,6 +152,7 @@ func (s *services) drop(key string) {
 	s.serial++
 	delete(s.slices, key)
 	for _, uid := range was.pods {
+		s.moved[uid] = true
 		delete(s.byPod[uid], key)
 		if len(s.byPod[uid]) == 0 {
 			delete(s.byPod, uid)

@@ -1,0 +1,153 @@
+package spireresources
+
+import (
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+)
+
+// maxResources bounds how many resources of one kind are read; what is over is left out, and logged.
+const maxResources = 10_000
+
+// absentFor is how long a kind that was there has to be unknown to the API server until its resources count as deleted: an
+// API server that begins may not know it yet.
+const absentFor = time.Minute
+
+// resources are those of one kind, each in the form that parse makes of it. They implement follow.Store.
+type resources[T any] struct {
+	kind    string
+	log     *slog.Logger
+	parse   func(*unstructured.Unstructured) T
+	changed func()
+
+	mu       sync.Mutex
+	byName   map[string]held[T]
+	serial   uint64 // rises when a spec changes, or one comes or goes
+	listed   map[string]bool
+	complete bool
+	gone     time.Time // since when the API server does not know the kind; zero: it does
+	over     bool
+}
+
+type held[T any] struct {
+	version string // of the spec
+	value   T
+	status  any // as it was seen last
+}
+
+func newResources[T any](kind string, log *slog.Logger, parse func(*unstructured.Unstructured) T, changed func()) *resources[T] {
+	return &resources[T]{kind: kind, log: log, parse: parse, changed: changed, byName: map[string]held[T]{}}
+}
+
+// all returns them in order of name, with a number that rises whenever one changes, and whether that is all there are.
+func (s *resources[T]) all() (out []T, serial uint64, known bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(s.byName)) {
+		out = append(out, s.byName[name].value)
+	}
+	return out, s.serial, s.complete
+}
+
+// status returns the status of one as it was seen last.
+func (s *resources[T]) status(name string) any {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.byName[name].status
+}
+
+// absent tells that the API server does not know the kind.
+func (s *resources[T]) absent(now time.Time) {
+	s.mu.Lock()
+	if s.gone.IsZero() {
+		s.gone = now
+	}
+	if s.complete && len(s.byName) > 0 && now.Sub(s.gone) < absentFor {
+		s.mu.Unlock()
+		return
+	}
+	if len(s.byName) > 0 {
+		s.log.Warn("the API server does not know the kind any more; its resources count as deleted", "kind", s.kind, "resources", len(s.byName))
+		s.serial++
+	}
+	clear(s.byName)
+	first := !s.complete
+	s.complete = true
+	s.mu.Unlock()
+	if first {
+		s.log.Info("the API server does not know the kind; there are no resources of it", "kind", s.kind)
+	}
+	s.changed()
+}
+
+// Begin implements follow.Store.
+func (s *resources[T]) Begin() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.listed = map[string]bool{}
+}
+
+// Put implements follow.Store.
+func (s *resources[T]) Put(o metav1.Object) {
+	u, ok := o.(*unstructured.Unstructured)
+	if !ok {
+		return
+	}
+	name := u.GetName()
+	version := fmt.Sprint(u.GetUID(), "/", u.GetGeneration(), "/", u.GetDeletionTimestamp())
+	s.mu.Lock()
+	if s.listed != nil {
+		s.listed[name] = true
+	}
+	was, there := s.byName[name]
+	was.status = u.Object["status"]
+	switch {
+	case there && was.version == version:
+		s.byName[name] = was
+		s.mu.Unlock()
+		return
+	case !there && len(s.byName) >= maxResources:
+		first := !s.over
+		s.over = true
+		s.mu.Unlock()
+		if first {
+			s.log.Error("too many resources of one kind; what is over is left out", "kind", s.kind, "most", maxResources)
+		}
+		return
+	}
+	s.byName[name] = held[T]{version, s.parse(u), was.status}
+	s.serial++
+	s.mu.Unlock()
+	s.changed()
+}
+
+// End implements follow.Store.
+func (s *resources[T]) End() {
+	s.mu.Lock()
+	for name := range s.byName {
+		if !s.listed[name] {
+			delete(s.byName, name)
+			s.serial++
+		}
+	}
+	s.listed, s.complete, s.over, s.gone = nil, true, false, time.Time{}
+	s.mu.Unlock()
+	s.changed()
+}
+
+// Delete implements follow.Store.
+func (s *resources[T]) Delete(o metav1.Object) {
+	s.mu.Lock()
+	if _, there := s.byName[o.GetName()]; there {
+		delete(s.byName, o.GetName())
+		s.serial++
+	}
+	s.mu.Unlock()
+	s.changed()
+}
