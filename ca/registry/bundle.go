@@ -82,6 +82,9 @@ func (r *Registry) DeleteBundle(ctx context.Context, td spiffeid.TrustDomain, en
 			if e.Identity != nil {
 				return touched, fmt.Errorf("%w: entry %q belongs to Identity %q; change that document and apply it first", ErrFederated, string(e.ID), e.Identity.Name)
 			}
+			if err := r.checkOwned(e); err != nil {
+				return touched, fmt.Errorf("%w: %w", ErrFederated, err)
+			}
 		}
 		for chunk := oneCommit(users); len(chunk) < len(users); chunk = oneCommit(users) {
 			if err = r.leave(ctx, td, chunk, entries, nil, nil); err != nil {

@@ -57,6 +57,10 @@ type Entry struct {
 	ExpiresAt       time.Time // zero: never
 	CreatedAt       time.Time
 
+	// Owner is the resource elsewhere that the entry belongs to, such as kubernetes/prod/spire/ClusterStaticEntry/web; empty: it
+	// belongs to nobody, or to Identity.
+	Owner string
+
 	// Identity is the document that the entry stands for, if an operator wrote one.
 	Identity *Document
 
@@ -400,6 +404,7 @@ type entryRecord struct {
 	Canary         bool      `json:"canary,omitempty"`
 	ExpiresAt      int64     `json:"expires_at,omitempty"` // Unix seconds
 	CreatedAt      int64     `json:"created_at"`           // Unix seconds
+	Owner          string    `json:"owner,omitempty"`
 	Identity       *document `json:"identity,omitempty"`
 	Template       string    `json:"template,omitempty"` // of the path, in a templated Identity; its dns_names are templates too
 }
@@ -421,7 +426,7 @@ func (e *Entry) encode() ([]byte, error) {
 		X509TTL: int64(e.X509TTL / time.Second), JWTTTL: int64(e.JWTTTL / time.Second),
 		DNSNames: e.DNSNames, Hint: e.Hint, Admin: e.Admin, Downstream: e.Downstream, StoreSVID: e.StoreSVID,
 		NoX509Prefetch: e.NoX509Prefetch, JWTIncludeJTI: e.JWTIncludeJTI, Canary: e.Canary,
-		ExpiresAt: unix(e.ExpiresAt), CreatedAt: unix(e.CreatedAt),
+		ExpiresAt: unix(e.ExpiresAt), CreatedAt: unix(e.CreatedAt), Owner: e.Owner,
 	}
 	if e.Template != nil {
 		r.V, r.SPIFFEID, r.ParentID, r.Template = templateRecordVersion, "", "", e.Template.Path.String()
@@ -455,7 +460,7 @@ func decodeEntry(id EntryID, item store.Item) (*Entry, error) {
 		ID: id, OnNodes: r.OnNodes, X509TTL: time.Duration(r.X509TTL) * time.Second, JWTTTL: time.Duration(r.JWTTTL) * time.Second,
 		DNSNames: r.DNSNames, Hint: r.Hint, Admin: r.Admin, Downstream: r.Downstream, StoreSVID: r.StoreSVID,
 		NoX509Prefetch: r.NoX509Prefetch, JWTIncludeJTI: r.JWTIncludeJTI, Canary: r.Canary,
-		ExpiresAt: fromUnix(r.ExpiresAt), CreatedAt: fromUnix(r.CreatedAt), Revision: item.Modified,
+		ExpiresAt: fromUnix(r.ExpiresAt), CreatedAt: fromUnix(r.CreatedAt), Revision: item.Modified, Owner: r.Owner,
 	}
 	var err error
 	if e.Selectors, err = parseSelectors(r.Selectors); err != nil {

@@ -63,6 +63,8 @@ type Config struct {
 	// Relisted is called after the watch fell behind the store's history and everything was read afresh: what Observe
 	// feeds missed batches. Nil: nobody else.
 	Relisted func(context.Context) error
+	// OwnerGone tells that the source of an entry's owner is not at work, so that anybody may change the entry. Nil: all are.
+	OwnerGone func(owner string) bool
 	// Callers returns, of services whose calls were seen lately, the callers that were allowed. Nil: no calls are seen.
 	Callers func() map[spiffeid.ID][]spiffeid.ID
 	Now     func() time.Time // nil: time.Now

@@ -222,6 +222,9 @@ func (r *Registry) tryUpdate(ctx context.Context, id EntryID, change func(*Entry
 	if was, _ := old.encode(); string(was) == string(b) {
 		return old, nil // no change, no revision: nothing is renewed for it
 	}
+	if err := r.checkOwned(old); err != nil {
+		return nil, err
+	}
 	if e.similar() != old.similar() {
 		if err := r.reserveChange(ctx, &e); err != nil {
 			return nil, err
@@ -265,6 +268,9 @@ func (r *Registry) DeleteEntry(ctx context.Context, id EntryID) (*Entry, store.R
 	}
 	if e.Identity != nil {
 		return nil, 0, invalid("id", string(id), "belongs to Identity %q; delete it with `signet delete identity %s`", e.Identity.Name, e.Identity.Name)
+	}
+	if err := r.checkOwned(e); err != nil {
+		return nil, 0, err
 	}
 	key := entryPrefix + string(id)
 	rev, err := r.commit(ctx, []store.Check{{Key: key, Modified: e.Revision}}, []store.Write{{Key: key, Delete: true}})

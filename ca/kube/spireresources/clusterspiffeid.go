@@ -1,7 +1,6 @@
 package spireresources
 
 import (
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -82,6 +81,12 @@ func (c *Config) compile(o *unstructured.Unstructured) *clusterSPIFFEID {
 
 func (r *clusterSPIFFEID) compile(c *Config) (err error) {
 	s := &r.spec
+	if r.namespaces, err = selector("namespaceSelector", s.NamespaceSelector); err != nil {
+		return err
+	}
+	if r.chosen, err = selector("podSelector", s.PodSelector); err != nil {
+		return err
+	}
 	switch {
 	case s.Admin:
 		return errors.New("admin: a template must not make admins; write an Identity, or a ClusterStaticEntry, for each one")
@@ -122,13 +127,7 @@ func (r *clusterSPIFFEID) compile(c *Config) (err error) {
 		}
 		r.selectors = append(r.selectors, t)
 	}
-	if r.federates, err = trustDomains(s.FederatesWith); err != nil {
-		return err
-	}
-	if r.namespaces, err = selector("namespaceSelector", s.NamespaceSelector); err != nil {
-		return err
-	}
-	r.chosen, err = selector("podSelector", s.PodSelector)
+	r.federates, err = trustDomains(s.FederatesWith)
 	return err
 }
 
@@ -217,10 +216,14 @@ func (s *set) expand(p *pods.Pod) []result {
 	applied := false
 	first := map[string]int{}
 	for i, r := range s.all {
-		if r.err != nil || r.namespaces != nil && !r.namespaces.Matches(labels.Set(p.NamespaceLabels)) || r.chosen != nil && !r.chosen.Matches(labels.Set(p.Labels)) {
+		if r.namespaces != nil && !r.namespaces.Matches(labels.Set(p.NamespaceLabels)) || r.chosen != nil && !r.chosen.Matches(labels.Set(p.Labels)) {
 			continue
 		}
 		out[i].selected = true
+		if r.err != nil {
+			out[i].err = r.err
+			continue
+		}
 		if r.spec.Fallback && applied {
 			continue
 		}
@@ -235,8 +238,8 @@ func (s *set) expand(p *pods.Pod) []result {
 		}
 		applied = applied || !r.spec.Fallback
 		key := out[i].entry.SPIFFEID.String()
-		for _, sel := range slices.SortedFunc(slices.Values(out[i].entry.Selectors), func(a, b spiffe.Selector) int { return cmp.Compare(a.String(), b.String()) }) {
-			key += "\x00" + sel.String()
+		for _, sel := range sortedSelectors(out[i].entry.Selectors) {
+			key += "\x00" + sel
 		}
 		before, twice := first[key]
 		switch {
@@ -249,6 +252,15 @@ func (s *set) expand(p *pods.Pod) []result {
 			first[key] = i
 		}
 	}
+	return out
+}
+
+func sortedSelectors(all []spiffe.Selector) []string {
+	var out []string
+	for _, s := range all {
+		out = append(out, s.String())
+	}
+	slices.Sort(out)
 	return out
 }
 
@@ -318,13 +330,15 @@ func clipText(s string) string {
 	return s
 }
 
+func ruleName(r *clusterSPIFFEID) string { return KindClusterSPIFFEID + " " + r.meta.Name }
+
 // A rule is one ClusterSPIFFEID of a set. It implements pods.Rule.
 type rule struct {
 	set *set
 	at  int
 }
 
-func (r *rule) Name() string       { return "ClusterSPIFFEID " + r.set.all[r.at].meta.Name }
+func (r *rule) Name() string       { return ruleName(r.set.all[r.at]) }
 func (r *rule) Created() time.Time { return r.set.all[r.at].meta.CreationTimestamp.Time }
 
 // Expand implements pods.Rule.

@@ -55,6 +55,13 @@ func (s *resources[T]) all() (out []T, serial uint64, known bool) {
 	return out, s.serial, s.complete
 }
 
+func (s *resources[T]) one(name string) (T, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	x, ok := s.byName[name]
+	return x.value, ok
+}
+
 // status returns the status of one as it was seen last.
 func (s *resources[T]) status(name string) any {
 	s.mu.Lock()

@@ -20,6 +20,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	kwatch "k8s.io/apimachinery/pkg/watch"
 
 	"github.com/signet-id/signet/ca/auditlog"
@@ -112,6 +113,8 @@ type Reader struct {
 	mu    sync.Mutex
 	set   *set // the rules that the Expander has; nil: none yet
 	dirty bool // pods were expanded since statuses were written
+
+	reasons map[string]string // why resources are refused, by kind/name
 }
 
 // New returns a Reader that has not begun. Until the ClusterSPIFFEIDs are known, agents keep what they hold for pods.
@@ -260,4 +263,23 @@ func (r *Reader) followServices(ctx context.Context) {
 	follow.New(follow.Config{Name: "endpointslices", Store: r.services, Log: r.c.Log,
 		List:  func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return api.List(ctx, o) },
 		Watch: func(ctx context.Context, o metav1.ListOptions) (kwatch.Interface, error) { return api.Watch(ctx, o) }}).Run(ctx)
+}
+
+// uid returns the UID of a resource, empty if it is not known.
+func (r *Reader) uid(kind, name string) types.UID {
+	switch kind {
+	case KindClusterSPIFFEID:
+		if x, ok := r.ids.one(name); ok {
+			return x.meta.UID
+		}
+	case KindClusterStaticEntry:
+		if x, ok := r.entries.one(name); ok {
+			return x.meta.UID
+		}
+	case KindClusterFederatedTrustDomain:
+		if x, ok := r.domains.one(name); ok {
+			return x.meta.UID
+		}
+	}
+	return ""
 }
