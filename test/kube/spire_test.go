@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -34,20 +35,31 @@ import (
 // daemon runs a program of SPIRE's until the test ends, and shows what it said if the test failed.
 func daemon(t *testing.T, ctx context.Context, program, config string) {
 	t.Helper()
+	background(t, ctx, nil, program, "run", "-config", config)
+}
+
+// background runs a program with what is added to the environment until the test ends or stop is called.
+func background(t *testing.T, ctx context.Context, env []string, program string, args ...string) (stop func()) {
+	t.Helper()
 	var said bytes.Buffer
-	process := exec.CommandContext(ctx, program, "run", "-config", config)
+	process := exec.CommandContext(ctx, program, args...)
+	process.Env = append(os.Environ(), env...)
 	process.Stdout, process.Stderr = &said, &said
 	process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := process.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		process.Process.Kill()
 		process.Wait()
+	})
+	t.Cleanup(func() {
+		stop()
 		if t.Failed() {
 			t.Logf("%s said:\n%s", filepath.Base(program), said.String())
 		}
 	})
+	return stop
 }
 
 // shortDir is a directory for Unix sockets, whose paths have at most 107 bytes.
