@@ -29,6 +29,7 @@ import (
 	"github.com/signet-id/signet/ca/kube/watch"
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/store/bolt"
+	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/test/signettest"
 )
 
@@ -405,4 +406,142 @@ func TestSPIREResourcesAreReadAsTheirControllerDoes(t *testing.T) {
 			t.FailNow()
 		}
 	}
+}
+
+// until waits until problem finds none.
+func until(t *testing.T, ctx context.Context, problem func() string) {
+	t.Helper()
+	for {
+		p := problem()
+		if p == "" {
+			return
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			t.Fatal(p)
+		}
+	}
+}
+
+func (m *madeUp) status(kind, name string) string {
+	m.t.Helper()
+	return m.kubectl("get", kind, m.mark+"-"+name, "-o", "jsonpath={.status}")
+}
+
+// ClusterStaticEntries are entries that belong to them, from the first to the last; what the controller left behind is taken over.
+func TestClusterStaticEntries(t *testing.T) {
+	ctx := bounded(t)
+	m := newMadeUp(t, ctx)
+	g := m.read(ctx)
+	td := spiffeid.RequireTrustDomainFromString("example.org")
+	left := &registry.Entry{ID: "scm.left-over", SPIFFEID: spiffeid.RequireFromPath(td, "/left"), ParentID: spiffeid.RequireFromPath(td, "/node"), Selectors: []spiffe.Selector{{Type: "unix", Value: "uid:7"}}, Hint: "old"}
+	if got := g.reg.CreateEntries(ctx, []*registry.Entry{left})[0]; got.Err != nil {
+		t.Fatal(got.Err)
+	}
+	m.resource("ClusterStaticEntry", "left", `spiffeID: "spiffe://example.org/left", parentID: "spiffe://example.org/node", selectors: ["unix:uid:7"], hint: new, x509SVIDTTL: 600.5s`)
+	m.resource("ClusterStaticEntry", "full", `spiffeID: "spiffe://example.org/full", parentID: "spiffe://example.org/node", selectors: ["unix:uid:1", "unix:gid:2"], federatesWith: [partner.example], x509SVIDTTL: 10m, jwtSVIDTTL: 2m, dnsNames: [a.internal], admin: true`)
+	m.resource("ClusterStaticEntry", "twice", `spiffeID: "spiffe://example.org/full", parentID: "spiffe://example.org/node", selectors: ["unix:gid:2", "unix:uid:1"]`)
+	m.resource("ClusterStaticEntry", "alias", `spiffeID: "spiffe://example.org/node", parentID: "spiffe://example.org/spire/server", selectors: ["k8s_psat:cluster:prod"]`)
+	m.resource("ClusterStaticEntry", "bad", `spiffeID: "spiffe://example.org/bad", parentID: "spiffe://example.org/node", selectors: ["nothing"]`)
+	m.resource("ClusterStaticEntry", "foreign", `spiffeID: "spiffe://other.example/x", parentID: "spiffe://example.org/node", selectors: ["unix:uid:1"]`)
+	g.run(g.r.Lead)
+	want := map[string]string{"left": `{"masked":false,"rendered":true,"set":true}`, "full": `{"masked":false,"rendered":true,"set":true}`, "twice": `{"masked":true,"rendered":true,"set":false}`,
+		"alias": `{"masked":false,"rendered":true,"set":true}`, "bad": `{"masked":false,"rendered":false,"set":false}`, "foreign": `{"masked":false,"rendered":true,"set":false}`}
+	until(t, ctx, func() string {
+		for name, st := range want {
+			if got := m.status("clusterstaticentry", name); got != st {
+				return fmt.Sprintf("status of %s is %s, want %s", name, got, st)
+			}
+		}
+		return ""
+	})
+	e, err := g.reg.Entry("scm.left-over")
+	if err != nil || e.Hint != "new" || e.X509TTL != 10*time.Minute || e.Owner != "kubernetes/prod/spire/ClusterStaticEntry/"+m.mark+"-left" {
+		t.Errorf("the entry that was there: %+v %v", e, err)
+	}
+	owned := g.reg.OwnedEntries(spireresources.Source("prod"))
+	if len(owned) != 3 {
+		t.Fatalf("%d entries, want 3", len(owned))
+	}
+	for _, e := range owned {
+		if e.SPIFFEID.Path() == "/full" && (!e.Admin || e.JWTTTL != 2*time.Minute || len(e.Selectors) != 2 || len(e.FederatesWith) != 1 || len(e.DNSNames) != 1) {
+			t.Errorf("the entry is %+v", e)
+		}
+		if _, _, err := g.reg.DeleteEntry(ctx, e.ID); err == nil || !strings.Contains(err.Error(), "belongs to kubernetes/prod/spire/ClusterStaticEntry/") {
+			t.Errorf("somebody else deletes it: %v", err)
+		}
+		if _, err := g.reg.UpdateEntry(ctx, e.ID, func(e *registry.Entry) error { e.Hint = "mine"; return nil }); err == nil || !strings.Contains(err.Error(), "belongs to") {
+			t.Errorf("somebody else changes it: %v", err)
+		}
+	}
+	// The older one goes, and the other takes its place with the same entry.
+	m.kubectl("delete", "clusterstaticentry", m.mark+"-full")
+	until(t, ctx, func() string {
+		if got := m.status("clusterstaticentry", "twice"); got != `{"masked":false,"rendered":true,"set":true}` {
+			return "the one that was masked: " + got
+		}
+		return ""
+	})
+	m.kubectl("delete", "clusterstaticentry", m.mark+"-twice", m.mark+"-left", m.mark+"-alias")
+	until(t, ctx, func() string {
+		if n := len(g.reg.OwnedEntries(spireresources.Source("prod"))); n > 0 {
+			return fmt.Sprint(n, " entries outlive their resources")
+		}
+		return ""
+	})
+}
+
+// ClusterFederatedTrustDomains are relationships that belong to them.
+func TestClusterFederatedTrustDomains(t *testing.T) {
+	ctx := bounded(t)
+	m := newMadeUp(t, ctx)
+	g := m.read(ctx)
+	td := func(name string) spiffeid.TrustDomain {
+		return spiffeid.RequireTrustDomainFromString(name + ".example")
+	}
+	if err := g.reg.CreateFederation(ctx, &registry.Federation{TrustDomain: td("left"), URL: "https://127.0.0.1:1/", Profile: registry.ProfileWeb}, nil); err != nil {
+		t.Fatal(err)
+	}
+	m.resource("ClusterFederatedTrustDomain", "left", `trustDomain: left.example, bundleEndpointURL: "https://127.0.0.1:1/", bundleEndpointProfile: {type: https_web}`)
+	m.resource("ClusterFederatedTrustDomain", "spiffe", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:2/", bundleEndpointProfile: {type: https_spiffe, endpointSPIFFEID: "spiffe://two.example/b"}, trustDomainBundle: '`+foreignBundle(t)+`'`)
+	m.resource("ClusterFederatedTrustDomain", "again", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
+	m.resource("ClusterFederatedTrustDomain", "own", `trustDomain: example.org, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
+	g.run(g.r.Lead)
+	until(t, ctx, func() string {
+		for name, url := range map[string]string{"left": "https://127.0.0.1:1/", "two": "https://127.0.0.1:2/"} {
+			f, err := g.reg.Federation(td(name))
+			if err != nil || f.URL != url || f.Document == nil || f.Document.Owner != spireresources.Source("prod") {
+				return fmt.Sprintf("the relationship with %s: %+v %v", name, f, err)
+			}
+		}
+		return ""
+	})
+	if _, err := g.reg.Bundle(td("two")); err != nil {
+		t.Error(err)
+	}
+	if n := len(g.reg.Federations()); n != 2 {
+		t.Errorf("%d relationships", n)
+	}
+	if err := g.reg.DeleteFederation(ctx, td("left")); err == nil || !strings.Contains(err.Error(), "belongs to") {
+		t.Errorf("somebody else ends it: %v", err)
+	}
+	m.kubectl("delete", "clusterfederatedtrustdomain", m.mark+"-left", m.mark+"-spiffe")
+	until(t, ctx, func() string {
+		all := g.reg.Federations()
+		if len(all) != 1 || all[0].TrustDomain != td("two") || all[0].URL != "https://127.0.0.1:3/" {
+			return fmt.Sprintf("left are %v", all)
+		}
+		return ""
+	})
+}
+
+// foreignBundle is a bundle document of a trust domain that is nobody's.
+func foreignBundle(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("../../ca/registry/testdata/partner.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(text))
 }
