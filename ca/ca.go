@@ -147,7 +147,7 @@ func New(ctx context.Context, c Config) (ca *CA, err error) {
 		return ca, err
 	}
 	if ca.reg, err = registry.Open(ctx, registry.Config{TrustDomain: ca.td, Store: ca.store, Replicated: ca.replicated(), Now: c.Now, Log: ca.log,
-		CheckTTL: ca.checkTTL, CheckRevokedAuthority: ca.checkRevokedAuthority, Admins: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, CheckBundle: ca.checkForeignBundle, Observe: ca.observe, Relisted: ca.reloadAuthorities, Callers: ca.callersSeen}); err != nil {
+		CheckTTL: ca.checkTTL, CheckRevokedAuthority: ca.checkRevokedAuthority, Admins: func() []spiffeid.ID { return ca.reconfigured.Load().adminIDs() }, CheckBundle: ca.checkForeignBundle, Observe: ca.observe, Relisted: ca.reloadAuthorities, OwnerGone: ca.ownerGone, Callers: ca.callersSeen}); err != nil {
 		return ca, err
 	}
 	// What changed between the two listings reaches the authorities by this one; the watch continues it.

@@ -67,6 +67,7 @@ func (ca *CA) openKubernetes() error {
 		ca.watchPods(c, k)
 		ca.publishBundle(c, k)
 		ca.signPodCertificates(c, k)
+		ca.readSPIREResources(c, k)
 		if len(k.leading) > 0 || k.watcher != nil {
 			k.leading = append(k.leading, k.events.Run)
 			k.parts = append(k.parts, func(ctx context.Context) error { return k.lead(ctx, ca.log) })

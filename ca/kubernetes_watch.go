@@ -5,6 +5,7 @@ import (
 
 	"github.com/signet-id/signet/ca/kube/events"
 	"github.com/signet-id/signet/ca/kube/pods"
+	"github.com/signet-id/signet/ca/kube/spireresources"
 	"github.com/signet-id/signet/ca/kube/watch"
 )
 
@@ -35,7 +36,9 @@ func (ca *CA) watchPods(c KubernetesCluster, k *kubeCluster) {
 }
 
 // keepObjects tells whether something reads pods and nodes beyond what rules look at.
-func keepObjects(c KubernetesCluster) bool { return c.PodCertificates != nil }
+func keepObjects(c KubernetesCluster) bool {
+	return c.PodCertificates != nil || c.SPIREResources != nil && c.SPIREResources.reads(spireresources.KindClusterSPIFFEID)
+}
 
 // podRefused is the Event that says why a pod does not get what a rule would give it.
 func podRefused(r pods.Refusal) events.Event {

@@ -27,6 +27,8 @@ type KubernetesCluster struct {
 	Bundle *KubernetesBundle `yaml:"bundle"`
 	// PodCertificates answers the PodCertificateRequests of kubelets. It needs the watch of the pods.
 	PodCertificates *PodCertificates `yaml:"pod_certificates"`
+	// SPIREResources reads the custom resources of spire-controller-manager. Default: off.
+	SPIREResources *KubernetesSPIREResources `yaml:"spire_resources"`
 }
 
 // The namespace of a pod is in a file beside its token.
@@ -67,5 +69,6 @@ func (k *Kubernetes) check(bad func(field, format string, args ...any)) {
 		if c.Namespace != "" && !namespaceName.MatchString(c.Namespace) {
 			bad(field+".namespace", "%q is not the name of a namespace, such as signet-system", c.Namespace)
 		}
+		c.SPIREResources.check(field+".spire_resources", c.Pods != nil, bad)
 	}
 }

@@ -32,7 +32,7 @@ func golden() map[string]any {
 		"entry/plain": &Entry{ID: "plain", SPIFFEID: id("/p"), ParentID: id("/spire/agent/join_token/x"), Selectors: []spiffe.Selector{sel("unix:path:/bin/a"), sel("unix:uid:1")},
 			Admin: true, Downstream: true, StoreSVID: true, NoX509Prefetch: true, CreatedAt: at},
 		"entry/identity.cluster-default": templated(),
-		"entry/owned": &Entry{ID: "owned", SPIFFEID: id("/p"), ParentID: id("/spire/agent/join_token/x"), Selectors: []spiffe.Selector{sel("unix:uid:2")}, CreatedAt: at, Owner: "kubernetes/prod/spire/ClusterStaticEntry/web"},
+		"entry/owned":                    &Entry{ID: "owned", SPIFFEID: id("/p"), ParentID: id("/spire/agent/join_token/x"), Selectors: []spiffe.Selector{sel("unix:uid:2")}, CreatedAt: at, Owner: "kubernetes/prod/spire/ClusterStaticEntry/web"},
 		"node/join_token/x": &Node{ID: id("/spire/agent/join_token/x"), Attestation: "join_token", Selectors: []spiffe.Selector{sel("node:group:b")}, Serial: "1", NewSerial: "2", ExpiresAt: at,
 			NewExpiresAt: at.Add(time.Hour), Key: []byte{1}, NewKey: []byte{2}, Active: true, Banned: true, CanReattest: true, Version: "0.1", CreatedAt: at},
 		"federation/partner.example": &Federation{TrustDomain: spiffeid.RequireTrustDomainFromString("partner.example"), URL: "https://10.1.2.3:8443/", Profile: ProfileSPIFFE,

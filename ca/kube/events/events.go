@@ -215,6 +215,9 @@ func (r *Recorder) warn(message string, p pending, err error) {
 func (r *Recorder) write(ctx context.Context, p pending) error {
 	at := metav1.NewTime(p.at)
 	namespace := p.event.Object.Namespace
+	if namespace == "" { // of what is in none, the API server takes Events here
+		namespace = metav1.NamespaceDefault
+	}
 	_, err := r.client.Typed.CoreV1().Events(namespace).Create(ctx, &corev1.Event{
 		ObjectMeta:     metav1.ObjectMeta{Name: p.name, Namespace: namespace},
 		InvolvedObject: p.event.Object,

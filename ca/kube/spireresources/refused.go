@@ -1,19 +1,16 @@
 package spireresources
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/signet-id/signet/ca/kube/events"
 )
 
 // maxRefused bounds of how many resources it is remembered why they are refused.
 const maxRefused = 10_000
-
-const eventTimeout = 10 * time.Second
 
 // refused tells of a resource that is refused as a whole: once, in the log and by an Event on it, and again when the reason changes.
 // It is called by the leader only.
@@ -30,17 +27,8 @@ func (r *Reader) refused(kind, name string, why error) {
 		return
 	}
 	r.c.Log.Warn("a resource is refused", "cluster", r.c.Client.Cluster, "kind", kind, "name", name, "err", reason)
-	now := metav1.NewTime(r.c.Now())
-	ctx, cancel := context.WithTimeout(context.Background(), eventTimeout)
-	defer cancel()
-	_, err := r.c.Client.Typed.CoreV1().Events(metav1.NamespaceDefault).Create(ctx, &corev1.Event{
-		ObjectMeta:     metav1.ObjectMeta{GenerateName: "signet-spire-", Namespace: metav1.NamespaceDefault},
-		InvolvedObject: corev1.ObjectReference{APIVersion: group.String(), Kind: kind, Name: name, UID: r.uid(kind, name)},
-		Type:           corev1.EventTypeWarning, Reason: "Refused", Message: reason, Source: corev1.EventSource{Component: "signet-ca"},
-		FirstTimestamp: now, LastTimestamp: now, Count: 1, ReportingController: "signet-ca",
-	}, metav1.CreateOptions{})
-	if err != nil {
-		r.c.Log.Debug("an Event could not be written", "kind", kind, "name", name, "err", clip(err))
+	if r.c.Events != nil {
+		r.c.Events.Record(events.Event{Object: corev1.ObjectReference{APIVersion: group.String(), Kind: kind, Name: name, UID: r.uid(kind, name)}, Reason: "Refused", Message: reason})
 	}
 }
 

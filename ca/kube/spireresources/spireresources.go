@@ -25,6 +25,7 @@ import (
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/kube"
+	"github.com/signet-id/signet/ca/kube/events"
 	"github.com/signet-id/signet/ca/kube/follow"
 	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/registry"
@@ -80,6 +81,8 @@ type Config struct {
 	CheckTTL func(x509, jwt time.Duration) error
 	// Audit writes a record of what is changed. It is called before the change, which is not made if it fails, and after.
 	Audit func(context.Context, ...auditlog.Record) error
+	// Events are where it is told what is refused. Nil: in the log alone.
+	Events *events.Recorder
 	// Actor is who acts in the audit log.
 	Actor string
 	Log   *slog.Logger     // nil: discarded
