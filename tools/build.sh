@@ -1,12 +1,15 @@
 # build.sh is read by release.sh and image.sh: how the programs are built so that the same commit gives the same bytes.
 
-# build FROM TO VERSION COMMIT ARCH [PROGRAM...]: builds programs of the tree FROM, static, for linux/ARCH, into the folder TO.
+# build FROM TO VERSION COMMIT ARCH [PROGRAM...]: builds programs of the tree FROM, or of its examples, static, for linux/ARCH, into
+# the folder TO.
 build() {
 	from=$1 to=$2 set="-X github.com/signet-id/signet/internal/version.version=$3 -X github.com/signet-id/signet/internal/version.commit=$4" arch=$5
 	shift 5
 	for program; do
+		folder=cmd
+		[ -d "$from/cmd/$program" ] || folder=examples
 		(cd "$from" && CGO_ENABLED=0 GOOS=linux GOARCH=$arch GOFLAGS= GOWORK=off go build -trimpath -buildvcs=false \
-			-ldflags "-s -w -buildid= $set" -o "$to/${program}_linux_$arch" "./cmd/$program")
+			-ldflags "-s -w -buildid= $set" -o "$to/${program}_linux_$arch" "./$folder/$program")
 	done
 }
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# image.sh VERSION COMMIT: packs signet, signet-agent and signet-proxy into container images, in dist/images: for each an OCI
-# image layout NAME/, an archive NAME.tar that engines load, and SBOMs. It prints the digests. Needs Go and git, and no engine.
+# image.sh VERSION COMMIT: packs signet, signet-agent, signet-proxy and the examples into container images, in dist/images: for each
+# an OCI image layout NAME/, an archive NAME.tar that engines load, and SBOMs. It prints the digests. Needs Go and git, and no engine.
 #
 #   PREFIX=HOST/FOLDER   what stands before the images' names; default localhost
 #   ARCHS=amd64,arm64    architectures
@@ -20,7 +20,7 @@ trap 'chmod -R u+w "$tmp"; rm -rf "$tmp"' EXIT
 images() { # from bin out
 	mkdir -p "$2" "$3"
 	for arch in $(echo "$archs" | tr , ' '); do
-		build "$1" "$2" "$version" "$commit" "$arch" signet signet-agent signet-proxy
+		build "$1" "$2" "$version" "$commit" "$arch" signet signet-agent signet-proxy documents-service call
 	done
 	go run ./deploy/image -version "$version" -commit "$commit" -time "$at" -prefix "${PREFIX:-localhost}" -arch "$archs" -out "$3" "$2"
 }

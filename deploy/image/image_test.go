@@ -34,8 +34,10 @@ var programs = sync.OnceValues(func() (string, error) {
 			return dir, fmt.Errorf("%w: %s", err, out)
 		}
 		for _, r := range recipes {
-			if err := os.Link(built, filepath.Join(dir, r.program+"_linux_"+arch)); err != nil {
-				return dir, err
+			for _, name := range append([]string{r.program}, r.more...) {
+				if err := os.Link(built, filepath.Join(dir, name+"_linux_"+arch)); err != nil {
+					return dir, err
+				}
 			}
 		}
 	}
@@ -155,7 +157,7 @@ func TestLayout(t *testing.T) {
 			if err != nil || !bytes.Equal(beside, l.blob(a.Layers[0])) {
 				t.Errorf("the SBOM beside the layout is another one than in it: %v", err)
 			}
-			checkSBOM(t, beside, want)
+			checkSBOM(t, beside, want, 1+len(r.more))
 		}
 	}
 }
@@ -193,13 +195,17 @@ func checkLayer(t *testing.T, layer []byte, diffIDs []string, r recipe, want []b
 			}
 		}
 	}
-	if want := []string{"etc/ 0755", "etc/signet/ 0755", "tmp/ 1777", "usr/ 0755", "usr/bin/ 0755", "etc/group 0644", "etc/passwd 0644", "usr/bin/" + r.program + " 0755"}; !slices.Equal(names, want) {
-		t.Errorf("%s holds %q, want %q", r.name, names, want)
+	wanted := []string{"etc/ 0755", "etc/signet/ 0755", "tmp/ 1777", "usr/ 0755", "usr/bin/ 0755", "etc/group 0644", "etc/passwd 0644"}
+	for _, name := range append([]string{r.program}, r.more...) {
+		wanted = append(wanted, "usr/bin/"+name+" 0755")
+	}
+	if !slices.Equal(names, wanted) {
+		t.Errorf("%s holds %q, want %q", r.name, names, wanted)
 	}
 }
 
 // checkSBOM compares an SBOM with what the Go toolchain says of the program, and with what SPDX 2.3 demands of a document.
-func checkSBOM(t *testing.T, sbom, program []byte) {
+func checkSBOM(t *testing.T, sbom, program []byte, programs int) {
 	t.Helper()
 	doc := strictly[spdxDocument](t, sbom)
 	if doc.SPDXVersion != "SPDX-2.3" || doc.DataLicense != "CC0-1.0" || doc.SPDXID != "SPDXRef-DOCUMENT" || doc.Name == "" || !strings.HasPrefix(doc.DocumentNamespace, "https://") ||
@@ -220,7 +226,7 @@ func checkSBOM(t *testing.T, sbom, program []byte) {
 			t.Errorf("relationship %+v names what is not there", r)
 		}
 	}
-	if len(doc.Relationships) != len(doc.Packages) || doc.Relationships[0] != (spdxRelation{"SPDXRef-DOCUMENT", "DESCRIBES", "SPDXRef-program"}) {
+	if len(doc.Relationships) != programs*(len(doc.Packages)-programs+1) || doc.Relationships[0] != (spdxRelation{"SPDXRef-DOCUMENT", "DESCRIBES", "SPDXRef-program-1"}) {
 		t.Errorf("%d relationships of %d packages, the first %+v", len(doc.Relationships), len(doc.Packages), doc.Relationships[0])
 	}
 	if c := doc.Packages[0].Checksums; len(c) != 1 || c[0] != (spdxChecksum{"SHA256", digest(program)}) {
@@ -230,7 +236,7 @@ func checkSBOM(t *testing.T, sbom, program []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(info.Deps) < 5 || len(doc.Packages) != len(info.Deps)+2 {
+	if len(info.Deps) < 5 || len(doc.Packages) != len(info.Deps)+1+programs {
 		t.Errorf("%d packages for %d modules", len(doc.Packages), len(info.Deps))
 	}
 	for _, m := range info.Deps {
@@ -262,7 +268,7 @@ func TestSameBytes(t *testing.T) {
 		}
 		return errors.Join(errA, errB)
 	})
-	if err != nil || files < 3*12 {
+	if err != nil || files < len(recipes)*12 {
 		t.Errorf("%d files compared, %v", files, err)
 	}
 }
@@ -329,11 +335,13 @@ func TestRefusals(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
 			for _, r := range recipes {
-				file := filepath.Join(dir, r.program+"_linux_amd64")
-				if r.program == "signet" && tt.program != nil {
-					tt.program(t, file)
-				} else if err := os.Link(good, file); err != nil {
-					t.Fatal(err)
+				for _, name := range append([]string{r.program}, r.more...) {
+					file := filepath.Join(dir, name+"_linux_amd64")
+					if name == "signet" && tt.program != nil {
+						tt.program(t, file)
+					} else if err := os.Link(good, file); err != nil {
+						t.Fatal(err)
+					}
 				}
 			}
 			args := append([]string{"-version", "1", "-time", "2026-01-02T03:04:05Z", "-arch", "amd64", "-out", filepath.Join(dir, "out")}, tt.args...)

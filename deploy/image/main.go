@@ -32,6 +32,7 @@ type recipe struct {
 	name, title, description string
 	program                  string // its file in DIR without _linux_ARCH, and in the image below /usr/bin
 	command                  []string
+	more                     []string // other programs beside it
 }
 
 var recipes = []recipe{
@@ -41,6 +42,8 @@ var recipes = []recipe{
 		program: "signet-agent", command: []string{"-config", "/etc/signet/agent.yaml"}},
 	{name: "signet-proxy", title: "signet proxy", description: "Mutual TLS and call policies for programs that know neither",
 		program: "signet-proxy", command: []string{"-config", "/etc/signet/proxy.yaml"}},
+	{name: "signet-examples", title: "signet examples", description: "The service and the client of signet's documentation, to try an installation with",
+		program: "documents-service", command: []string{"-listen", ":9443"}, more: []string{"call"}},
 }
 
 // A build is what all images of one run have in common.
@@ -127,16 +130,20 @@ func (b *build) image(r recipe) (string, error) {
 	index := index{SchemaVersion: 2, MediaType: typeIndex, Annotations: b.labels(r)}
 	var attached []descriptor
 	for _, arch := range b.archs {
-		p, err := readProgram(filepath.Join(b.from, r.program+"_linux_"+arch), arch)
-		if err != nil {
-			return "", err
+		var programs []*program
+		for _, name := range append([]string{r.program}, r.more...) {
+			p, err := readProgram(b.from, name, arch)
+			if err != nil {
+				return "", err
+			}
+			programs = append(programs, p)
 		}
-		manifest, err := b.manifest(l, r, p)
+		manifest, err := b.manifest(l, r, programs)
 		if err != nil {
 			return "", err
 		}
 		index.Manifests = append(index.Manifests, manifest)
-		sbom, err := b.sbom(r, p)
+		sbom, err := b.sbom(r, programs)
 		if err != nil {
 			return "", err
 		}
@@ -164,8 +171,9 @@ func (b *build) image(r recipe) (string, error) {
 }
 
 // manifest adds the image for one architecture.
-func (b *build) manifest(l *layout, r recipe, p *program) (descriptor, error) {
-	layer, diffID, err := layerOf(r, p, b.time)
+func (b *build) manifest(l *layout, r recipe, programs []*program) (descriptor, error) {
+	arch := programs[0].arch
+	layer, diffID, err := layerOf(programs, b.time)
 	if err != nil {
 		return descriptor{}, err
 	}
@@ -175,7 +183,7 @@ func (b *build) manifest(l *layout, r recipe, p *program) (descriptor, error) {
 	}
 	labels := b.labels(r)
 	config, err := l.addJSON(typeConfig, imageConfig{
-		Created: b.time, Architecture: p.arch, OS: "linux",
+		Created: b.time, Architecture: arch, OS: "linux",
 		Config: runConfig{
 			User: user + ":" + user, WorkingDir: "/", Env: []string{"PATH=/usr/bin"}, Labels: labels,
 			Entrypoint: []string{"/usr/bin/" + r.program}, Cmd: r.command,
@@ -187,7 +195,7 @@ func (b *build) manifest(l *layout, r recipe, p *program) (descriptor, error) {
 		return descriptor{}, err
 	}
 	d, err := l.addJSON(typeManifest, manifest{SchemaVersion: 2, MediaType: typeManifest, Config: config, Layers: []descriptor{layerAt}, Annotations: labels})
-	d.Platform = &platform{Architecture: p.arch, OS: "linux"}
+	d.Platform = &platform{Architecture: arch, OS: "linux"}
 	return d, err
 }
 

@@ -10,7 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
+	"path/filepath"
 	"time"
 )
 
@@ -21,13 +21,14 @@ var machines = map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AA
 
 // A program is a static program of one architecture.
 type program struct {
-	arch string
-	data []byte
-	info *buildinfo.BuildInfo
+	name, arch string
+	data       []byte
+	info       *buildinfo.BuildInfo
 }
 
 // readProgram reads a program and refuses what would not run in an image that holds nothing else.
-func readProgram(file, arch string) (*program, error) {
+func readProgram(dir, name, arch string) (*program, error) {
+	file := filepath.Join(dir, name+"_linux_"+arch)
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
@@ -53,7 +54,7 @@ func readProgram(file, arch string) (*program, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: what it was built from is not in it: %w", file, err)
 	}
-	return &program{arch: arch, data: data, info: info}, nil
+	return &program{name: name, arch: arch, data: data, info: info}, nil
 }
 
 func checkELF(data []byte, arch string) error {
@@ -73,9 +74,9 @@ func checkELF(data []byte, arch string) error {
 	return nil
 }
 
-// layerOf is the only layer of an image: the program, the names of its user, and /tmp. It returns the layer and the digest
+// layerOf is the only layer of an image: the programs, the names of their user, and /tmp. It returns the layer and the digest
 // of what is compressed in it.
-func layerOf(r recipe, p *program, at time.Time) (layer []byte, diffID string, err error) {
+func layerOf(programs []*program, at time.Time) (layer []byte, diffID string, err error) {
 	var plain bytes.Buffer
 	w := tar.NewWriter(&plain)
 	for _, d := range []struct {
@@ -86,16 +87,17 @@ func layerOf(r recipe, p *program, at time.Time) (layer []byte, diffID string, e
 			return nil, "", err
 		}
 	}
-	name, _, _ := strings.Cut(r.name, "-") // signet
-	passwd := fmt.Sprintf("root:x:0:0:root:/:/nologin\n%s:x:%s:%s:%s:/:/nologin\n", name, user, user, name)
-	group := fmt.Sprintf("root:x:0:\n%s:x:%s:\n", name, user)
-	err = errors.Join(
-		writeFile(w, "etc/group", 0o644, []byte(group), at),
-		writeFile(w, "etc/passwd", 0o644, []byte(passwd), at),
-		writeFile(w, "usr/bin/"+r.program, 0o755, p.data, at),
-		w.Close(),
-	)
-	if err != nil {
+	passwd := fmt.Sprintf("root:x:0:0:root:/:/nologin\nsignet:x:%s:%s:signet:/:/nologin\n", user, user)
+	group := fmt.Sprintf("root:x:0:\nsignet:x:%s:\n", user)
+	if err := errors.Join(writeFile(w, "etc/group", 0o644, []byte(group), at), writeFile(w, "etc/passwd", 0o644, []byte(passwd), at)); err != nil {
+		return nil, "", err
+	}
+	for _, p := range programs {
+		if err := writeFile(w, "usr/bin/"+p.name, 0o755, p.data, at); err != nil {
+			return nil, "", err
+		}
+	}
+	if err := w.Close(); err != nil {
 		return nil, "", err
 	}
 	var packed bytes.Buffer

@@ -64,35 +64,47 @@ type spdxRelation struct {
 
 const none = "NOASSERTION"
 
-// sbom says what is linked into a program: each module with its version and the hash that go.sum has of it, as the Go
-// toolchain wrote it into the program, and the standard library. Licences it does not judge.
-func (b *build) sbom(r recipe, p *program) ([]byte, error) {
-	sum := digest(p.data)
-	name := r.program + "_linux_" + p.arch
-	program := spdxPackage{
-		SPDXID: "SPDXRef-program", Name: name, VersionInfo: b.version, DownloadLocation: none, LicenseConcluded: none, LicenseDeclared: license, CopyrightText: none,
-		Purpose: "APPLICATION", FileName: "usr/bin/" + r.program, Checksums: []spdxChecksum{{"SHA256", sum}},
-		SourceInfo:   "commit " + b.commit,
-		ExternalRefs: []spdxRef{purl(p.info.Main.Path, b.version)},
+// sbom says what is linked into the programs of an image: each module with its version and the hash that go.sum has of it, as
+// the Go toolchain wrote it into the program, and the standard library. Licences it does not judge.
+func (b *build) sbom(r recipe, programs []*program) ([]byte, error) {
+	arch := programs[0].arch
+	sums := ""
+	for _, p := range programs {
+		sums += "/" + digest(p.data)
 	}
 	doc := spdxDocument{
-		SPDXVersion: "SPDX-2.3", DataLicense: "CC0-1.0", SPDXID: "SPDXRef-DOCUMENT", Name: r.name + "_linux_" + p.arch,
-		DocumentNamespace: "https://signet-id.github.io/spdx/" + r.name + "/" + p.arch + "/" + sum,
+		SPDXVersion: "SPDX-2.3", DataLicense: "CC0-1.0", SPDXID: "SPDXRef-DOCUMENT", Name: r.name + "_linux_" + arch,
+		DocumentNamespace: "https://signet-id.github.io/spdx/" + r.name + "/" + arch + sums,
 		CreationInfo:      spdxCreation{Created: b.time.Format(time.RFC3339), Creators: []string{"Tool: signet-deploy-image"}},
-		Packages:          []spdxPackage{program},
-		Relationships:     []spdxRelation{{"SPDXRef-DOCUMENT", "DESCRIBES", program.SPDXID}},
 	}
-	add := func(p spdxPackage) {
-		doc.Packages = append(doc.Packages, p)
-		doc.Relationships = append(doc.Relationships, spdxRelation{program.SPDXID, "STATIC_LINK", p.SPDXID})
-	}
-	add(library("SPDXRef-go", "std", strings.TrimPrefix(p.info.GoVersion, "go"), "", purl("std", strings.TrimPrefix(p.info.GoVersion, "go"))))
-	for i, m := range p.info.Deps {
-		m, err := linked(m)
-		if err != nil {
-			return nil, err
+	libraries := map[string]string{} // SPDX ids by purl
+	for i, p := range programs {
+		id := fmt.Sprintf("SPDXRef-program-%d", i+1)
+		doc.Packages = append(doc.Packages, spdxPackage{
+			SPDXID: id, Name: p.name + "_linux_" + arch, VersionInfo: b.version, DownloadLocation: none, LicenseConcluded: none, LicenseDeclared: license, CopyrightText: none,
+			Purpose: "APPLICATION", FileName: "usr/bin/" + p.name, Checksums: []spdxChecksum{{"SHA256", digest(p.data)}},
+			SourceInfo:   "commit " + b.commit,
+			ExternalRefs: []spdxRef{purl(p.info.Path, b.version)},
+		})
+		doc.Relationships = append(doc.Relationships, spdxRelation{doc.SPDXID, "DESCRIBES", id})
+		add := func(name, version, source string) {
+			ref := purl(name, version)
+			lib, ok := libraries[ref.Locator]
+			if !ok {
+				lib = fmt.Sprintf("SPDXRef-module-%d", len(libraries)+1)
+				libraries[ref.Locator] = lib
+				doc.Packages = append(doc.Packages, library(lib, name, version, source, ref))
+			}
+			doc.Relationships = append(doc.Relationships, spdxRelation{id, "STATIC_LINK", lib})
 		}
-		add(library(fmt.Sprintf("SPDXRef-module-%d", i+1), m.Path, m.Version, "go.sum has "+m.Sum, purl(m.Path, m.Version)))
+		add("std", strings.TrimPrefix(p.info.GoVersion, "go"), "the Go toolchain's standard library")
+		for _, m := range p.info.Deps {
+			m, err := linked(m)
+			if err != nil {
+				return nil, err
+			}
+			add(m.Path, m.Version, "go.sum has "+m.Sum)
+		}
 	}
 	return json.MarshalIndent(doc, "", " ")
 }
