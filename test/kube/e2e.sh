@@ -64,6 +64,7 @@ run bash $box/build.sh
 run tools/helm.sh
 say "kubebox and helm are there"
 run env ARCHS=amd64 OUT="$dir/images" tools/image.sh e2e "$(git rev-parse HEAD 2>/dev/null || true)"
+run env ARCHS=amd64 OUT="$dir/next" tools/image.sh e2e-next "$(git rev-parse HEAD 2>/dev/null || true)"
 CGO_ENABLED=0 run go build -trimpath -o "$dir/bin/" ./test/kube/workload ./cmd/signet-agent
 image() { # TAG FILE=PATH...
 	"$build/kubebox" image -tag "$1" -o "$dir/images/${1//[\/:]/_}.tar" "${@:2}"
@@ -74,7 +75,7 @@ say "images are built"
 for n in a b; do
 	run env KUBEBOX_DIR="$dir/$n" bash $box/up.sh -api-port 0 -cgroup-root "/$name-$n" -outward "18081:$port"
 	nodes+=("$(readlink "/proc/$(cat "$dir/$n/node.pid")/ns/pid")")
-	run "$build/kubebox" load -dir "$dir/$n" "$dir"/images/*.tar
+	run "$build/kubebox" load -dir "$dir/$n" "$dir"/images/*.tar "$dir"/next/signet-ca.tar "$dir"/next/signet-agent.tar
 done
 say "two clusters are up"
 
@@ -84,7 +85,7 @@ export SIGNET_KUBE_CA_LISTEN=127.0.0.1:$port SIGNET_KUBE_CA_ADDRESS=10.90.0.1:18
 export SIGNET_KUBE_NODE_ROOT SIGNET_KUBE_CGROUP_ROOT=/$name-a SIGNET_KUBE_CGROUP_ROOT_OTHER=/$name-b
 SIGNET_KUBE_NODE_ROOT=/proc/$(cat "$dir/a/node.pid")/root
 export SIGNET_KUBECTL=${KUBECTL:-$PWD/bin/tools/kubectl} HELM=${HELM:-$PWD/bin/tools/helm}
-export SIGNET_KUBE_IMAGE=kubebox.test/pause:1 SIGNET_KUBE_IMAGES=localhost SIGNET_KUBE_TAG=e2e
+export SIGNET_KUBE_IMAGE=kubebox.test/pause:1 SIGNET_KUBE_IMAGES=localhost SIGNET_KUBE_TAG=e2e SIGNET_KUBE_TAG_NEXT=e2e-next
 export SIGNET_KUBE_WORKLOAD_IMAGE=signet.test/workload:e2e SIGNET_KUBE_OTHER_IMAGE=signet.test/other:e2e
 run go test -tags kube -count=1 -timeout 60m "$@" ./test/kube
 say "tests passed"

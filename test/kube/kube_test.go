@@ -6,7 +6,8 @@
 //	SIGNET_KUBECONFIG           a kubeconfig of an admin of a cluster, and in _OTHER the same of another cluster
 //	SIGNET_KUBECTL              kubectl; default: the one in PATH
 //	SIGNET_KUBE_IMAGE           an image whose program just waits; default registry.k8s.io/pause:3.10
-//	SIGNET_KUBE_IMAGES          where the images signet-ca, signet-agent and signet-proxy are, such as localhost; SIGNET_KUBE_TAG is their tag
+//	SIGNET_KUBE_IMAGES          where the images signet-ca, signet-agent and signet-proxy are, such as localhost; SIGNET_KUBE_TAG is their tag,
+//	                            and SIGNET_KUBE_TAG_NEXT that of others; HELM is helm
 //	SIGNET_KUBE_WORKLOAD_IMAGE  an image with test/kube/workload as its program /workload, and /usr/bin/signet-agent, built without cgo;
 //	                            SIGNET_KUBE_OTHER_IMAGE is another image with /workload
 //	SIGNET_KUBE_CGROUP_ROOT     the --cgroup-root of the first cluster's kubelet, if it is not /; in _OTHER that of the other one

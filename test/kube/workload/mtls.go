@@ -104,8 +104,8 @@ func call(ctx context.Context, address string) error {
 	again := func(t *tally, what string, try func(context.Context) error) {
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				ctx, cancel := context.WithTimeout(ctx, callTimeout)
-				t.add(ctx, what, try(ctx))
+				trying, cancel := context.WithTimeout(ctx, callTimeout)
+				t.add(ctx, what, try(trying)) // one that takes too long has failed
 				cancel()
 				wait(ctx, between)
 			}
