@@ -36,7 +36,7 @@ type Etcd struct {
 	TLS EtcdTLS `yaml:"tls"`
 	// Username is a user of etcd, instead of a client certificate or besides one.
 	Username string `yaml:"username"`
-	// PasswordFile is a file with mode 0600 that holds the user's password.
+	// PasswordFile is a file with mode 0600, or of root's with 0640, that holds the user's password.
 	PasswordFile string `yaml:"password_file"`
 	// Timeout bounds one request. Default 5s.
 	Timeout time.Duration `yaml:"timeout"`
@@ -56,7 +56,7 @@ type EtcdTLS struct {
 	CAFile string `yaml:"ca_file"`
 	// CertFile is the CA's certificate for etcd in PEM. It is read again for each connection.
 	CertFile string `yaml:"cert_file"`
-	// KeyFile is the certificate's key, with mode 0600.
+	// KeyFile is the certificate's key, with mode 0600, or of root's with 0640: so Kubernetes mounts Secrets.
 	KeyFile string `yaml:"key_file"`
 }
 

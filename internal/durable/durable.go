@@ -117,16 +117,28 @@ func CleanTemp(dir string) error {
 // ReadFile returns the contents of the regular file at path. Over max bytes it returns ErrTooLarge, and a pipe, device or
 // directory is refused, so that a wrong path cannot fill the memory or block.
 func ReadFile(path string, max int64) ([]byte, error) {
-	return read(path, max, false)
+	return read(path, max, nil)
 }
 
 // ReadSecret is ReadFile for secrets: it returns ErrExposed if group or others may read, write or execute the file, or if
 // it belongs to neither this process nor root.
 func ReadSecret(path string, max int64) ([]byte, error) {
-	return read(path, max, true)
+	return read(path, max, checkPrivate)
 }
 
-func read(path string, max int64, secret bool) ([]byte, error) {
+// ReadMountedSecret is ReadSecret, and takes a file of root's too that its group may read: so Kubernetes mounts Secrets for
+// containers that are not root's, and in no other way.
+func ReadMountedSecret(path string, max int64) ([]byte, error) {
+	return read(path, max, func(path string, info fs.FileInfo) error {
+		if uid, ok := owner(info); ok && uid == 0 && info.Mode().Perm()&0o037 == 0 {
+			return nil
+		}
+		return checkPrivate(path, info)
+	})
+}
+
+// read reads a file of at most max bytes that check, if there is one, takes.
+func read(path string, max int64, check func(path string, info fs.FileInfo) error) ([]byte, error) {
 	f, err := openRegular(path)
 	if err != nil {
 		return nil, fmt.Errorf("reading %s: %w", path, err)
@@ -139,9 +151,9 @@ func read(path string, max int64, secret bool) ([]byte, error) {
 	if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("reading %s: this is not a regular file", path)
 	}
-	if secret {
+	if check != nil {
 		// The open file is judged, not the path: the path may name another file a moment later.
-		if err := checkPrivate(path, info); err != nil {
+		if err := check(path, info); err != nil {
 			return nil, err
 		}
 	}

@@ -177,6 +177,34 @@ func TestReadSecretWantsAPrivateFile(t *testing.T) {
 	}
 }
 
+// What Kubernetes mounts of a Secret is root's, behind a symbolic link, and its group may read it.
+func TestReadMountedSecret(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to make files of root's and of others")
+	}
+	dir := t.TempDir()
+	path, link := filepath.Join(dir, "data"), filepath.Join(dir, "tls.key")
+	if err := os.Symlink("data", link); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		uid     int
+		perm    fs.FileMode
+		exposed bool
+	}{{0, 0o600, false}, {0, 0o440, false}, {0, 0o640, false}, {0, 0o660, true}, {0, 0o444, true}, {0, 0o641, true}, {12345, 0o440, true}, {12345, 0o600, true}} {
+		if err := durable.WriteFile(path, []byte("k"), tt.perm); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(path, tt.uid, 12345); err != nil {
+			t.Fatal(err)
+		}
+		data, err := durable.ReadMountedSecret(link, 10)
+		if errors.Is(err, durable.ErrExposed) != tt.exposed || (err == nil) == tt.exposed || err == nil && string(data) != "k" {
+			t.Errorf("uid %d, mode %#o: %q, %v; want ErrExposed %t", tt.uid, tt.perm, data, err, tt.exposed)
+		}
+	}
+}
+
 func TestDirectories(t *testing.T) {
 	dir := t.TempDir()
 	deep := filepath.Join(dir, "a", "b")

@@ -39,6 +39,9 @@ var matrix = map[string]string{
 	"from a registry":   "image: {registry: 'images.example.org:5000/signet', tag: 1.2.3, pullPolicy: Always, pullSecrets: [one, two]}",
 	"network":           "networkPolicy: {caFrom: [{ipBlock: {cidr: 10.0.0.0/8}}], metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}]}",
 	"configured":        "log: {level: debug, format: text}\nca: {config: {ttl: {x509: 30m}, audit: {keep_files: 7}, listen: ':9000'}}\nagent: {config: {max_offline: 48h, sealed_cache: {disable: true}}}",
+	"replicas":          "ca: {replicas: 3, store: {type: etcd, etcd: {endpoints: ['https://etcd-0.etcd:2379'], tlsSecret: etcd-client}}, seal: {source: secret, secretName: signet-seal}}",
+	"replicas, by KMS":  "ca: {replicas: 2, maxUnavailable: 50%, store: {type: etcd, etcd: {endpoints: ['https://e:2379'], prefix: /s/, tlsSecret: t}}, seal: {source: kms, kms: 'awskms:key-id=arn:aws:kms:eu-west-1:1:key/2;region=eu-west-1'}}",
+	"pod certificates":  "ca: {kubernetes: {podCertificates: true}}",
 	"watches nothing":   "ca: {kubernetes: {pods: false, bundle: false}}\nagent: {bundleConfigMap: mine}",
 	"publishes nothing": "ca: {kubernetes: {bundle: false, events: false}}\nagent: {bundleConfigMap: mine}",
 	"no ClusterBundle":  "ca: {kubernetes: {clusterTrustBundle: false}}",
@@ -236,7 +239,13 @@ func TestRestartsForAChange(t *testing.T) {
 }
 
 // With one replica there is no budget, which would only keep nodes from being drained.
+// Several have one, which lets a node be drained whatever state a replica is in.
 func TestDisruptionBudget(t *testing.T) {
+	c, _, all := configs(t, matrix["replicas"])
+	b, ok := find[*policyv1.PodDisruptionBudget](t, all, "signet-ca")
+	if !ok || b.Spec.MaxUnavailable.IntVal != 1 || c.Store.Etcd == nil || c.Store.Etcd.TLS.KeyFile != "/run/secrets/etcd/tls.key" || c.Seal.SystemdCredential != "seal-key" {
+		t.Errorf("three replicas have the budget %+v, store %+v and seal %+v", b, c.Store, c.Seal)
+	}
 	if _, _, all := configs(t); len(all) > 0 {
 		if b, ok := find[*policyv1.PodDisruptionBudget](t, all, "signet-ca"); ok {
 			t.Errorf("one replica has the budget %+v", b.Spec)

@@ -199,7 +199,7 @@ func (c *Config) certificate() (*tls.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tls.cert_file: %w", err)
 	}
-	key, err := durable.ReadSecret(c.KeyFile, maxFileBytes)
+	key, err := durable.ReadMountedSecret(c.KeyFile, maxFileBytes)
 	if err != nil {
 		return nil, fmt.Errorf("tls.key_file: %w", err)
 	}
@@ -215,7 +215,7 @@ func (c *Config) password() (string, error) {
 	if c.PasswordFile == "" {
 		return "", nil
 	}
-	data, err := durable.ReadSecret(c.PasswordFile, maxPassword)
+	data, err := durable.ReadMountedSecret(c.PasswordFile, maxPassword)
 	if err != nil {
 		return "", fmt.Errorf("password_file: %w", err)
 	}

@@ -43,6 +43,15 @@ imagePullSecrets:
 {{- if and (gt (int $v.ca.replicas) 1) (ne $v.ca.store.type "etcd") }}
 {{- fail (printf "ca.replicas: %d replicas need ca.store.type: etcd; bolt is one file for one CA" (int $v.ca.replicas)) }}
 {{- end }}
+{{- if and (eq $v.ca.store.type "etcd") (not $v.ca.store.etcd.endpoints) }}
+{{- fail "ca.store.etcd.endpoints: missing; name the members of your etcd, such as https://etcd-0.etcd:2379" }}
+{{- end }}
+{{- if and (eq $v.ca.store.type "etcd") (not $v.ca.store.etcd.tlsSecret) }}
+{{- fail "ca.store.etcd.tlsSecret: missing; name a Secret with tls.crt, tls.key and ca.crt: who writes to etcd below the prefix owns the trust domain" }}
+{{- end }}
+{{- if and $v.ca.kubernetes.podCertificates (not $v.ca.kubernetes.pods) }}
+{{- fail "ca.kubernetes.podCertificates: needs ca.kubernetes.pods: a certificate is for the pod's identity" }}
+{{- end }}
 {{- if and (eq $v.ca.store.type "etcd") (eq $v.ca.seal.source "file") }}
 {{- fail "ca.seal.source: with ca.store.type etcd all replicas need the same seal key; use secret or kms" }}
 {{- end }}
