@@ -99,6 +99,7 @@ data:
       unix: {}
       k8s: {kubelet_address_env: NODE_IP, node_name_env: NODE_NAME, namespace_labels: [team], cgroup_roots: %[6]s}
     metrics: {listen: 0.0.0.0:9989}
+    hand_over: true
     log: {level: debug}
 `, k.namespace, bundle, need(k.t, "SIGNET_KUBE_CA_ADDRESS", "the address at which pods find what listens at SIGNET_KUBE_CA_LISTEN"), d.dir, name, cgroups))
 	k.afterwards(func() {
@@ -131,7 +132,7 @@ kind: DaemonSet
 metadata: {name: agent, namespace: %[1]s}
 spec:
   selector: {matchLabels: {app: agent}}
-  updateStrategy: {type: RollingUpdate}
+  updateStrategy: {type: RollingUpdate, rollingUpdate: {maxSurge: 1, maxUnavailable: 0}}
   template:
     metadata: {labels: {app: agent}, annotations: {generation: "%[2]d"}}
     spec:
@@ -246,12 +247,6 @@ func (k *cluster) says(pod, container, want string, more ...string) string {
 		}
 		pause(k.t, k.ctx)
 	}
-}
-
-// ready waits until a pod is.
-func (k *cluster) ready(pod string) {
-	k.t.Helper()
-	k.kubectl("-n", k.namespace, "wait", "--for=condition=Ready", "pod/"+pod, "--timeout=90s")
 }
 
 // field is one of an object of this namespace.
