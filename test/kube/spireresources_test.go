@@ -102,7 +102,7 @@ spec:
   containers: [{name: main, image: example.org/main:1}, {name: side, image: example.org/side:2}]
 `, m.mark, ns, name, node, sa, labels))
 	m.kubectl("-n", m.mark+"-"+ns, "patch", "pod", name, "--subresource=status", "--type=merge", "-p",
-		fmt.Sprintf(`{"status":{"phase":"Running","podIP":"10.77.0.%[1]d","podIPs":[{"ip":"10.77.0.%[1]d"}],"conditions":[{"type":"Ready","status":"True"}]}}`, address))
+		fmt.Sprintf(`{"status":{"phase":"Running","hostIP":"10.77.1.1","hostIPs":[{"ip":"10.77.1.1"}],"podIP":"10.77.0.%[1]d","podIPs":[{"ip":"10.77.0.%[1]d"}],"conditions":[{"type":"Ready","status":"True"}]}}`, address))
 }
 
 func (m *madeUp) service(ns, name, selector string) {
