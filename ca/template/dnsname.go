@@ -39,7 +39,7 @@ func (d DNSName) Expand(pod *Pod) (string, error) {
 }
 
 // Sample returns the name with letters in the place of its variables, to judge what is fixed in it.
-func (d DNSName) Sample() string { return Path{d.source, d.parts}.with("x") }
+func (d DNSName) Sample() string { return Path(d).with("x") }
 
 // Sample returns the path likewise.
 func (p Path) Sample() string { return p.with("x") }
