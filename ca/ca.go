@@ -31,6 +31,7 @@ import (
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/federation"
 	"github.com/signet-id/signet/ca/keys"
+	"github.com/signet-id/signet/ca/kube/inject"
 	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/nodeapi"
 	"github.com/signet-id/signet/ca/observations"
@@ -68,9 +69,10 @@ type CA struct {
 	userKeys *userkeys.Poller
 	svid     *serverSVID
 
-	upstream *upstreamKeeper // nil without an upstream CA
-	clusters []*kubeCluster
-	pods     *pods.Expander // nil without a cluster
+	upstream  *upstreamKeeper // nil without an upstream CA
+	clusters  []*kubeCluster
+	injectors []*inject.Server
+	pods      *pods.Expander // nil without a cluster
 	// podRefused are told of pods that do not get what a rule would give them; they must not block. All are there before Run.
 	podRefused []func(pods.Refusal)
 
@@ -444,6 +446,9 @@ func (ca *CA) Close() {
 	}
 	for _, k := range ca.clusters {
 		k.client.Close()
+	}
+	for _, s := range ca.injectors {
+		s.Close() // after Run there is nothing left to close
 	}
 	if ca.limiter != nil {
 		ca.limiter.stop()

@@ -332,6 +332,7 @@ func (c *Config) Check() error {
 	c.NodeAttestors.check(bad)
 	c.Kubernetes.check(bad)
 	c.checkPodCertificates(bad)
+	c.checkInjection(bad)
 	c.Keys.check(bad)
 	c.Limits.check(bad)
 	c.Observations.check(bad)

@@ -68,6 +68,10 @@ func (ca *CA) openKubernetes() error {
 		ca.publishBundle(c, k)
 		ca.signPodCertificates(c, k)
 		ca.readSPIREResources(c, k)
+		if err := ca.injectProxies(c, k); err != nil {
+			errs = append(errs, err)
+			continue
+		}
 		if len(k.leading) > 0 || k.watcher != nil {
 			k.leading = append(k.leading, k.events.Run)
 			k.parts = append(k.parts, func(ctx context.Context) error { return k.lead(ctx, ca.log) })

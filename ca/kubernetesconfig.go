@@ -29,6 +29,8 @@ type KubernetesCluster struct {
 	PodCertificates *PodCertificates `yaml:"pod_certificates"`
 	// SPIREResources reads the custom resources of spire-controller-manager. Default: off.
 	SPIREResources *KubernetesSPIREResources `yaml:"spire_resources"`
+	// Injection puts the proxy into pods that ask for it. Default: off.
+	Injection *Injection `yaml:"injection"`
 }
 
 // The namespace of a pod is in a file beside its token.

@@ -30,6 +30,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("signet-proxy", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.StringVar(&f.Config, "config", "", "configuration `FILE`, YAML or JSON")
+	flags.StringVar(&f.ConfigEnv, "config-env", "", "`VARIABLE` of the environment that holds the configuration, instead of -config")
 	flags.StringVar(&f.LogLevel, "log-level", "", "debug, info, warn or error, instead of what the file says")
 	flags.StringVar(&f.LogFormat, "log-format", "", "text or json, instead of what the file says")
 	flags.BoolVar(&showVersion, "version", false, "print version and commit")

@@ -13,6 +13,7 @@ func TestRun(t *testing.T) {
 	if err := os.WriteFile(bad, []byte("drain_timeout: 5s\nsocket: x\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	t.Setenv("SIGNET_PROXY_TEST", `{"socket": "x"}`)
 	for _, tt := range []struct {
 		name       string
 		args       []string
@@ -21,6 +22,9 @@ func TestRun(t *testing.T) {
 	}{
 		{name: "version", args: []string{"-version"}, out: "signet-proxy "},
 		{name: "no configuration", status: 2, wrong: "signet-proxy: error: --config is missing"},
+		{name: "configuration from two places", args: []string{"-config", bad, "-config-env", "X"}, status: 2, wrong: "exclude each other"},
+		{name: "no such variable", args: []string{"-config-env", "SIGNET_NO_SUCH_VARIABLE"}, status: 1, wrong: "no variable SIGNET_NO_SUCH_VARIABLE"},
+		{name: "bad configuration in a variable", args: []string{"-config-env", "SIGNET_PROXY_TEST"}, status: 1, wrong: "$SIGNET_PROXY_TEST:1:2"},
 		{name: "surplus argument", args: []string{"-config", bad, "x"}, status: 2, wrong: `no argument is taken, such as "x"`},
 		{name: "unknown flag", args: []string{"-nope"}, status: 2, wrong: "not defined: -nope"},
 		{name: "no such file", args: []string{"-config", bad + "x"}, status: 1, wrong: "reading the configuration"},

@@ -12,7 +12,13 @@ import (
 func (c *Config) Policy(configFile string) sandbox.Policy {
 	p := sandbox.Policy{Landlock: c.Sandbox.Landlock, Seccomp: c.Sandbox.Seccomp, ConnectTCP: c.ports()}
 	// Host names and time zones.
-	for _, path := range []string{"/etc", "/usr/share/zoneinfo", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager", filepath.Dir(configFile)} {
+	for _, path := range []string{"/etc", "/usr/share/zoneinfo", "/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager", configFile} {
+		if path == configFile {
+			if path == "" {
+				continue // the configuration is not in a file
+			}
+			path = filepath.Dir(path)
+		}
 		p.Files = append(p.Files, sandbox.Access{Path: path, Kind: sandbox.Read})
 	}
 	for _, out := range c.Outbound {

@@ -28,6 +28,8 @@ const MaxConfigBytes = 1 << 20
 type Flags struct {
 	// Config is the configuration file. Needed.
 	Config string
+	// ConfigEnv is a variable of the environment that holds the configuration, instead of Config, where a daemon takes that.
+	ConfigEnv string
 	// LogLevel is debug, info, warn or error, instead of what the file says; empty: as the file says.
 	LogLevel string
 	// LogFormat is text or json, instead of what the file says; empty: as the file says.
@@ -36,8 +38,11 @@ type Flags struct {
 
 // Check refuses flags that cannot work.
 func (f Flags) Check() error {
-	if f.Config == "" {
+	switch {
+	case f.Config == "" && f.ConfigEnv == "":
 		return errors.New("--config is missing")
+	case f.Config != "" && f.ConfigEnv != "":
+		return errors.New("--config and --config-env exclude each other")
 	}
 	switch f.LogLevel {
 	case "", "debug", "info", "warn", "error":
@@ -72,6 +77,27 @@ func ReadConfig[C any](file string, parse func(data []byte, file string) (C, err
 	c, err := parse(data, file)
 	if err != nil {
 		return none, &ConfigError{File: file, Err: err}
+	}
+	return c, nil
+}
+
+// ReadFlags is ReadConfig for a daemon that takes its configuration from a variable of the environment too.
+func ReadFlags[C any](f Flags, parse func(data []byte, file string) (C, error)) (C, error) {
+	if f.ConfigEnv == "" {
+		return ReadConfig(f.Config, parse)
+	}
+	var none C
+	name := "$" + f.ConfigEnv
+	data, ok := os.LookupEnv(f.ConfigEnv)
+	switch {
+	case !ok:
+		return none, fmt.Errorf("reading the configuration: the environment has no variable %s", f.ConfigEnv)
+	case len(data) > MaxConfigBytes:
+		return none, fmt.Errorf("reading the configuration: %s has %d bytes, %d at most", name, len(data), MaxConfigBytes)
+	}
+	c, err := parse([]byte(data), name)
+	if err != nil {
+		return none, &ConfigError{File: name, Err: err}
 	}
 	return c, nil
 }

@@ -29,7 +29,7 @@ func Run(ctx context.Context, f daemon.Flags, stderr io.Writer) error {
 		return err
 	}
 	read := func() (proxy.Config, error) {
-		c, err := daemon.ReadConfig(f.Config, proxy.ReadConfig)
+		c, err := daemon.ReadFlags(f, proxy.ReadConfig)
 		f.Override(&c.Logging.Level, &c.Logging.Format)
 		return c, err
 	}
