@@ -65,6 +65,12 @@ func RuleName(identity string) string { return "Identity " + identity }
 // concern the pod; or why the pod gets none.
 func (e *Entry) Expand(td spiffeid.TrustDomain, pod *template.Pod) (*Entry, error) {
 	t := e.Template
+	for _, on := range e.On {
+		// No node of the pod's cluster has it. So the pod takes no ID from another one either.
+		if c, ok := strings.CutPrefix(on.Value, psatCluster); ok && on.Type == psatAttestation && c != pod.Cluster {
+			return nil, nil
+		}
+	}
 	for _, m := range t.match {
 		if !m.Holds(pod) {
 			return nil, nil

@@ -142,6 +142,23 @@ func TestTwoTemplatesDoNotShareAnID(t *testing.T) {
 	expect(t, "once it is gone", of(r, other), "/app/bank for 2", "/app/shop for 2")
 }
 
+// TestAnIdentityOfOneClusterIsNothingToPodsOfAnother: they get no ID by it, and so none that they could keep from others.
+func TestAnIdentityOfOneClusterIsNothingToPodsOfAnother(t *testing.T) {
+	r := newRegistry(t)
+	var got []string
+	x := New(Config{Registry: r, Refused: func(r Refusal) { got = append(got, r.Pod.UID+" "+r.Rule+": "+r.Reason) }})
+	apply(t, r, "kind: Identity\nname: a\nspiffeID: /app/{{ .k8s.label[\"app\"] }}\non: [k8s_psat:cluster:stage]\n---\n"+
+		"kind: Identity\nname: b\nspiffeID: /app/{{ .k8s.ns }}\non: [k8s_psat:cluster:prod]\n")
+	x.takeIdentities()
+	agent := node(t, r, "prod", "node-a")
+	hostile := pod("2", "node-b", "anybody", "x")
+	hostile.Labels = map[string]string{"app": "shop"}
+	x.Update("prod", []*Pod{hostile}, nil)
+	x.Update("prod", []*Pod{pod("1", "node-a", "shop", "web")}, nil)
+	expect(t, "a pod of the cluster", of(r, agent), "/app/shop for 1")
+	expect(t, "refused", got)
+}
+
 // TestPodsMayBeAnything: whatever a pod is made of, it gets an ID that is right or none.
 func TestPodsMayBeAnything(t *testing.T) {
 	r := newRegistry(t)
