@@ -86,6 +86,7 @@ docs:
 	go run ./internal/cli/gendoc > bin/cli.md && mv bin/cli.md docs/reference/cli.md
 	go test -count=1 ./internal/importmap ./test/docs -run 'TestModules|TestReference' -update
 	go test -count=1 ./internal/conformance -run TestDocument -update
+	go test -count=1 ./ca/kube/resources ./ca/registry -run "TestDefinitions|TestPublishedSchemas" -update
 	go test -count=1 ./test/helm -run TestValuesAreDocumented -update
 
 # Go code of api/*.proto, with protoc and the plugins of tools/go.mod.

@@ -73,6 +73,7 @@ type CA struct {
 	clusters  []*kubeCluster
 	injectors []*inject.Server
 	pods      *pods.Expander // nil without a cluster
+	admin     *adminapi.API  // the operators' door, which custom resources go through as well
 	// podRefused are told of pods that do not get what a rule would give them; they must not block. All are there before Run.
 	podRefused []func(pods.Refusal)
 

@@ -72,6 +72,7 @@ func (ca *CA) openKubernetes() error {
 			errs = append(errs, err)
 			continue
 		}
+		ca.readResources(c, k)
 		if len(k.leading) > 0 || k.watcher != nil {
 			k.leading = append(k.leading, k.events.Run)
 			k.parts = append(k.parts, func(ctx context.Context) error { return k.lead(ctx, ca.log) })

@@ -31,6 +31,8 @@ type KubernetesCluster struct {
 	SPIREResources *KubernetesSPIREResources `yaml:"spire_resources"`
 	// Injection puts the proxy into pods that ask for it. Default: off.
 	Injection *Injection `yaml:"injection"`
+	// Resources reads the custom resources of signet-id.github.io in the cluster. Default: off.
+	Resources *KubernetesResources `yaml:"resources"`
 }
 
 // The namespace of a pod is in a file beside its token.

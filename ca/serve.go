@@ -59,7 +59,7 @@ func (ca *CA) bind() error {
 // makeServers makes what will serve on the addresses.
 func (ca *CA) makeServers() {
 	ca.health = health.NewServer()
-	admin := adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Rotation: ca.rotator, Audit: ca.audit, Epoch: ca.store.Epoch(),
+	ca.admin = adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Rotation: ca.rotator, Audit: ca.audit, Epoch: ca.store.Epoch(),
 		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Refresh: ca.poller.Refresh, FederationStatus: ca.federationStatus, Observations: ca.observationsForAdmins(), LogLevel: ca.logLevel(), Canary: ca.leaks.CanaryIssued, Certificate: ca.svid.get, Started: ca.started, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
@@ -73,7 +73,7 @@ func (ca *CA) makeServers() {
 		grpc.Creds(access.LimitedCredentials{TransportCredentials: ca.guard.Credentials(), Admit: ca.limiter.connect, Enter: ca.limiter.enter, StrangerLife: strangerLife}))...)
 	ca.local = grpc.NewServer(append(common, grpc.Creds(access.LocalCredentials{Allow: ca.allowLocal, Log: ca.log}))...)
 	for _, s := range []*grpc.Server{ca.tcp, ca.local} {
-		register(s, ca.node, admin, liveHealth{ca.health, ca})
+		register(s, ca.node, ca.admin, liveHealth{ca.health, ca})
 		if !ca.c.SPIREOnly {
 			nodev1.RegisterNodeServer(s, ca.node)
 		}

@@ -151,6 +151,9 @@ func (a *API) record(ctx context.Context, event, subject string, err error, deta
 	if details == nil {
 		details = map[string]any{}
 	}
+	if s, ok := ctx.Value(sourceKey{}).(Source); ok {
+		return s.record(a, event, subject, err, details)
+	}
 	details["address"] = c.Address
 	outcome := auditlog.Done
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -88,7 +87,7 @@ func (a *API) Apply(ctx context.Context, req *adminv1.ApplyRequest) (*adminv1.Ap
 		return nil, err
 	}
 	if len(p.Bans) > 0 {
-		if p, err = a.banAndPlan(ctx, p, req); err != nil {
+		if p, err = a.banAndPlan(ctx, p, func() (*registry.Plan, error) { return a.plan(req) }); err != nil {
 			return nil, a.toStatus(err)
 		}
 	}
@@ -96,50 +95,46 @@ func (a *API) Apply(ctx context.Context, req *adminv1.ApplyRequest) (*adminv1.Ap
 }
 
 // banAndPlan bans the agents that a plan revokes and plans anew, so that it revokes what they obtained until they were banned.
-func (a *API) banAndPlan(ctx context.Context, p *registry.Plan, req *adminv1.ApplyRequest) (*registry.Plan, error) {
+func (a *API) banAndPlan(ctx context.Context, p *registry.Plan, plan func() (*registry.Plan, error)) (*registry.Plan, error) {
 	for _, id := range p.Bans {
 		if _, err := a.BanAgent(ctx, &agentv1.BanAgentRequest{Id: protoID(id)}); err != nil && status.Code(err) != codes.NotFound {
 			return nil, err
 		}
 	}
-	return a.plan(req)
+	return plan()
 }
 
-// refuseLockout refuses a plan by which nobody could call a service any more, unless that is meant.
+// refuseLockout refuses a plan that must be confirmed and is not.
 func refuseLockout(p *registry.Plan, yes bool) error {
 	if yes {
 		return nil
 	}
-	if len(p.Dangers) > 0 {
-		return status.Errorf(codes.FailedPrecondition, "%s; apply it with --yes if that is meant", strings.Join(p.Dangers, "; "))
-	}
-	if len(p.Lockouts) == 0 {
-		return nil
-	}
-	const named = 5
-	var lines []string
-	for i, l := range p.Lockouts {
-		if i == named {
-			lines = append(lines, fmt.Sprintf("and %d more services", len(p.Lockouts)-named))
-			break
+	if err := p.NeedsYes(); err != nil {
+		between := "; "
+		if len(p.Dangers) == 0 {
+			between = "\n"
 		}
-		lines = append(lines, l.String())
+		return status.Errorf(codes.FailedPrecondition, "%v%sapply it with --yes if that is meant", err, between)
 	}
-	return status.Errorf(codes.FailedPrecondition, "this takes the last allow away:\n%s\napply it with --yes if that is meant", strings.Join(lines, "\n"))
+	return nil
 }
 
 func (a *API) commit(ctx context.Context, event string, p *registry.Plan, class auditlog.Class) (*adminv1.ApplyResponse, error) {
-	var subjects []string
-	for _, c := range p.Changes {
-		if c.Action != registry.Unchanged {
-			subjects = append(subjects, c.Kind+"/"+c.Name)
-		}
-	}
+	subjects := changedBy(p)
 	if len(subjects) == 0 {
 		return answer(p, p.Revision), nil
 	}
-	if err := a.intend(ctx, class, event, subjects, nil); err != nil {
+	rev, err := a.apply(ctx, event, p, class, subjects)
+	if err != nil {
 		return nil, a.toStatus(err)
+	}
+	return answer(p, rev), nil
+}
+
+// apply commits a plan that changes subjects, between what the audit log says of it before and after.
+func (a *API) apply(ctx context.Context, event string, p *registry.Plan, class auditlog.Class, subjects []string) (store.Revision, error) {
+	if err := a.intend(ctx, class, event, subjects, nil); err != nil {
+		return 0, err
 	}
 	rev, err := a.c.Registry.Apply(ctx, p)
 	var records []auditlog.Record
@@ -172,10 +167,18 @@ func (a *API) commit(ctx context.Context, event string, p *registry.Plan, class 
 		records = append(records, a.record(ctx, "resource."+actionNames[c.Action], c.Kind+"/"+c.Name, err, details))
 	}
 	a.outcome(ctx, class, records...)
-	if err != nil {
-		return nil, a.toStatus(err)
+	return rev, err
+}
+
+// changedBy names what a plan changes.
+func changedBy(p *registry.Plan) []string {
+	var subjects []string
+	for _, c := range p.Changes {
+		if c.Action != registry.Unchanged {
+			subjects = append(subjects, c.Kind+"/"+c.Name)
+		}
 	}
-	return answer(p, rev), nil
+	return subjects
 }
 
 var actionNames = map[registry.Action]string{registry.Create: "create", registry.Change: "change", registry.Delete: "delete"}

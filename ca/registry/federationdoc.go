@@ -40,10 +40,10 @@ type federationDocument struct {
 
 // Schema returns the JSON Schema of a kind of document that this package reads.
 func Schema(kind string) ([]byte, error) {
-	if kind == KindFederation {
+	switch kind {
+	case KindFederation:
 		return strictyaml.Schema(reflect.TypeFor[federationDocument](), kind)
-	}
-	if kind == KindIdentity {
+	case KindIdentity:
 		return strictyaml.Schema(reflect.TypeFor[identityDocument](), kind)
 	}
 	return nil, fmt.Errorf("kind %q has no schema here", kind)

@@ -24,6 +24,11 @@ type Namespace struct {
 	Clusters []string
 }
 
+// A NamespaceError says that a policy speaks for a service which is not its namespace's.
+type NamespaceError struct{ problem string }
+
+func (e *NamespaceError) Error() string { return e.problem }
+
 const (
 	nsVariable      = "{{ .k8s.ns }}"
 	clusterVariable = "{{ .k8s.cluster }}"
@@ -173,7 +178,7 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 	td := "spiffe://" + r.c.TrustDomain.Name()
 	for _, text := range x.compiled.Services {
 		refuse := func(format string, args ...any) error {
-			return fmt.Errorf("%s: service %q is not of namespace %q of cluster %q: %s", where(*x.source, "service"), clip(text), ns.Name, ns.Cluster, fmt.Sprintf(format, args...))
+			return &NamespaceError{fmt.Sprintf("%s: service %q is not of namespace %q of cluster %q: %s", where(*x.source, "service"), clip(text), ns.Name, ns.Cluster, fmt.Sprintf(format, args...))}
 		}
 		path, ok := strings.CutPrefix(text, td+"/")
 		if !ok {

@@ -22,7 +22,7 @@ func withTemplates(r *Registry, td string, texts map[string]string) {
 			e.On = []spiffe.Selector{sel(on)}
 		}
 		n.on = e.On
-		r.ix.entries[e.ID] = e
+		r.ix.templated[e.ID] = e
 		r.ix.templates[e.ID] = n
 	}
 }

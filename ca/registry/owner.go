@@ -49,6 +49,9 @@ func (d *Document) samePlace(o *Document) bool {
 
 // checkOwner refuses a document in the place of one that belongs to somebody else. mu is held.
 func (r *Registry) checkOwner(x *resource, o Options) error {
+	if o.Owner != "" && x.entry != nil && (x.entry.Admin || x.entry.Downstream) {
+		return fmt.Errorf("%s: admin is true; only an operator can make an admin, with 'signet apply' [DESIGN §8]", where(*x.source, "admin"))
+	}
 	if doc, _, _, _ := r.ix.current(x.kind, x.currentName()); doc != nil && doc.Owner != o.Owner {
 		return &OwnedError{Ref{x.kind, x.name}, *doc}
 	}
@@ -106,33 +109,59 @@ func (p *Plan) delete(ch PlannedChange, rev store.Revision) {
 }
 
 // Owned returns the documents of one owner by what they are.
-func (r *Registry) Owned(owner string) map[Ref]Document {
+func (r *Registry) Owned(owner string) map[Ref]Resource {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	out := map[Ref]Document{}
-	note := func(kind string, d *Document) {
+	out := map[Ref]Resource{}
+	note := func(kind string, d *Document, rev store.Revision) {
 		if d != nil && d.Owner == owner {
-			out[Ref{kind, d.Name}] = *d
+			out[Ref{kind, d.Name}] = Resource{Kind: kind, Document: *d, Revision: rev}
 		}
 	}
 	for _, m := range []map[EntryID]*Entry{r.ix.entries, r.ix.templated} {
 		for _, e := range m {
-			note(KindIdentity, e.Identity)
+			note(KindIdentity, e.Identity, e.Revision)
 		}
 	}
 	for _, p := range r.ix.policies {
-		note(KindCallPolicy, &p.Document)
+		note(KindCallPolicy, &p.Document, p.Revision)
 	}
 	for _, v := range r.ix.revocations.documents {
-		note(KindRevocation, &v.Document)
+		note(KindRevocation, &v.Document, v.Revision)
 	}
 	for _, f := range r.ix.federations {
-		note(KindFederation, f.Document)
+		note(KindFederation, f.Document, f.Revision)
 	}
 	for _, i := range r.ix.issuers.byName {
-		note(KindUserIssuer, &i.Document)
+		note(KindUserIssuer, &i.Document, i.Revision)
 	}
 	return out
+}
+
+// A NeedsYesError says that a plan is one that an operator must confirm.
+type NeedsYesError struct{ What string }
+
+func (e *NeedsYesError) Error() string { return e.What }
+
+// NeedsYes returns a *NeedsYesError if an operator must confirm the plan: nobody could call a service any more, or a revocation
+// hits more than it may seem.
+func (p *Plan) NeedsYes() error {
+	if len(p.Dangers) > 0 {
+		return &NeedsYesError{strings.Join(p.Dangers, "; ")}
+	}
+	if len(p.Lockouts) == 0 {
+		return nil
+	}
+	const named = 5
+	var lines []string
+	for i, l := range p.Lockouts {
+		if i == named {
+			lines = append(lines, fmt.Sprintf("and %d more services", len(p.Lockouts)-named))
+			break
+		}
+		lines = append(lines, l.String())
+	}
+	return &NeedsYesError{"this takes the last allow away:\n" + strings.Join(lines, "\n")}
 }
 
 // own makes a parsed document its owner's.

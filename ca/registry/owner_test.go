@@ -46,8 +46,8 @@ func TestADocumentBelongsToWhoMadeIt(t *testing.T) {
 				r := open(t)
 				ref := Ref{kind, "a"}
 				applyOf(t, r, text, Options{Owner: owners[0], Definitions: map[Ref]string{ref: "uid"}})
-				if d, ok := r.Owned(owners[0])[ref]; !ok || d.Definition != "uid" {
-					t.Fatalf("%q owns %v, with definition %q", owners[0], ok, d.Definition)
+				if d, ok := r.Owned(owners[0])[ref]; !ok || d.Document.Definition != "uid" {
+					t.Fatalf("%q owns %v, with definition %q", owners[0], ok, d.Document.Definition)
 				}
 				_, err := planOf(r, text, Options{Owner: owners[1]})
 				o, ok := errors.AsType[*OwnedError](err)
@@ -105,12 +105,23 @@ func TestAnotherDefinitionIsAChange(t *testing.T) {
 			applyOf(t, r, text, Options{Owner: ofProd, Definitions: map[Ref]string{ref: "first"}})
 			for _, uid := range []string{"first", "second", "second"} {
 				before := r.Revision()
-				had := r.Owned(ofProd)[ref].Definition
+				had := r.Owned(ofProd)[ref].Document.Definition
 				applyOf(t, r, text, Options{Owner: ofProd, Definitions: map[Ref]string{ref: uid}})
 				if changed := r.Revision() != before; changed != (uid != had) {
 					t.Errorf("definition %s after %s: changed %v", uid, had, changed)
 				}
 			}
 		})
+	}
+}
+
+func TestACustomResourceMakesNoAdmin(t *testing.T) {
+	const text = "kind: Identity\nname: a\nspiffeID: /a\nmatch: [unix:uid:1]\nadmin: true\n"
+	r := open(t)
+	if _, err := planOf(r, text, Options{Owner: ofProd}); err == nil || !strings.Contains(err.Error(), "test.yaml:5:1: admin is true") {
+		t.Errorf("Plan = %v, want a refusal at test.yaml:5:1", err)
+	}
+	if _, err := planOf(r, text, Options{}); err != nil {
+		t.Errorf("an operator's: %v", err)
 	}
 }

@@ -147,7 +147,10 @@ func (r *Registry) planAll(all []*resource, o Options, seen map[string]string) (
 	}
 	for _, x := range all {
 		if err := r.checkOwner(x, o); err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", where(*x.source, "name"), err)
+			if _, ok := errors.AsType[*OwnedError](err); ok {
+				err = fmt.Errorf("%s: %w", where(*x.source, "name"), err)
+			}
+			return nil, nil, err
 		}
 		if ns, ok := o.Namespaces[x.name]; ok && x.compiled != nil {
 			if err := r.checkNamespace(p, x, ns); err != nil {

@@ -109,11 +109,14 @@ func TestPrivileges(t *testing.T) {
 			"ClusterRole signet-system-signet-ca: attest signers named signet-id.github.io/x509-svid",
 			"ClusterRole signet-system-signet-ca: create events",
 			"ClusterRole signet-system-signet-ca: create tokenreviews",
+			"ClusterRole signet-system-signet-ca: get customresourcedefinitions named identities.signet-id.github.io,callpolicies.signet-id.github.io,clustercallpolicies.signet-id.github.io,federations.signet-id.github.io,revocations.signet-id.github.io",
 			"ClusterRole signet-system-signet-ca: get pods,nodes",
+			"ClusterRole signet-system-signet-ca: get,list,watch identities,callpolicies,clustercallpolicies,federations,revocations",
 			"ClusterRole signet-system-signet-ca: get,list,watch,create,patch,delete configmaps named signet-bundle",
 			"ClusterRole signet-system-signet-ca: list,watch namespaces",
 			"ClusterRole signet-system-signet-ca: list,watch pods,nodes",
 			"ClusterRole signet-system-signet-ca: list,watch,create,patch clustertrustbundles named signet-id.github.io:x509-svid:example.org",
+			"ClusterRole signet-system-signet-ca: update identities/status,callpolicies/status,clustercallpolicies/status,federations/status,revocations/status",
 			"Role signet-system/signet-ca: create leases",
 			"Role signet-system/signet-ca: get,update leases named signet-ca",
 			"signet-agent: hostPath /run/signet/agent",
@@ -121,7 +124,7 @@ func TestPrivileges(t *testing.T) {
 			"signet-agent: token of signet-agent",
 			"signet-ca: token of signet-ca",
 		},
-		"agent: {executables: true, namespaceLabels: [x], kubelet: {legacyAuthorization: true, certificate: selfSigned}, bundleConfigMap: b}\nca: {seal: {source: secret, secretName: mine}, kubernetes: {pods: false, bundle: false}}": {
+		"agent: {executables: true, namespaceLabels: [x], kubelet: {legacyAuthorization: true, certificate: selfSigned}, bundleConfigMap: b}\nca: {seal: {source: secret, secretName: mine}, kubernetes: {pods: false, bundle: false, resources: false}}": {
 			"ClusterRole signet-system-signet-agent: get namespaces",
 			"ClusterRole signet-system-signet-agent: get nodes/proxy",
 			"ClusterRole signet-system-signet-ca: create tokenreviews",

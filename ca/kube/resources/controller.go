@@ -1,0 +1,479 @@
+package resources
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/dynamic/dynamicinformer"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/signet-id/signet/ca/auditlog"
+	"github.com/signet-id/signet/ca/kube"
+	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/policy"
+)
+
+const (
+	// settle is how long resources are gathered before they become one plan.
+	settle = 50 * time.Millisecond
+	// lookAgain is how often what was refused is tried anew, and whether somebody else changed a document of ours; up to half
+	// as much is added, so that replicas and clusters do not move in step.
+	lookAgain = 30 * time.Second
+	// After a failure that is of the moment, such as a full disk, it is tried again after firstRetry and then ever later.
+	firstRetry = time.Second
+	// perCommit is how many documents are planned as one commit: fewer than the registry takes, since some are two writes.
+	perCommit = registry.MaxDocuments / 2
+)
+
+// Config says what a Controller works on. All fields but Now and Log are needed.
+type Config struct {
+	Client      *kube.Client
+	Registry    *registry.Registry
+	TrustDomain spiffeid.TrustDomain
+	// Clusters are all clusters whose pods can have identities of the trust domain.
+	Clusters []string
+	// Apply plans and applies documents as one commit, as `signet apply` does, with its records in the audit log.
+	Apply func(ctx context.Context, docs []strictyaml.Document, o registry.Options, yes bool, actor func(registry.Ref) string) (*registry.Plan, store.Revision, error)
+	// Refused writes into the audit log that a document was refused.
+	Refused func(ctx context.Context, ref registry.Ref, actor string, err error)
+	// NoEvents writes no Events.
+	NoEvents bool
+	Now      func() time.Time
+	Log      *slog.Logger
+}
+
+// A Controller keeps the registry at what the custom resources of one cluster say. One replica runs it at a time.
+type Controller struct {
+	c     Config
+	owner string
+}
+
+// Owner is whose documents those of a cluster's custom resources are.
+func Owner(cluster string) string { return "kubernetes/" + cluster + "/resources" }
+
+// New returns a Controller.
+func New(c Config) *Controller {
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	c.Log = c.Log.With("cluster", c.Client.Cluster)
+	return &Controller{c: c, owner: Owner(c.Client.Cluster)}
+}
+
+// A run is the work of one leader, from its election to its end. It is used by one goroutine, but for wake.
+type run struct {
+	*Controller
+	kinds []*watched
+	wake  chan struct{} // one slot: look again
+
+	templates int                   // as the namespaces of policies were judged
+	judged    map[types.UID]verdict // by the resource
+	failures  int                   // in a row, which were of the moment
+}
+
+type watched struct {
+	Kind
+	informer cache.SharedIndexInformer
+	read     map[types.UID]*wanted // as of the resource version in it
+}
+
+// Run works until ctx ends. An API server that is away leaves everything as it is.
+func (c *Controller) Run(ctx context.Context) error {
+	r := &run{Controller: c, wake: make(chan struct{}, 1), judged: map[types.UID]verdict{}, templates: -1}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	factory := dynamicinformer.NewDynamicSharedInformerFactory(c.c.Client.Dynamic, 0)
+	g, ctx := errgroup.WithContext(ctx)
+	for _, k := range Kinds {
+		w := &watched{Kind: k, informer: factory.ForResource(k.resource()).Informer(), read: map[types.UID]*wanted{}}
+		err := errors.Join(w.informer.SetTransform(strip), w.informer.SetWatchErrorHandlerWithContext(c.watchFailed(k)))
+		if err != nil {
+			return err
+		}
+		look := func(any) { r.lookAgain() }
+		if _, err := w.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: look, DeleteFunc: look, UpdateFunc: func(any, any) { r.lookAgain() }}); err != nil {
+			return err
+		}
+		r.kinds = append(r.kinds, w)
+		g.Go(func() error {
+			w.informer.RunWithContext(ctx)
+			return nil
+		})
+		g.Go(func() error { // an empty list is an event too
+			if cache.WaitForCacheSync(ctx.Done(), w.informer.HasSynced) {
+				r.lookAgain()
+			}
+			return nil
+		})
+	}
+	g.Go(func() error { return r.followTemplates(ctx) })
+	g.Go(func() error { return r.loop(ctx) })
+	if err := g.Wait(); err != nil && ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+// strip takes off what is not looked at.
+func strip(obj any) (any, error) {
+	if u, ok := obj.(*unstructured.Unstructured); ok {
+		u.SetManagedFields(nil)
+	}
+	return obj, nil
+}
+
+func (c *Controller) watchFailed(k Kind) cache.WatchErrorHandlerWithContext {
+	return func(ctx context.Context, _ *cache.Reflector, err error) {
+		if ctx.Err() == nil && !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) {
+			c.c.Log.Debug("custom resources cannot be watched; trying again, and everything stays as it is", "kind", k.Kind, "err", err)
+		}
+	}
+}
+
+func (r *run) lookAgain() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// followTemplates looks again when templated Identities changed: which services a namespace has may be another set then.
+func (r *run) followTemplates(ctx context.Context) error {
+	last := -1
+	for ctx.Err() == nil {
+		rev := r.c.Registry.Revision()
+		if now := r.c.Registry.TemplatesChanged(); now != last {
+			last = now
+			r.lookAgain()
+		}
+		_ = r.c.Registry.WaitFor(ctx, rev+1) // which fails only when ctx ends
+	}
+	return nil
+}
+
+func (r *run) loop(ctx context.Context) error {
+	for {
+		wait := lookAgain + rand.N(lookAgain/2)
+		if r.failures > 0 {
+			wait = min(firstRetry<<min(r.failures-1, 10), lookAgain)
+			wait += rand.N(wait / 2)
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-r.wake:
+			timer.Stop()
+			if !sleep(ctx, settle) {
+				return nil
+			}
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		}
+		if err := r.reconcile(ctx); err != nil && ctx.Err() == nil {
+			r.failures++
+			if r.failures == 1 {
+				r.c.Log.Warn("custom resources are not in force yet; trying again", "err", err)
+			}
+			continue
+		}
+		r.failures = 0
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// reconcile brings the registry to what the resources say, and says at them what became of it. An error is one of the moment.
+func (r *run) reconcile(ctx context.Context) error {
+	templates := r.c.Registry.TemplatesChanged()
+	owned := r.c.Registry.Owned(r.owner)
+	var errs []error
+	here := map[registry.Ref]bool{}
+	present := map[types.UID]bool{}
+	for _, k := range r.kinds {
+		if !k.informer.HasSynced() {
+			continue // nothing is known of them: what is in force stays
+		}
+		all := r.list(k, present)
+		var todo []*wanted
+		for _, w := range all {
+			here[w.ref] = true
+			if r.due(w, owned[w.ref], templates) {
+				todo = append(todo, w)
+			}
+		}
+		errs = append(errs, r.apply(ctx, k, todo, owned, templates))
+	}
+	for _, k := range r.kinds {
+		if k.informer.HasSynced() {
+			errs = append(errs, r.remove(ctx, k, here, owned))
+		}
+	}
+	for uid := range r.judged {
+		if !present[uid] {
+			delete(r.judged, uid)
+		}
+	}
+	errs = append(errs, r.report(ctx))
+	return errors.Join(errs...)
+}
+
+// list reads the resources of a kind, each once for each version of it, in order of age: of two that exclude each other the older
+// one has it.
+func (r *run) list(k *watched, present map[types.UID]bool) []*wanted {
+	var all []*wanted
+	now := map[types.UID]*wanted{}
+	for _, o := range k.informer.GetStore().List() {
+		obj := o.(*unstructured.Unstructured)
+		present[obj.GetUID()] = true
+		w := k.read[obj.GetUID()]
+		if w == nil || w.obj.GetResourceVersion() != obj.GetResourceVersion() {
+			w = read(r.c.Client.Cluster, &k.Kind, obj)
+		}
+		now[obj.GetUID()] = w
+		all = append(all, w)
+	}
+	k.read = now
+	slices.SortFunc(all, func(a, b *wanted) int {
+		if c := a.obj.GetCreationTimestamp().Compare(b.obj.GetCreationTimestamp().Time); c != 0 {
+			return c
+		}
+		return strings.Compare(a.file, b.file)
+	})
+	return all
+}
+
+// due tells whether a resource must be planned: it, what is stored, or what decides over it has changed since, or it was refused.
+func (r *run) due(w *wanted, stored registry.Resource, templates int) bool {
+	v, known := r.judged[w.obj.GetUID()]
+	return !known || v.generation != w.obj.GetGeneration() || v.annotations != annotations(w.obj) || !v.accepted && v.reason != reasonLifted && v.reason != reasonExpired ||
+		v.accepted && v.revision != int64(stored.Revision) || w.kind.Namespaced && v.templates != templates
+}
+
+// annotations are those that decide.
+func annotations(obj *unstructured.Unstructured) [2]string {
+	a := obj.GetAnnotations()
+	return [2]string{a[AnnotationYes], a[AnnotationLift]}
+}
+
+// apply plans resources of one kind and applies them, many as one commit where nothing is wrong with any of them.
+func (r *run) apply(ctx context.Context, k *watched, todo []*wanted, owned map[registry.Ref]registry.Resource, templates int) error {
+	if len(todo) == 0 {
+		return nil
+	}
+	uid, err := r.definition(ctx, k)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	var good []*wanted
+	for _, w := range todo {
+		switch {
+		case w.err != nil:
+			r.refuse(ctx, w, owned, reasonInvalid, w.err, templates)
+		case w.kind.Document == registry.KindRevocation && w.obj.GetAnnotations()[AnnotationLift] == "true":
+			if _, there := owned[w.ref]; there {
+				if err := r.delete(ctx, w.ref); err != nil {
+					errs = append(errs, err)
+					continue
+				}
+			}
+			r.judge(w, verdict{reason: reasonLifted, message: "lifted by the annotation " + AnnotationLift}, templates)
+		case r.ended(w):
+			r.judge(w, verdict{reason: reasonExpired, message: "spec.expires has passed"}, templates)
+		default:
+			good = append(good, w)
+		}
+	}
+	for chunk := range slices.Chunk(good, perCommit) {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if len(chunk) > 1 && !slices.ContainsFunc(chunk, confirmed) { // a yes is for one resource
+			if r.commit(ctx, chunk, uid, templates) == nil {
+				continue
+			}
+		}
+		for _, w := range chunk { // one of them is wrong: find out which
+			err := r.commit(ctx, []*wanted{w}, uid, templates)
+			if err != nil && isRefusal(err) {
+				reason := reasonOf(err)
+				r.refuse(ctx, w, owned, reason, err, templates)
+			} else if err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", w.file, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// ended tells whether a Revocation has come to its end: it is not made anew then.
+func (r *run) ended(w *wanted) bool {
+	if w.kind.Document != registry.KindRevocation {
+		return false
+	}
+	d, err := policy.ParseRevocation(w.doc, r.c.TrustDomain)
+	return err == nil && !d.Expires.IsZero() && !r.c.Now().Before(d.Expires)
+}
+
+// confirmed tells whether somebody said yes to this generation of a resource.
+func confirmed(w *wanted) bool {
+	return w.obj.GetAnnotations()[AnnotationYes] == fmt.Sprint(w.obj.GetGeneration())
+}
+
+// commit applies some resources as one commit and judges them accepted.
+func (r *run) commit(ctx context.Context, ws []*wanted, definition string, templates int) error {
+	o := registry.Options{Owner: r.owner, Definitions: map[registry.Ref]string{}, Namespaces: map[string]registry.Namespace{}}
+	var docs []strictyaml.Document
+	files := map[registry.Ref]string{}
+	for _, w := range ws {
+		docs = append(docs, w.doc)
+		files[w.ref] = w.file
+		o.Definitions[w.ref] = definition
+		if w.kind.Namespaced {
+			o.Namespaces[w.ref.Name] = registry.Namespace{Cluster: r.c.Client.Cluster, Name: w.obj.GetNamespace(), Clusters: r.c.Clusters}
+		}
+	}
+	p, _, err := r.c.Apply(ctx, docs, o, len(ws) == 1 && confirmed(ws[0]), func(ref registry.Ref) string { return files[ref] })
+	if err != nil {
+		return err
+	}
+	now := r.c.Registry.Owned(r.owner)
+	for _, w := range ws {
+		r.judge(w, accepted(w, p, now[w.ref]), templates)
+	}
+	return nil
+}
+
+// isRefusal tells whether an error is one of the documents, and not of the moment.
+func isRefusal(err error) bool {
+	for _, e := range []error{registry.ErrConflict, registry.ErrNotReady, auditlog.ErrDisk, store.ErrDiskFull, context.Canceled, context.DeadlineExceeded} {
+		if errors.Is(err, e) {
+			return false
+		}
+	}
+	return true
+}
+
+// refuse judges a resource refused. Its former document stays in force, but not one that speaks for what its namespace has not.
+func (r *run) refuse(ctx context.Context, w *wanted, owned map[registry.Ref]registry.Resource, reason string, err error, templates int) {
+	message := explain(w, err)
+	stored, there := owned[w.ref]
+	switch {
+	case there && reason == reasonNamespace && !r.still(stored, w):
+		if derr := r.delete(ctx, w.ref); derr != nil {
+			message += "; the former one is still in force: " + derr.Error()
+		}
+	case there:
+		message += "; what was accepted before stays in force"
+	}
+	if reason == reasonNeedsYes {
+		message += fmt.Sprintf("; if that is meant, annotate it with %s=%d", AnnotationYes, w.obj.GetGeneration())
+	}
+	if v := r.judged[w.obj.GetUID()]; v.message != message || v.accepted {
+		r.c.Log.Warn("a custom resource was refused", "resource", w.file, "reason", reason, "err", message)
+		r.c.Refused(ctx, w.ref, w.file, err)
+	}
+	r.judge(w, verdict{reason: reason, message: message}, templates)
+}
+
+// still tells whether the former document of a policy, as it is stored, speaks for its namespace only.
+func (r *run) still(stored registry.Resource, w *wanted) bool {
+	docs, err := strictyaml.Split(stored.Document.Content, stored.Document.File, 1)
+	if err != nil {
+		return false
+	}
+	_, err = r.c.Registry.Plan(docs, registry.Options{Owner: r.owner, Definitions: map[registry.Ref]string{w.ref: stored.Document.Definition},
+		Namespaces: map[string]registry.Namespace{w.ref.Name: {Cluster: r.c.Client.Cluster, Name: w.obj.GetNamespace(), Clusters: r.c.Clusters}}})
+	return err == nil
+}
+
+func (r *run) delete(ctx context.Context, refs ...registry.Ref) error {
+	owned := r.c.Registry.Owned(r.owner)
+	_, _, err := r.c.Apply(ctx, nil, registry.Options{Owner: r.owner, Delete: refs}, true, func(ref registry.Ref) string { return owned[ref].Document.File })
+	return err
+}
+
+// remove deletes the documents of resources that somebody deleted. Those whose definition is gone, or was made anew, stay: nobody
+// deleted them. Revocations stay until they are lifted.
+func (r *run) remove(ctx context.Context, k *watched, here map[registry.Ref]bool, owned map[registry.Ref]registry.Resource) error {
+	var gone []registry.Ref
+	prefix := fmt.Sprintf("kubernetes/%s/%s/", r.c.Client.Cluster, k.Kind.Kind)
+	for ref, stored := range owned {
+		if !here[ref] && ref.Kind != registry.KindRevocation && strings.HasPrefix(stored.Document.File, prefix) {
+			gone = append(gone, ref)
+		}
+	}
+	if len(gone) == 0 {
+		return nil
+	}
+	slices.SortFunc(gone, func(a, b registry.Ref) int { return strings.Compare(a.Name, b.Name) })
+	var sure []registry.Ref
+	for _, ref := range gone {
+		// A list can be of an API server that lags. What it does not have yet was not deleted.
+		ns, name, _ := strings.Cut(strings.TrimPrefix(owned[ref].Document.File, prefix), "/")
+		if !k.Namespaced {
+			ns, name = "", ns
+		}
+		_, err := r.c.Client.Dynamic.Resource(k.resource()).Namespace(ns).Get(ctx, name, metav1.GetOptions{})
+		switch {
+		case apierrors.IsNotFound(err):
+			sure = append(sure, ref)
+		case err != nil:
+			return fmt.Errorf("%s: %w", owned[ref].Document.File, err)
+		}
+	}
+	// This comes after it was seen that they are not there: a definition is marked before its resources are deleted.
+	uid, err := r.definition(ctx, k)
+	if err != nil {
+		return err
+	}
+	sure = slices.DeleteFunc(sure, func(ref registry.Ref) bool { return owned[ref].Document.Definition != uid })
+	for chunk := range slices.Chunk(sure, perCommit) {
+		if err := r.delete(ctx, chunk...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+var definitions = schema.GroupVersionResource{Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"}
+
+// definition returns the UID of the definition of a kind, or an error if there is none or somebody deletes it.
+func (r *run) definition(ctx context.Context, k *watched) (string, error) {
+	d, err := r.c.Client.Dynamic.Resource(definitions).Get(ctx, k.name(), metav1.GetOptions{})
+	if err != nil {
+		return "", fmt.Errorf("the definition of %s, without which nothing is changed: %w", k.Kind.Kind, err)
+	}
+	if d.GetDeletionTimestamp() != nil {
+		return "", fmt.Errorf("the definition of %s is being deleted; what came from it stays", k.Kind.Kind)
+	}
+	return string(d.GetUID()), nil
+}

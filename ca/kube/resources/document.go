@@ -1,0 +1,110 @@
+package resources
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/internal/strictyaml"
+)
+
+// resource is what an API server calls the kind.
+func (k Kind) resource() schema.GroupVersionResource {
+	return schema.GroupVersionResource{Group: Group, Version: Version, Resource: k.Plural}
+}
+
+// A wanted is the document that one custom resource is.
+type wanted struct {
+	kind *Kind
+	obj  *unstructured.Unstructured
+	ref  registry.Ref
+	file string // such as kubernetes/prod/CallPolicy/web/documents
+	doc  strictyaml.Document
+	err  error // why there is no document
+}
+
+// source names one resource of a cluster, in the audit log and as the file of its document.
+func source(cluster string, k *Kind, obj metav1.Object) string {
+	if ns := obj.GetNamespace(); ns != "" {
+		return fmt.Sprintf("kubernetes/%s/%s/%s/%s", cluster, k.Kind, ns, obj.GetName())
+	}
+	return fmt.Sprintf("kubernetes/%s/%s/%s", cluster, k.Kind, obj.GetName())
+}
+
+// documentName is the name of the document that a resource is. Those of a namespace are named by cluster and namespace as well,
+// so that namespaces and clusters do not meet; no name of Kubernetes holds an underscore.
+func documentName(cluster string, obj metav1.Object) string {
+	if ns := obj.GetNamespace(); ns != "" {
+		return cluster + "_" + ns + "_" + obj.GetName()
+	}
+	return obj.GetName()
+}
+
+// read makes the document of a resource. Its fields are in order of name, so that the same resource is always the same text.
+func read(cluster string, k *Kind, obj *unstructured.Unstructured) *wanted {
+	w := &wanted{kind: k, obj: obj, ref: registry.Ref{Kind: k.Document, Name: documentName(cluster, obj)}, file: source(cluster, k, obj)}
+	if w.err = registry.CheckName(w.ref.Name); w.err != nil {
+		w.err = fmt.Errorf("metadata.name: the document would be called %q: %w", w.ref.Name, w.err)
+		return w
+	}
+	spec, ok := obj.Object["spec"].(map[string]any)
+	if !ok {
+		w.err = errors.New("spec is missing")
+		return w
+	}
+	for _, field := range []string{"kind", "name"} {
+		if _, found := spec[field]; found {
+			w.err = fmt.Errorf("spec.%s: unknown field; the resource's own kind and metadata.name count", field)
+			return w
+		}
+	}
+	var content bytes.Buffer
+	fmt.Fprintf(&content, "kind: %s\nname: %s\n", w.ref.Kind, strconv.Quote(w.ref.Name))
+	if len(spec) > 0 {
+		e := yaml.NewEncoder(&content)
+		e.SetIndent(2)
+		if w.err = e.Encode(spec); w.err != nil {
+			return w
+		}
+	}
+	docs, err := strictyaml.Split(content.Bytes(), w.file, 1)
+	switch {
+	case err != nil:
+		w.err = err
+	case len(docs) != 1:
+		w.err = fmt.Errorf("it is %d documents", len(docs))
+	default:
+		w.doc = docs[0]
+	}
+	return w
+}
+
+// explain turns an error about a document into what the author of a resource can use: without the places in a text that he
+// never saw.
+func explain(w *wanted, err error) string {
+	text := err.Error()
+	for {
+		i := strings.Index(text, w.file+":")
+		if i < 0 {
+			break
+		}
+		end := i + len(w.file)
+		for end < len(text) && (text[end] == ':' || text[end] >= '0' && text[end] <= '9') {
+			end++
+		}
+		text = text[:i] + strings.TrimPrefix(text[end:], " ")
+	}
+	const most = 4096
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + " ..."
+	}
+	return text
+}

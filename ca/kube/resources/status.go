@@ -1,0 +1,218 @@
+package resources
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+
+	"github.com/signet-id/signet/ca/registry"
+)
+
+// Reasons of the condition Accepted.
+const (
+	reasonApplied   = "Applied"
+	reasonInvalid   = "Invalid"
+	reasonNameTaken = "NameTaken"
+	reasonNamespace = "NotOfItsNamespace"
+	reasonNeedsYes  = "NeedsYes"
+	reasonInRollout = "InRollout"
+	reasonExpired   = "Expired"
+	reasonLifted    = "Lifted"
+)
+
+// reasonOf names why a document was refused.
+func reasonOf(err error) string {
+	if _, ok := errors.AsType[*registry.OwnedError](err); ok {
+		return reasonNameTaken
+	}
+	if _, ok := errors.AsType[*registry.NeedsYesError](err); ok {
+		return reasonNeedsYes
+	}
+	if _, ok := errors.AsType[*registry.NamespaceError](err); ok {
+		return reasonNamespace
+	}
+	if errors.Is(err, registry.ErrInRollout) {
+		return reasonInRollout
+	}
+	return reasonInvalid
+}
+
+// A verdict is what became of one version of a resource.
+type verdict struct {
+	generation  int64
+	annotations [2]string
+	templates   int
+
+	accepted        bool
+	reason, message string
+	revision        int64 // of the document
+	document        string
+	counts          map[string]any // by the field of the status
+
+	of *wanted
+}
+
+func (r *run) judge(w *wanted, v verdict, templates int) {
+	v.generation, v.annotations, v.templates, v.of, v.document = w.obj.GetGeneration(), annotations(w.obj), templates, w, w.ref.Name
+	r.judged[w.obj.GetUID()] = v
+}
+
+// accepted is the verdict on a resource that was applied.
+func accepted(w *wanted, p *registry.Plan, stored registry.Resource) verdict {
+	v := verdict{accepted: true, reason: reasonApplied, message: "in force as it is written here", revision: int64(stored.Revision)}
+	var warnings []string
+	for _, f := range p.Findings {
+		if f.Policy == w.ref.Name {
+			warnings = append(warnings, f.Message)
+		}
+	}
+	if len(warnings) > 0 {
+		v.message += "; " + strings.Join(warnings, "; ")
+	}
+	for _, c := range p.Changes {
+		if was := condition(w.obj); c.Name == w.ref.Name && c.Action == registry.Unchanged && was["status"] == "True" && was["observedGeneration"] == w.obj.GetGeneration() {
+			v.message, _ = was["message"].(string) // what was found when it was applied
+		}
+	}
+	switch w.kind.Document {
+	case registry.KindCallPolicy:
+		v.counts = rules(w)
+	case registry.KindRevocation:
+		for _, c := range p.Changes {
+			if c.Name == w.ref.Name && c.Revocation != nil {
+				v.counts = map[string]any{"items": int64(len(c.Revocation.Items)), "target": c.Revocation.Target}
+			}
+		}
+	}
+	return v
+}
+
+func rules(w *wanted) map[string]any {
+	count := func(field string) int64 {
+		list, _, _ := unstructured.NestedSlice(w.obj.Object, "spec", field)
+		return int64(len(list))
+	}
+	return map[string]any{"allow": count("allow"), "deny": count("deny")}
+}
+
+// condition is the one that a resource has; nil if it has none.
+func condition(obj *unstructured.Unstructured) map[string]any {
+	list, _, _ := unstructured.NestedSlice(obj.Object, "status", "conditions")
+	for _, c := range list {
+		if m, ok := c.(map[string]any); ok && m["type"] == "Accepted" {
+			return m
+		}
+	}
+	return nil
+}
+
+const statusWriters = 4
+
+// report writes the verdicts into the resources whose status says something else, and Events where a resource is refused or
+// accepted again.
+func (r *run) report(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(statusWriters)
+	for _, k := range r.kinds {
+		for _, o := range k.informer.GetStore().List() {
+			obj := o.(*unstructured.Unstructured)
+			v, ok := r.judged[obj.GetUID()]
+			if !ok || v.generation != obj.GetGeneration() {
+				continue
+			}
+			status, changed, event := r.status(obj, v)
+			if !changed {
+				continue
+			}
+			g.Go(func() error {
+				next := obj.DeepCopy()
+				next.Object["status"] = status
+				_, err := r.c.Client.Dynamic.Resource(k.resource()).Namespace(obj.GetNamespace()).UpdateStatus(ctx, next, metav1.UpdateOptions{})
+				switch {
+				case apierrors.IsConflict(err), apierrors.IsNotFound(err): // it was changed: the watch brings what it is now
+					return nil
+				case err != nil:
+					return fmt.Errorf("the status of %s: %w", v.of.file, err)
+				}
+				if event && !r.c.NoEvents {
+					r.event(ctx, k, obj, v)
+				}
+				return nil
+			})
+		}
+	}
+	return g.Wait()
+}
+
+// status returns what the status is to be, whether it is not that yet, and whether that is worth an Event.
+func (r *run) status(obj *unstructured.Unstructured, v verdict) (status map[string]any, changed, event bool) {
+	have, _, _ := unstructured.NestedMap(obj.Object, "status")
+	word := "False"
+	if v.accepted {
+		word = "True"
+	}
+	now := map[string]any{"type": "Accepted", "status": word, "reason": v.reason, "message": v.message, "observedGeneration": v.generation,
+		"lastTransitionTime": r.c.Now().UTC().Format("2006-01-02T15:04:05Z")}
+	var others []any
+	list, _, _ := unstructured.NestedSlice(have, "conditions")
+	was := condition(obj)
+	for _, c := range list {
+		if m, ok := c.(map[string]any); !ok || m["type"] != "Accepted" {
+			others = append(others, c)
+		}
+	}
+	if was["status"] == word {
+		now["lastTransitionTime"] = was["lastTransitionTime"]
+	}
+	status = map[string]any{"observedGeneration": v.generation, "document": v.document, "conditions": append([]any{now}, others...)}
+	if v.revision != 0 {
+		status["revision"] = v.revision
+	} else if rev := have["revision"]; rev != nil && v.reason != reasonLifted {
+		status["revision"] = rev // of what was accepted before
+	}
+	for _, field := range []string{"allow", "deny", "items", "target"} {
+		if n := have[field]; n != nil && v.counts == nil {
+			status[field] = n
+		}
+	}
+	maps.Copy(status, v.counts)
+	event = was["status"] != word && (!v.accepted || was["status"] != nil) || !v.accepted && was["message"] != v.message
+	return status, !reflect.DeepEqual(have, status), event
+}
+
+// event tells of a verdict. One that cannot be written is not missed: the status says the same.
+func (r *run) event(ctx context.Context, k *watched, obj *unstructured.Unstructured, v verdict) {
+	namespace := obj.GetNamespace()
+	if namespace == "" {
+		namespace = metav1.NamespaceDefault
+	}
+	kind := corev1.EventTypeNormal
+	if !v.accepted {
+		kind = corev1.EventTypeWarning
+	}
+	message := v.message
+	const most = 1024 // an API server takes no longer one
+	if len(message) > most {
+		message = strings.ToValidUTF8(message[:most-4], "") + " ..."
+	}
+	now := metav1.NewTime(r.c.Now())
+	_, err := r.c.Client.Typed.CoreV1().Events(namespace).Create(ctx, &corev1.Event{
+		ObjectMeta: metav1.ObjectMeta{GenerateName: obj.GetName()[:min(len(obj.GetName()), 200)] + ".", Namespace: namespace},
+		InvolvedObject: corev1.ObjectReference{APIVersion: Group + "/" + Version, Kind: k.Kind.Kind, Namespace: obj.GetNamespace(), Name: obj.GetName(),
+			UID: obj.GetUID(), ResourceVersion: obj.GetResourceVersion()},
+		Reason: v.reason, Message: message, Type: kind, Count: 1, FirstTimestamp: now, LastTimestamp: now,
+		Source: corev1.EventSource{Component: "signet-ca"}, ReportingController: Group + "/ca",
+	}, metav1.CreateOptions{})
+	if err != nil && ctx.Err() == nil {
+		r.c.Log.Debug("an Event could not be written", "resource", v.of.file, "err", err)
+	}
+}
