@@ -110,12 +110,13 @@ func TestMovingFromSPIREControllerManager(t *testing.T) {
 
 	// From now on it is always there. A CA that is away says nothing of it.
 	looking, stop := context.WithCancel(ctx)
-	looked := make(chan int, 1)
+	var looks atomic.Int64
+	ended := make(chan struct{})
 	go func() {
-		n := 0
+		defer close(ended)
 		for looking.Err() == nil {
 			if p, err := served(); err == nil {
-				if n++; len(p) == 0 {
+				if looks.Add(1); len(p) == 0 {
 					t.Error("the agent may not serve the identity for a moment")
 				}
 			}
@@ -124,8 +125,21 @@ func TestMovingFromSPIREControllerManager(t *testing.T) {
 			case <-time.After(20 * time.Millisecond):
 			}
 		}
-		looked <- n
 	}()
+	defer func() {
+		stop()
+		<-ended
+	}()
+	look := func(after string) { // twice, so that one of them began now
+		t.Helper()
+		from := looks.Load()
+		until(t, ctx, func() string {
+			if looks.Load() < from+2 {
+				return "nobody looked " + after
+			}
+			return ""
+		})
+	}
 
 	reads.Store(true)
 	if err := s.RestartCA(ctx); err != nil {
@@ -142,6 +156,7 @@ func TestMovingFromSPIREControllerManager(t *testing.T) {
 		}
 		return ""
 	})
+	look("while both are at work")
 	admin, err := s.Admin()
 	if err != nil {
 		t.Fatal(err)
@@ -186,6 +201,7 @@ func TestMovingFromSPIREControllerManager(t *testing.T) {
 		return ""
 	})
 	end()
+	look("when the controller had ended")
 	if why := remove(static); !strings.Contains(why, "belongs to kubernetes/prod/spire/ClusterStaticEntry/") {
 		t.Errorf("the entry of a resource was deleted: %q", why)
 	}
@@ -203,10 +219,9 @@ func TestMovingFromSPIREControllerManager(t *testing.T) {
 		}
 		return ""
 	})
+	look("when what it left was deleted")
 	stop()
-	if n := <-looked; n < 10 {
-		t.Errorf("looked %d times only", n)
-	}
+	<-ended
 	// Deleted pods leave their node.
 	m.kubectl("-n", m.mark+"-shop", "delete", "pod", "web-1", "--wait=false", "--grace-period=0", "--force")
 	until(t, ctx, func() string {
