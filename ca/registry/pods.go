@@ -47,6 +47,21 @@ func PodEntryPrefix(cluster string) string {
 	return podEntryPrefix + cluster + "."
 }
 
+// ruleInID is what the IDs of all entries that a rule makes have in common after the cluster's prefix. Of two entries that were
+// created in the same second the one with the smaller ID goes first: so that of two rules one goes first with every pod, by name.
+func ruleInID(rule string) string {
+	const most = 100
+	_, name, _ := strings.Cut(rule, " ")
+	b := []byte(name[:min(len(name), most)])
+	for i, c := range b {
+		if !isNameByte(c) {
+			b[i] = '-'
+		}
+	}
+	h := sha256.Sum256([]byte(rule))
+	return string(b) + "." + hex.EncodeToString(h[:4])
+}
+
 // Derive completes an entry that rule makes for a pod: its ID, which is the same on every replica and after every start, its
 // parent and its selectors. Then it checks it.
 func (r *Registry) Derive(e *Entry, rule string, pod *Pod) error {
@@ -70,7 +85,7 @@ func (r *Registry) Derive(e *Entry, rule string, pod *Pod) error {
 	for _, n := range e.DNSNames {
 		part(n)
 	}
-	e.ID = EntryID(PodEntryPrefix(pod.Cluster) + hex.EncodeToString(h.Sum(nil)[:16]))
+	e.ID = EntryID(PodEntryPrefix(pod.Cluster) + ruleInID(rule) + hex.EncodeToString(h.Sum(nil)[:16]))
 	e.ParentID = podsOf(r.c.TrustDomain, podNodeKey{pod.Cluster, pod.NodeUID}, e.On)
 	if e.Admin || e.Downstream || e.Canary || e.StoreSVID {
 		return invalid("spiffe_id", e.SPIFFEID.String(), "an identity of pods cannot be admin, downstream, canary or store_svid")

@@ -63,6 +63,7 @@ type state struct {
 type ranked struct {
 	Rule
 	origin  string
+	cluster string // whose pods it is for; empty: all clusters'
 	created time.Time
 	// owner says who holds the SPIFFE IDs: each Identity its own, the rules of other origins together.
 	owner string
@@ -112,8 +113,9 @@ func New(c Config) *Expander {
 	return x
 }
 
-// Expect says that an origin has rules which are not known yet: until SetRules tells them, no cluster counts as known. Call
-// it before the CA serves.
+// Expect says that an origin has rules which are not known yet: until SetRules tells them, no cluster that they are for counts as
+// known. "KIND:CLUSTER" is the origin of rules for the pods of one cluster, any other that of rules for all. Call it before the
+// CA serves.
 func (x *Expander) Expect(origins ...string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -134,12 +136,14 @@ func (x *Expander) Synced(cluster string, synced bool) {
 
 // tellKnown tells the registry which clusters are known. mu is held.
 func (x *Expander) tellKnown() {
-	missing := false
-	for _, m := range x.expected {
-		missing = missing || m
-	}
 	for c, synced := range x.synced {
-		x.c.Registry.ClusterKnown(c, synced && !missing)
+		known := synced
+		for origin, missing := range x.expected {
+			if _, of, one := strings.Cut(origin, ":"); missing && (!one || of == c) {
+				known = false
+			}
+		}
+		x.c.Registry.ClusterKnown(c, known)
 	}
 }
 
@@ -176,7 +180,8 @@ func (x *Expander) Update(cluster string, changed []*Pod, gone []string) {
 	w.finish()
 }
 
-// SetRules replaces the rules of one origin. A rule that is the same value as before is not looked at again.
+// SetRules replaces the rules of one origin, which are for all clusters' pods, or, of "KIND:CLUSTER", for those of one: who may
+// write such a rule in a cluster has no say in others. A rule that is the same value as before is not looked at again.
 func (x *Expander) SetRules(origin string, rules []Rule) {
 	w := &work{x: x}
 	x.mu.Lock()
@@ -204,8 +209,8 @@ func (x *Expander) SetRules(origin string, rules []Rule) {
 			delete(old, r)
 			continue
 		}
-		kind, _, _ := strings.Cut(origin, ":")
-		r := &ranked{Rule: rule, origin: origin, owner: "rules of " + kind}
+		kind, cluster, _ := strings.Cut(origin, ":")
+		r := &ranked{Rule: rule, origin: origin, cluster: cluster, owner: "rules of " + kind}
 		if origin == OriginIdentities {
 			r.owner = rule.Name()
 		}
@@ -358,7 +363,7 @@ func (w *work) expandAll(s *state) {
 
 // expand returns what a rule makes of a pod.
 func (w *work) expand(s *state, r *ranked) []*derivation {
-	if !s.pod.eligible() {
+	if !s.pod.eligible() || r.cluster != "" && r.cluster != s.pod.Cluster {
 		delete(s.refused, r)
 		return nil
 	}

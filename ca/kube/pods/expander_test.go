@@ -493,3 +493,68 @@ func TestOnIsAboutTheNode(t *testing.T) {
 	expect(t, "a node with the label", of(r, node(t, r, "prod", "node-a", on.String())), "/ns/shop/sa/web for 1")
 	expect(t, "a node without it", of(r, node(t, r, "prod", "node-b")))
 }
+
+// TestRulesOfOneCluster: what is written in a cluster is for its own pods, and keeps no other cluster waiting.
+func TestRulesOfOneCluster(t *testing.T) {
+	r := newRegistry(t)
+	refused := make(chan Refusal, 10)
+	x := New(Config{Registry: r, Refused: func(r Refusal) { refused <- r }})
+	x.Expect("spire:prod", "spire:test")
+	x.Synced("prod", true)
+	x.Synced("test", true)
+	prod, test := node(t, r, "prod", "node-a"), node(t, r, "test", "node-b")
+	unknown := func(what string, agent spiffeid.ID, want bool) {
+		t.Helper()
+		if got := r.PodsUnknown(agent); got != want {
+			t.Errorf("%s: unknown %t, want %t", what, got, want)
+		}
+	}
+	unknown("prod, whose rules are missing", prod, true)
+	x.SetRules("spire:prod", []Rule{&rule{name: "ClusterSPIFFEID all", path: nsSA, revision: 1},
+		&rule{name: "ClusterSPIFFEID bad", path: func(*Pod) (string, error) { return "", errors.New("no") }, revision: 1}})
+	unknown("prod, whose rules were told", prod, false)
+	unknown("test, whose rules are missing", test, true)
+	other := pod("2", "node-b", "shop", "web")
+	other.Cluster = "test"
+	x.Update("prod", []*Pod{pod("1", "node-a", "shop", "web")}, nil)
+	x.Update("test", []*Pod{other}, nil)
+	expect(t, "a pod of the rules' cluster", of(r, prod), "/ns/shop/sa/web for 1")
+	expect(t, "a pod of another cluster", of(r, test))
+	if len(refused) != 1 || (<-refused).Pod.Cluster != "prod" {
+		t.Error("pods of another cluster are told of rules that are not for them")
+	}
+	x.SetRules("spire:test", nil)
+	unknown("test, whose rules were told", test, false)
+}
+
+// TestOrderOfIdentities: of two Identities of one second one goes first, by name, whichever the pod.
+func TestOrderOfIdentities(t *testing.T) {
+	r := newRegistry(t)
+	x := New(Config{Registry: r})
+	at := func(path string) func(*Pod) (string, error) {
+		return func(p *Pod) (string, error) { return "/" + path + "/" + p.Name, nil }
+	}
+	when := time.Unix(2000, 0)
+	var rules []Rule
+	for _, n := range []string{"b", "a.b", "a", "a-b"} {
+		rules = append(rules, &rule{name: "Identity " + n, created: when, path: at(n), revision: 1})
+	}
+	x.SetRules(OriginIdentities, rules)
+	var first []string
+	for i := range 200 {
+		uid := fmt.Sprint(i)
+		x.Update("prod", []*Pod{pod(uid, "node-a", "shop", "web")}, nil)
+		entries := x.Entries("prod", uid)
+		slices.SortFunc(entries, func(a, b *registry.Entry) int { return strings.Compare(string(a.ID), string(b.ID)) }) // as agents do
+		var order []string
+		for _, e := range entries {
+			order = append(order, strings.Split(e.SPIFFEID.Path(), "/")[1])
+		}
+		if first == nil {
+			first = order
+		}
+		if len(order) != 4 || order[3] != "b" || !slices.Equal(order, first) {
+			t.Fatalf("pod %d has them in the order %q, the first in %q", i, order, first)
+		}
+	}
+}
