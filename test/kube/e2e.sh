@@ -28,7 +28,7 @@ cleanup() {
 		kill -- "-$child" 2>/dev/null || true
 		wait "$child" 2>/dev/null || true
 	fi
-	for n in a b; do
+	for n in a b c; do
 		if [ $status != 0 ] && [ -d "$dir/$n/logs" ]; then
 			mkdir -p "${E2E_LOGS:-dist/e2e-kube}/$n"
 			cp -r "$dir/$n/logs/." "${E2E_LOGS:-dist/e2e-kube}/$n/"
@@ -77,9 +77,11 @@ for n in a b; do
 	nodes+=("$(readlink "/proc/$(cat "$dir/$n/node.pid")/ns/pid")")
 	run "$build/kubebox" load -dir "$dir/$n" "$dir"/images/*.tar "$dir"/next/signet-ca.tar "$dir"/next/signet-agent.tar
 done
-say "two clusters are up"
+run env KUBEBOX_DIR="$dir/c" bash $box/up.sh -control-plane -api-port 0
+say "two clusters and an API server are up"
 
 export SIGNET_KUBECONFIG=$dir/a/host.kubeconfig SIGNET_KUBECONFIG_OTHER=$dir/b/host.kubeconfig
+export SIGNET_KUBECONFIG_WEBHOOK=$dir/c/host.kubeconfig SIGNET_KUBE_WEBHOOK_HOST=localhost
 export SIGNET_KUBEBOX=$build/kubebox SIGNET_KUBEBOX_DIR=$dir/a SIGNET_KUBEBOX_DIR_OTHER=$dir/b
 export SIGNET_KUBE_CA_LISTEN=127.0.0.1:$port SIGNET_KUBE_CA_ADDRESS=10.90.0.1:18081
 export SIGNET_KUBE_NODE_ROOT SIGNET_KUBE_CGROUP_ROOT=/$name-a SIGNET_KUBE_CGROUP_ROOT_OTHER=/$name-b

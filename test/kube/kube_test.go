@@ -14,6 +14,8 @@
 //	SIGNET_KUBE_CA_LISTEN       where the CA that a test runs listens, and in SIGNET_KUBE_CA_ADDRESS where pods find it
 //	SIGNET_KUBE_NODE_ROOT       where the file system of the first cluster's only node can be read; then the tokens are those that the
 //	                            kubelet has written into the pods. Default: tokens of the API call that the kubelet makes for them
+//	SIGNET_KUBE_WEBHOOK_HOST    the name by which an API server reaches 127.0.0.1 of this machine, such as localhost, and in
+//	                            SIGNET_KUBECONFIG_WEBHOOK a kubeconfig of an admin of it; it needs no nodes
 //	SIGNET_KUBEBOX              kubebox, if the clusters are its, and in SIGNET_KUBEBOX_DIR the state directory of the first one
 //	SPIRE_AGENT_BIN             an unmodified spire-agent, and in SPIRE_SERVER_BIN an unmodified spire-server
 //
