@@ -191,6 +191,9 @@ func TestMovingFromSPIREControllerManager(t *testing.T) {
 		}
 		return refused
 	}
+	end()
+	look("when the controller had ended")
+	// While both were at work each wrote the status: the controller says that an entry is set only when it has just made it.
 	until(t, ctx, func() string {
 		if m.status("clusterstaticentry", "db") != `{"masked":false,"rendered":true,"set":true}` {
 			return "the static entry is not set"
@@ -200,8 +203,6 @@ func TestMovingFromSPIREControllerManager(t *testing.T) {
 		}
 		return ""
 	})
-	end()
-	look("when the controller had ended")
 	if why := remove(static); !strings.Contains(why, "belongs to kubernetes/prod/spire/ClusterStaticEntry/") {
 		t.Errorf("the entry of a resource was deleted: %q", why)
 	}
