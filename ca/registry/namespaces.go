@@ -1,14 +1,12 @@
 package registry
 
 import (
-	"bytes"
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 
 	"github.com/signet-id/signet/ca/store"
-	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/ca/template"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -48,55 +46,36 @@ type namespaceTemplate struct {
 type templates map[EntryID]*namespaceTemplate
 
 // noteTemplate looks at the entry of an Identity that was written or deleted.
-func (ix *index) noteTemplate(td string, id EntryID) {
+func (ix *index) noteTemplate(id EntryID) {
 	had := ix.templates[id] != nil
 	delete(ix.templates, id)
-	if e := ix.identity(id); e != nil && e.Identity != nil && bytes.Contains(e.Identity.Content, []byte("{{")) {
-		if n := readTemplate(td, e.Identity); n != nil {
-			n.on = e.On
-			ix.templates[id] = n
-		}
+	if e := ix.templated[id]; e != nil && e.Identity != nil {
+		n := newNamespaceTemplate(e.Identity.Name, e.Template.Path)
+		n.on = e.On
+		ix.templates[id] = n
 	}
 	if had || ix.templates[id] != nil {
 		ix.templatesChanged++
 	}
 }
 
-func readTemplate(td string, d *Document) *namespaceTemplate {
-	docs, err := strictyaml.Split(d.Content, d.File, max(1, d.Line))
-	if err != nil || len(docs) != 1 {
-		return nil
-	}
-	var in identityDocument
-	if err := strictyaml.Decode(docs[0], &in); err != nil || !strings.Contains(in.SPIFFEID, "{{") {
-		return nil
-	}
-	return newNamespaceTemplate(td, in.Name, in.SPIFFEID)
-}
-
-var variable = regexp.MustCompile(`^\{\{\s*(\.[A-Za-z0-9_.]+)\s*\}\}$`)
-
-func newNamespaceTemplate(td, name, text string) *namespaceTemplate {
-	path := strings.TrimPrefix(text, "spiffe://"+td)
-	if !strings.HasPrefix(path, "/") {
-		return nil
-	}
+func newNamespaceTemplate(name string, path template.Path) *namespaceTemplate {
 	n := &namespaceTemplate{name: name, ns: -1}
 	static := true // so far
-	for i, s := range strings.Split(path[1:], "/") {
-		m := variable.FindStringSubmatch(s)
+	for i, s := range path.Segments() {
+		text := s.Text
 		switch {
-		case m != nil && m[1] == ".k8s.ns":
-			s = nsVariable
+		case s == template.Segment{Variable: "ns"}:
+			text = nsVariable
 			if static && n.ns < 0 {
 				n.ns = i
 			}
-		case m != nil && m[1] == ".k8s.cluster":
-			s = clusterVariable
-		case strings.Contains(s, "{{"):
-			s, static = anySegment, false
+		case s == template.Segment{Variable: "cluster"}:
+			text = clusterVariable
+		case s.Variable != "":
+			text, static = anySegment, false
 		}
-		n.path = append(n.path, s)
+		n.path = append(n.path, text)
 	}
 	return n
 }

@@ -4,32 +4,32 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/signet-id/signet/ca/template"
 	"github.com/signet-id/signet/spiffe"
 )
 
 // withTemplates puts templated Identities into the index.
-func withTemplates(r *Registry, td string, texts map[string]string) {
+func withTemplates(t *testing.T, r *Registry, td string, texts map[string]string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for name, text := range texts {
 		text, on, _ := strings.Cut(text, " on ")
-		n := newNamespaceTemplate(td, name, text)
-		if n == nil {
-			continue
+		path, err := template.ParsePath(strings.TrimPrefix(text, "spiffe://"+td))
+		if err != nil {
+			t.Fatal(err)
 		}
-		e := &Entry{ID: EntryID(identityPrefix + name)}
+		e := &Entry{ID: EntryID(identityPrefix + name), Identity: &Document{Name: name}, Template: &Template{Path: path}}
 		if on != "" {
 			e.On = []spiffe.Selector{sel(on)}
 		}
-		n.on = e.On
 		r.ix.templated[e.ID] = e
-		r.ix.templates[e.ID] = n
+		r.ix.noteTemplate(e.ID)
 	}
 }
 
 const (
 	plainTemplate   = "/ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}"
-	clusterTemplate = "/{{ .k8s.cluster }}/ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}"
+	clusterTemplate = "/k/{{ .k8s.cluster }}/ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}"
 )
 
 func TestANamespaceSpeaksForItsOwnServicesOnly(t *testing.T) {
@@ -49,7 +49,7 @@ func TestANamespaceSpeaksForItsOwnServicesOnly(t *testing.T) {
 		{"spaces in a template", "/ns/{{.k8s.ns}}/sa/{{ .k8s.sa}}", one, "/ns/web/sa/api", ""},
 		{"a list", plainTemplate, one, "[/ns/web/sa/a, /ns/web/sa/b]", ""},
 		{"the namespace is the last segment", "/ns/{{ .k8s.ns }}", one, "/ns/web", ""},
-		{"the cluster in the ID", clusterTemplate, two, "/prod/ns/web/sa/api", ""},
+		{"the cluster in the ID", clusterTemplate, two, "/k/prod/ns/web/sa/api", ""},
 		{"the cluster in on", plainTemplate + " on k8s_psat:cluster:prod", two, "/ns/web/sa/api", ""},
 		{"each its own template", "/p/{{ .k8s.ns }}/{{ .k8s.sa }} on k8s_psat:cluster:prod;/s/{{ .k8s.ns }}/{{ .k8s.sa }} on k8s_psat:cluster:stage", two, "/p/web/api", ""},
 
@@ -72,10 +72,11 @@ func TestANamespaceSpeaksForItsOwnServicesOnly(t *testing.T) {
 		{"two clusters share it", plainTemplate, two, "/ns/web/sa/api", "{{ .k8s.cluster }}"},
 		{"two clusters by two Identities share it", plainTemplate + " on k8s_psat:cluster:prod;" + plainTemplate + " on k8s_psat:cluster:stage", two, "/ns/web/sa/api", `cluster "stage"`},
 		{"a template of another cluster", plainTemplate + " on k8s_psat:cluster:stage", two, "/ns/web/sa/api", "no services"},
-		{"the other cluster's part", clusterTemplate, two, "/stage/ns/web/sa/api", "below"},
-		{"a wildcard for the cluster", clusterTemplate, two, "/*/ns/web/sa/api", "below"},
-		{"all of the cluster", clusterTemplate, one, "/prod/**", "below"},
+		{"the other cluster's part", clusterTemplate, two, "/k/stage/ns/web/sa/api", "below"},
+		{"a wildcard for the cluster", clusterTemplate, two, "/k/*/ns/web/sa/api", "below"},
+		{"all of the cluster", clusterTemplate, one, "/k/prod/**", "below"},
 		{"a second template crosses it", plainTemplate + ";/ns/{{ .k8s.sa }}/sa/{{ .k8s.ns }}", one, "/ns/web/sa/api", "other namespaces"},
+		{"a second template crosses it by a label whose key has a slash", plainTemplate + `;/ns/{{ .k8s.label["app.kubernetes.io/name"] }}/sa/{{ .k8s.sa }}`, one, "/ns/web/sa/api", "other namespaces"},
 		{"a second template crosses the whole of it only", plainTemplate + ";/ns/{{ .k8s.sa }}/x/{{ .k8s.ns }}", one, "/ns/web/sa/api", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -86,7 +87,7 @@ func TestANamespaceSpeaksForItsOwnServicesOnly(t *testing.T) {
 					texts[string(rune('a'+i))] = text
 				}
 			}
-			withTemplates(r, "example.org", texts)
+			withTemplates(t, r, "example.org", texts)
 			p, err := planOf(r, "kind: CallPolicy\nname: prod_web_p\nservice: "+tt.service+"\nallow:\n- from: [/anybody]\n",
 				Options{Owner: ofProd, Namespaces: map[string]Namespace{"prod_web_p": {Cluster: "prod", Name: "web", Clusters: tt.clusters}}})
 			switch {
@@ -112,16 +113,17 @@ func checked(p *Plan) bool {
 
 // FuzzNamespaces: whatever a policy of a namespace says, what it may speak for is no ID of another namespace or cluster.
 func FuzzNamespaces(f *testing.F) {
-	for _, s := range []string{"/ns/web/sa/api", "/ns/*/sa/api", "/**", "/ns/web/**", "/prod/ns/web/*/a", "/ns/w\u0435b/sa/api", "/ns/web/../bank", "/ns//web"} {
-		for _, template := range []string{plainTemplate, clusterTemplate, "/a/{{ .k8s.ns }}", "/{{ .k8s.cluster }}/{{ .k8s.ns }}/{{ .k8s.ns }}"} {
-			f.Add(template, s)
+	for _, s := range []string{"/ns/web/sa/api", "/ns/*/sa/api", "/**", "/ns/web/**", "/k/prod/ns/web/*/a", "/ns/w\u0435b/sa/api", "/ns/web/../bank", "/ns//web"} {
+		for _, text := range []string{plainTemplate, clusterTemplate, "/a/{{ .k8s.ns }}", "/k/{{ .k8s.cluster }}/{{ .k8s.ns }}/{{ .k8s.ns }}", `/ns/{{ .k8s.label["a/b"] }}/x`} {
+			f.Add(text, s)
 		}
 	}
-	f.Fuzz(func(t *testing.T, template, service string) {
-		n := newNamespaceTemplate("example.org", "i", template)
-		if n == nil {
+	f.Fuzz(func(t *testing.T, text, service string) {
+		path, err := template.ParsePath(text)
+		if err != nil {
 			return
 		}
+		n := newNamespaceTemplate("i", path)
 		clusters := []string{"prod", "stage"}
 		ns := Namespace{Cluster: "prod", Name: "web", Clusters: clusters}
 		segments := strings.Split(strings.TrimPrefix(service, "/"), "/")
@@ -136,7 +138,7 @@ func FuzzNamespaces(f *testing.F) {
 				}
 				id := strings.ReplaceAll("/"+strings.Join(n.in(c, name), "/"), "*", "x")
 				if patternHas(segments, strings.Split(id[1:], "/")) {
-					t.Errorf("template %q: namespace web of prod speaks for %q by %q, which %s of %s has", template, service, id, name, c)
+					t.Errorf("template %q: namespace web of prod speaks for %q by %q, which %s of %s has", text, service, id, name, c)
 				}
 			}
 		}

@@ -406,7 +406,7 @@ func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) err
 		if err := ix.applyEntry(EntryID(name), ev, ch); err != nil {
 			return err
 		}
-		ix.noteTemplate(td.Name(), EntryID(name))
+		ix.noteTemplate(EntryID(name))
 		return nil
 	}
 	if name, ok := strings.CutPrefix(ev.Key, nodePrefix); ok {

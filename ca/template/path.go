@@ -75,6 +75,30 @@ func checkPath(path string) string {
 	return ""
 }
 
+// A Segment is one of a path's: the fixed text in it, and the name of the variable in it, such as "ns", if it has one.
+type Segment struct{ Text, Variable string }
+
+// Segments returns the segments of the path. A slash in the key of a label is none between segments.
+func (p Path) Segments() []Segment {
+	var out []Segment
+	for _, x := range p.parts {
+		if x.v != nil {
+			out[len(out)-1].Variable = x.v.name // a path begins with a slash
+			continue
+		}
+		first, rest, more := strings.Cut(x.text, "/")
+		if first != "" {
+			out[len(out)-1].Text += first
+		}
+		if more {
+			for text := range strings.SplitSeq(rest, "/") {
+				out = append(out, Segment{Text: text})
+			}
+		}
+	}
+	return out
+}
+
 // Expand returns the path for a pod, or why it has none: a variable is empty, has several values, or has one that is no part
 // of a SPIFFE ID.
 func (p Path) Expand(pod *Pod) (string, error) {

@@ -2,6 +2,7 @@ package template
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -174,4 +175,22 @@ func FuzzDNSName(f *testing.F) {
 			t.Errorf("%q became %q", text, name)
 		}
 	})
+}
+
+func TestSegments(t *testing.T) {
+	for text, want := range map[string][]Segment{
+		"/a":                   {{Text: "a"}},
+		"/ns/{{ .k8s.ns }}":    {{Text: "ns"}, {Variable: "ns"}},
+		"/a/x-{{.k8s.sa}}-y/b": {{Text: "a"}, {"x--y", "sa"}, {Text: "b"}},
+		`/a/{{ .k8s.label["app.kubernetes.io/name"] }}/{{ .k8s.ns }}`: {{Text: "a"}, {Variable: "label"}, {Variable: "ns"}},
+		"/a/{{ .k8s.owner.kind }}/{{ .k8s.cluster }}.b":               {{Text: "a"}, {Variable: "owner.kind"}, {".b", "cluster"}},
+	} {
+		p, err := ParsePath(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := p.Segments(); !slices.Equal(got, want) {
+			t.Errorf("%s: %+v, want %+v", text, got, want)
+		}
+	}
 }
