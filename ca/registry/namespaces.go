@@ -5,8 +5,11 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/ca/template"
+	"github.com/signet-id/signet/policy"
 	"github.com/signet-id/signet/spiffe"
 )
 
@@ -39,7 +42,9 @@ type namespaceTemplate struct {
 	name string   // of the Identity
 	path []string // in segments; variables are nsVariable, clusterVariable and, all others, anySegment
 	ns   int      // where the namespace is, behind segments that are the same for all pods of a cluster; -1: nowhere
-	on   []spiffe.Selector
+	// begin is the text before the first variable.
+	begin string
+	on    []spiffe.Selector
 }
 
 // templates are those of all templated Identities, by the entry in which the Identity is stored.
@@ -61,6 +66,7 @@ func (ix *index) noteTemplate(id EntryID) {
 
 func newNamespaceTemplate(name string, path template.Path) *namespaceTemplate {
 	n := &namespaceTemplate{name: name, ns: -1}
+	n.begin, _, _ = strings.Cut(path.String(), "{{")
 	static := true // so far
 	for i, s := range path.Segments() {
 		text := s.Text
@@ -175,6 +181,10 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 				return refuse("pods of other namespaces or clusters, such as of cluster %q, can have such an ID by Identity %q; write {{ .k8s.cluster }} into its template or name its cluster in `on`, if that is why, or let an admin of the cluster write a ClusterCallPolicy", c, n.name)
 			}
 		}
+		if e := r.ix.foreign(ns, text); e != nil {
+			return refuse("%s was registered as an entry (%s) that is not for pods of the namespace (selector k8s:ns:%s, and its cluster in the Identity's `on` if there are several); let an admin of the cluster write a ClusterCallPolicy",
+				e.SPIFFEID, e.ID, ns.Name)
+		}
 		by := ids[own]
 		check := store.Check{Key: entryPrefix + string(by), Modified: r.ix.identity(by).Revision}
 		if !slices.ContainsFunc(p.checks, func(c store.Check) bool { return c.Key == check.Key }) {
@@ -182,6 +192,55 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 		}
 	}
 	return nil
+}
+
+// foreign returns a registered entry whose ID a service's pattern stands for and which is not for pods of the namespace alone: an
+// operator gave a name below the namespace's segment to something else.
+func (ix *index) foreign(ns Namespace, service string) *Entry {
+	look := func(id spiffeid.ID) *Entry {
+		for _, e := range ix.byID[id] {
+			if !e.ofNamespace(ns) {
+				return e
+			}
+		}
+		return nil
+	}
+	begin, wild := beforeWildcard(service)
+	if !wild {
+		id, err := spiffeid.FromString(service)
+		if err != nil {
+			return nil // no pattern is none
+		}
+		return look(id)
+	}
+	for id := range ix.byID {
+		if strings.HasPrefix(id.String(), begin) && policy.ServiceMatches(service, id) {
+			if e := look(id); e != nil {
+				return e
+			}
+		}
+	}
+	return nil
+}
+
+// ofNamespace tells whether only pods of a namespace can have the entry.
+func (e *Entry) ofNamespace(ns Namespace) bool {
+	return slices.Contains(e.Selectors, spiffe.Selector{Type: "k8s", Value: "ns:" + ns.Name}) &&
+		(len(ns.Clusters) == 1 || slices.Contains(e.On, spiffe.Selector{Type: psatAttestation, Value: psatCluster + ns.Cluster}))
+}
+
+// noteRegistered looks at an entry that was registered in the place of another: policies of namespaces are judged anew if it has an ID
+// where namespaces have theirs.
+func (ix *index) noteRegistered(old, new *Entry) {
+	if new == nil || old != nil && old.SPIFFEID == new.SPIFFEID && slices.Equal(old.Selectors, new.Selectors) && slices.Equal(old.On, new.On) {
+		return
+	}
+	for _, n := range ix.templates {
+		if n.ns >= 0 && strings.HasPrefix(new.SPIFFEID.Path(), n.begin) {
+			ix.templatesChanged++
+			return
+		}
+	}
 }
 
 func (t templates) sorted() []EntryID {
@@ -203,7 +262,7 @@ func (t templates) advice(td string, ns Namespace) string {
 	return "it has no services, since no templated Identity for its cluster has {{ .k8s.ns }} behind segments that are the same for all pods"
 }
 
-// TemplatesChanged returns a number that grows whenever templated Identities change: which services a namespace has may be
+// TemplatesChanged returns a number that grows whenever templated Identities change, or an ID below theirs is registered: which services a namespace has may be
 // another set then.
 func (r *Registry) TemplatesChanged() int {
 	r.mu.RLock()

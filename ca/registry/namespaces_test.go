@@ -111,6 +111,70 @@ func checked(p *Plan) bool {
 	return false
 }
 
+// TestANamespaceDoesNotSpeakForWhatWasRegistered: an operator gave an ID below a namespace's segment to something else, before or
+// after the namespace was made.
+func TestANamespaceDoesNotSpeakForWhatWasRegistered(t *testing.T) {
+	for _, tt := range []struct {
+		name, service, on string
+		selectors         []spiffe.Selector
+		clusters          []string
+		refused           bool
+	}{
+		{"the ID itself", "/ns/web/sa/api", "", []spiffe.Selector{sel("unix:uid:1")}, []string{"prod"}, true},
+		{"by a pattern", "/ns/web/**", "", []spiffe.Selector{sel("unix:uid:1")}, []string{"prod"}, true},
+		{"another ID", "/ns/web/sa/b", "", []spiffe.Selector{sel("unix:uid:1")}, []string{"prod"}, false},
+		{"a pattern beside it", "/ns/web/x/*", "", []spiffe.Selector{sel("unix:uid:1")}, []string{"prod"}, false},
+		{"of another namespace's pods", "/ns/web/sa/api", "", []spiffe.Selector{sel("k8s:ns:bank")}, []string{"prod"}, true},
+		{"of the namespace's own pods", "/ns/web/sa/api", "", []spiffe.Selector{sel("k8s:ns:web"), sel("k8s:sa:x")}, []string{"prod"}, false},
+		{"in which cluster is not said", "/ns/web/sa/api", "", []spiffe.Selector{sel("k8s:ns:web")}, []string{"prod", "stage"}, true},
+		{"in its cluster", "/ns/web/sa/api", "k8s_psat:cluster:prod", []spiffe.Selector{sel("k8s:ns:web")}, []string{"prod", "stage"}, false},
+		{"in another cluster", "/ns/web/sa/api", "k8s_psat:cluster:stage", []spiffe.Selector{sel("k8s:ns:web")}, []string{"prod", "stage"}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := open(t)
+			apply := func(text string) {
+				t.Helper()
+				p, err := planOf(r, text, Options{})
+				if err == nil {
+					_, err = r.Apply(t.Context(), p)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			apply("kind: Identity\nname: t\nspiffeID: " + plainTemplate + "\non: [k8s_psat:cluster:prod]\n")
+			plan := func() error {
+				_, err := planOf(r, "kind: CallPolicy\nname: prod_web_p\nservice: "+tt.service+"\nallow:\n- from: [/anybody]\n",
+					Options{Owner: ofProd, Namespaces: map[string]Namespace{"prod_web_p": {Cluster: "prod", Name: "web", Clusters: tt.clusters}}})
+				return err
+			}
+			if err := plan(); err != nil {
+				t.Fatal(err)
+			}
+			before := r.TemplatesChanged()
+			text := "kind: Identity\nname: vault\nspiffeID: /ns/web/sa/api\nmatch:\n"
+			for _, s := range tt.selectors {
+				text += "- " + s.String() + "\n"
+			}
+			if tt.on != "" {
+				text += "on: [" + tt.on + "]\n"
+			}
+			apply(text)
+			if r.TemplatesChanged() == before {
+				t.Error("policies are not judged anew")
+			}
+			if err := plan(); tt.refused != (err != nil) || err != nil && !strings.Contains(err.Error(), "identity.vault") {
+				t.Errorf("Plan = %v", err)
+			}
+			changed := r.TemplatesChanged()
+			apply("kind: Identity\nname: elsewhere\nspiffeID: /vault\nmatch: [unix:uid:1]\n")
+			if r.TemplatesChanged() != changed {
+				t.Error("what is registered elsewhere has every policy judged anew")
+			}
+		})
+	}
+}
+
 // FuzzNamespaces: whatever a policy of a namespace says, what it may speak for is no ID of another namespace or cluster.
 func FuzzNamespaces(f *testing.F) {
 	for _, s := range []string{"/ns/web/sa/api", "/ns/*/sa/api", "/**", "/ns/web/**", "/k/prod/ns/web/*/a", "/ns/w\u0435b/sa/api", "/ns/web/../bank", "/ns//web"} {

@@ -550,6 +550,7 @@ func (ix *index) changeEntry(id EntryID, old, new *Entry, ch *changes) {
 	}
 	ch.entries = append(ch.entries, entryChange{old, new})
 	ix.retake(old, new, ch)
+	ix.noteRegistered(old, new)
 }
 
 func put[K, I comparable, V any](m map[K]map[I]V, k K, id I, v V) {
