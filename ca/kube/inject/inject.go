@@ -40,6 +40,7 @@ const (
 	maxConnections = 1024
 	maxReviews     = 16
 	readTimeout    = 10 * time.Second
+	bodyTimeout    = 2 * time.Second // of a review, once it is its turn
 	writeTimeout   = 10 * time.Second
 	idleTimeout    = time.Minute
 	maxHeaderBytes = 16 << 10
@@ -90,7 +91,7 @@ type Server struct {
 	held     *held
 	web      *http.Server
 	bundle   *bundleKeeper
-	reviews  chan struct{} // a slot for each under way
+	reviews  *turns
 }
 
 // New listens. It makes no request.
@@ -99,7 +100,7 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
-	s := &Server{c: c, listener: l, reviews: make(chan struct{}, maxReviews)}
+	s := &Server{c: c, listener: l, reviews: newTurns()}
 	s.bundle = newBundleKeeper(&s.c)
 	s.held = &held{c: &s.c, trusted: s.bundle.trusts}
 	mux := http.NewServeMux()
@@ -120,7 +121,9 @@ func (s *Server) Close() error { return s.listener.Close() }
 // Run serves until ctx ends, and keeps the webhook's certificate fresh.
 func (s *Server) Run(ctx context.Context) error {
 	failed := make(chan error, 1)
-	go func() { failed <- s.web.ServeTLS(netutil.LimitListener(s.listener, maxConnections), "", "") }()
+	go func() {
+		failed <- s.web.ServeTLS(netutil.LimitListener(newFairListener(s.listener), maxConnections), "", "")
+	}()
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
@@ -148,10 +151,14 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "Content-Type is not application/json", http.StatusUnsupportedMediaType)
 		return
 	}
-	select {
-	case s.reviews <- struct{}{}:
-		defer func() { <-s.reviews }()
-	case <-r.Context().Done():
+	done, ok := s.reviews.take(r.Context(), r.RemoteAddr)
+	if !ok {
+		return
+	}
+	defer done()
+	// API servers send what they ask at once. What is slow is a stranger's, who holds a slot.
+	if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout)); err != nil {
+		http.Error(w, "the review cannot be read", http.StatusInternalServerError)
 		return
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxReviewBytes))
