@@ -66,7 +66,11 @@ func (k *cluster) define() {
 		defer cancel()
 		k.ctx = ctx
 		for _, kind := range resources.Kinds {
-			k.kubectl("delete", kind.Plural+"."+resources.Group, "--all", "-A", "--ignore-not-found")
+			if kind.Namespaced {
+				k.kubectl("delete", kind.Plural+"."+resources.Group, "--all", "-A", "--ignore-not-found")
+			} else { // one request, however many there are
+				k.kubectl("delete", "--raw", "/apis/"+resources.Group+"/"+resources.Version+"/"+kind.Plural)
+			}
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 
@@ -66,6 +67,16 @@ func read(cluster string, k *Kind, obj *unstructured.Unstructured) *wanted {
 			return w
 		}
 	}
+	// YAML 1.1, which kubectl reads, takes the key `on` for true.
+	if on, found := spec["true"]; found && k.Document == registry.KindIdentity {
+		if _, twice := spec["on"]; twice {
+			w.err = errors.New("spec.on is there twice, once as \"true\": kubectl takes `on` without quotes for true; write \"on\" in quotes")
+			return w
+		}
+		spec = maps.Clone(spec)
+		delete(spec, "true")
+		spec["on"] = on
+	}
 	var content bytes.Buffer
 	fmt.Fprintf(&content, "kind: %s\nname: %s\n", w.ref.Kind, strconv.Quote(w.ref.Name))
 	if len(spec) > 0 {
@@ -87,24 +98,70 @@ func read(cluster string, k *Kind, obj *unstructured.Unstructured) *wanted {
 	return w
 }
 
-// explain turns an error about a document into what the author of a resource can use: without the places in a text that he
-// never saw.
+// explain turns an error about a document into what the author of a resource can use: with fields of the resource instead of places
+// in a text that he never saw.
 func explain(w *wanted, err error) string {
 	text := err.Error()
+	var out strings.Builder
 	for {
-		i := strings.Index(text, w.file+":")
-		if i < 0 {
+		before, rest, found := strings.Cut(text, w.file+":")
+		out.WriteString(before)
+		if !found {
 			break
 		}
-		end := i + len(w.file)
-		for end < len(text) && (text[end] == ':' || text[end] >= '0' && text[end] <= '9') {
-			end++
+		line, rest := number(rest)
+		column, rest := number(rest)
+		if at := fieldAt(w.doc.Node, line, column, ""); at != "" {
+			out.WriteString("spec." + at + ": ")
 		}
-		text = text[:i] + strings.TrimPrefix(text[end:], " ")
+		text = strings.TrimPrefix(rest, " ")
 	}
 	const most = 4096
-	if len(text) > most {
-		text = strings.ToValidUTF8(text[:most], "") + " ..."
+	if out.Len() > most {
+		return strings.ToValidUTF8(out.String()[:most], "") + " ..."
 	}
-	return text
+	return out.String()
+}
+
+// number takes a number and the colon behind it off.
+func number(s string) (n int, rest string) {
+	end := 0
+	for end < len(s) && s[end] >= '0' && s[end] <= '9' {
+		end++
+	}
+	n, _ = strconv.Atoi(s[:end])
+	return n, strings.TrimPrefix(s[end:], ":")
+}
+
+// fieldAt returns the path of the key or value that begins at a place of a document; nothing for kind and name, which are no fields
+// of a resource's spec, and for the document itself.
+func fieldAt(n *yaml.Node, line, column int, path string) string {
+	if n == nil {
+		return ""
+	}
+	if path != "" && n.Line == line && n.Column == column {
+		return path
+	}
+	for i, c := range n.Content {
+		at := path
+		switch n.Kind {
+		case yaml.MappingNode:
+			if i%2 == 0 {
+				continue
+			}
+			key := n.Content[i-1]
+			if path == "" && (key.Value == "kind" || key.Value == "name") {
+				continue
+			}
+			if at = strings.TrimPrefix(path+"."+key.Value, "."); key.Line == line && key.Column == column {
+				return at
+			}
+		case yaml.SequenceNode:
+			at = fmt.Sprintf("%s[%d]", path, i)
+		}
+		if found := fieldAt(c, line, column, at); found != "" {
+			return found
+		}
+	}
+	return ""
 }
