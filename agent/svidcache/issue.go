@@ -134,10 +134,10 @@ func (c *Cache) issue(ctx context.Context, batch []job) {
 		} else {
 			c.stats.issued.Add(1)
 			c.past.issued(r.entry.id, nil, now)
-			c.use(r.svid, svids[i])
 			r.svid, r.next, r.waveAt = svids[i], nil, time.Time{}
 			r.foreign = r.foreign && r.entry != j.entry
 			r.judge(c.state.Load())
+			c.count(r)
 			c.keep(r)
 			if why := r.stale(own, now); why == "" || r.entry != j.entry {
 				r.failures, r.retryAt = 0, time.Time{} // if the entry moved on meanwhile, the next is asked for at once

@@ -15,10 +15,10 @@ func (c *Cache) newRecord(e *entry) *record {
 	if s := c.spare[e.id]; s != nil {
 		delete(c.spare, e.id)
 		r.svid, r.used = s, s.used
-		c.use(nil, s)
 	}
 	r.judge(c.state.Load())
 	c.records[e.id] = r
+	c.count(r)
 	return r
 }
 

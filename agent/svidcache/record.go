@@ -54,6 +54,7 @@ type record struct {
 	usable   bool      // what the last look at the clock found
 	revoked  bool      // its SVID is
 	barred   bool      // its entry's ID is: the CA would issue none
+	counted  string    // the authority that Cache.inUse counts it for
 	waveAt   time.Time // on the steady clock: its moment, if a tainted authority signed its SVID; zero: not planned
 }
 
@@ -293,7 +294,7 @@ func (c *Cache) drop(r *record) {
 		r.idle = nil
 	}
 	delete(c.records, r.entry.id)
-	c.use(r.svid, nil)
+	c.count(r)
 	if r.svid != nil {
 		c.keepNot(r.entry.id)
 	}

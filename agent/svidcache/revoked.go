@@ -181,6 +181,7 @@ func (c *Cache) takeRevocations(s *state, now time.Time) {
 	for _, r := range c.records {
 		was := r.revoked || r.barred
 		r.judge(s)
+		c.count(r)
 		if is := r.revoked || r.barred; is != was {
 			r.next = nil // whoever has the old key must not get a new SVID for it
 			r.failures, r.retryAt = 0, time.Time{}

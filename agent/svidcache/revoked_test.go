@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math/big"
@@ -242,5 +243,56 @@ func TestThousandsOfRevocations(t *testing.T) {
 			t.Errorf("identities %q, %d revocations", ids(u), len(u.Revocations.Set().GetRevocations()))
 		}
 		w.silent(updates, time.Minute)
+	})
+}
+
+// The SVID of a revoked ID is kept, in case the revocation is lifted. Nobody gets it, nothing renews it, and whoever waits until
+// nobody uses a tainted authority any more does not wait for it.
+func TestRevokedSVIDsUseNoAuthority(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.start(anEntry("1", "/a", "unix:uid:1"), anEntry("2", "/b", "unix:uid:1"))
+		updates, stop := w.watch(caller(1, "unix:uid:1"))
+		defer stop()
+		w.next(updates, 0)
+		uses := func(when string, want ...*authority) {
+			t.Helper()
+			synctest.Wait()
+			var ids []string
+			for _, a := range want {
+				ids = append(ids, hex.EncodeToString(a.cert.SubjectKeyId))
+			}
+			slices.Sort(ids)
+			if got := w.ca.lastInUse(); !slices.Equal(got, ids) {
+				t.Errorf("%s: %v in use, want %v", when, got, ids)
+			}
+		}
+		first, second := w.ca.active, newAuthority(t, "a2")
+		w.change(&nodev1.FollowResponse{Revocations: []*policyv1.Revocation{revokedID("r", "/a")}})
+		uses("one ID revoked", first)
+		w.ca.mu.Lock()
+		w.ca.active = second
+		w.ca.mu.Unlock()
+		tainted := w.ca.bundle(w.cache.state.Load().revision+1, []string{"k1"}, first, second)
+		tainted.X509Authorities[0].State = nodev1.AuthorityState_AUTHORITY_STATE_TAINTED
+		w.change(&nodev1.FollowResponse{Bundles: []*nodev1.Bundle{tainted}})
+		time.Sleep(time.Minute)
+		uses("the other has been issued anew", second)
+		w.ca.mu.Lock()
+		w.ca.fail = func(string) error { return errors.New("away") }
+		w.ca.mu.Unlock()
+		w.change(&nodev1.FollowResponse{RemovedRevocations: []string{"r"}})
+		uses("the revocation is lifted, and what is kept is served until the CA issues another", first, second)
+		w.ca.mu.Lock()
+		w.ca.fail = nil
+		w.ca.mu.Unlock()
+		time.Sleep(2 * retryMax)
+		uses("it has been issued anew", second)
+		w.change(&nodev1.FollowResponse{Revocations: []*policyv1.Revocation{revokedID("s", "/**")}})
+		uses("all revoked")
+		w.change(&nodev1.FollowResponse{RemovedEntryIds: []string{"1", "2"}})
+		uses("all gone")
+		w.change(&nodev1.FollowResponse{RemovedRevocations: []string{"s"}})
+		uses("and nothing comes back")
 	})
 }

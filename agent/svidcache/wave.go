@@ -49,16 +49,25 @@ func waveMoment(length time.Duration, i, n int) time.Duration {
 	return time.Duration(i)*turn + mathrand.N(turn)
 }
 
-// use notes that a record has another SVID than before. It is called with mu held.
-func (c *Cache) use(before, after *svid) {
-	if before != nil {
-		if c.inUse[before.authority]--; c.inUse[before.authority] == 0 {
-			delete(c.inUse, before.authority)
+// count notes of which authority r's SVID is. One that is revoked, or whose ID is, nobody gets: no workload needs its authority
+// any more, and it may stay for as long as the Revocation does. It is called with mu held, whenever one of these changes.
+func (c *Cache) count(r *record) {
+	authority := ""
+	if r.svid != nil && !r.revoked && !r.barred && c.records[r.entry.id] == r {
+		authority = r.svid.authority
+	}
+	if authority == r.counted {
+		return
+	}
+	if r.counted != "" {
+		if c.inUse[r.counted]--; c.inUse[r.counted] == 0 {
+			delete(c.inUse, r.counted)
 		}
 	}
-	if after != nil {
-		c.inUse[after.authority]++
+	if authority != "" {
+		c.inUse[authority]++
 	}
+	r.counted = authority
 }
 
 // tellUse tells the CA of which authorities the cache holds SVIDs, if that is news. It is called with mu held.
