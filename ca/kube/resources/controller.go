@@ -36,6 +36,9 @@ const (
 	lookAgain = 30 * time.Second
 	// After a failure that is of the moment, such as a full disk, it is tried again after firstRetry and then ever later.
 	firstRetry = time.Second
+	// triedAnew is how many refused resources are tried anew whenever something changes. With more of them the rest waits for
+	// lookAgain: who may write into one namespace would have the CA plan thousands for each change of one.
+	triedAnew = 100
 	// perCommit is how many documents are planned as one commit: fewer than the registry takes, since some are two writes.
 	perCommit = registry.MaxDocuments / 2
 )
@@ -215,6 +218,7 @@ func (r *run) reconcile(ctx context.Context) error {
 	templates := r.c.Registry.TemplatesChanged()
 	owned := r.c.Registry.Owned(r.owner)
 	var errs []error
+	left := triedAnew
 	here := map[registry.Ref]bool{}
 	present := map[types.UID]bool{}
 	for _, k := range r.kinds {
@@ -225,7 +229,7 @@ func (r *run) reconcile(ctx context.Context) error {
 		var todo []*wanted
 		for _, w := range all {
 			here[w.ref] = true
-			if r.due(w, owned[w.ref], templates) {
+			if r.due(w, owned[w.ref], templates, &left) {
 				todo = append(todo, w)
 			}
 		}
@@ -271,10 +275,18 @@ func (r *run) list(k *watched, present map[types.UID]bool) []*wanted {
 }
 
 // due tells whether a resource must be planned: it, what is stored, or what decides over it has changed since, or it was refused.
-func (r *run) due(w *wanted, stored registry.Resource, templates int) bool {
+// left is how many that were refused are tried anew at this look.
+func (r *run) due(w *wanted, stored registry.Resource, templates int, left *int) bool {
 	v, known := r.judged[w.obj.GetUID()]
-	return !known || v.generation != w.obj.GetGeneration() || v.annotations != annotations(w.obj) || !v.accepted && v.reason != reasonLifted && v.reason != reasonExpired ||
-		v.accepted && v.revision != int64(stored.Revision) || w.kind.Namespaced && v.templates != templates
+	if !known || v.generation != w.obj.GetGeneration() || v.annotations != annotations(w.obj) ||
+		v.accepted && v.revision != int64(stored.Revision) || w.kind.Namespaced && v.templates != templates {
+		return true
+	}
+	if v.accepted || v.reason == reasonLifted || v.reason == reasonExpired {
+		return false
+	}
+	*left--
+	return *left >= 0 || r.c.Now().Sub(v.at) >= lookAgain
 }
 
 // annotations are those that decide.

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"reflect"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
@@ -51,6 +52,7 @@ type verdict struct {
 	generation  int64
 	annotations [2]string
 	templates   int
+	at          time.Time
 
 	accepted        bool
 	reason, message string
@@ -62,7 +64,7 @@ type verdict struct {
 }
 
 func (r *run) judge(w *wanted, v verdict, templates int) {
-	v.generation, v.annotations, v.templates, v.of, v.document = w.obj.GetGeneration(), annotations(w.obj), templates, w, w.ref.Name
+	v.generation, v.annotations, v.templates, v.at, v.of, v.document = w.obj.GetGeneration(), annotations(w.obj), templates, r.c.Now(), w, w.ref.Name
 	r.judged[w.obj.GetUID()] = v
 }
 

@@ -1,0 +1,54 @@
+package resources
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/signet-id/signet/ca/kube"
+	"github.com/signet-id/signet/ca/registry"
+)
+
+// TestManyRefusedResourcesWait: thousands of resources that are refused are not all planned anew for each change of another one,
+// but each is after a while, and at once when it changes itself.
+func TestManyRefusedResourcesWait(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	r := &run{Controller: New(Config{Client: &kube.Client{Cluster: "prod"}, Now: func() time.Time { return now }}), judged: map[types.UID]verdict{}}
+	kind := Kinds[1]
+	if !kind.Namespaced {
+		t.Fatalf("%s is of no namespace", kind.Kind)
+	}
+	var all []*wanted
+	for i := range 5000 {
+		obj := &unstructured.Unstructured{Object: map[string]any{"metadata": map[string]any{"uid": fmt.Sprint(i), "name": fmt.Sprint("p", i), "namespace": "web", "generation": int64(1)}}}
+		w := &wanted{kind: &kind, obj: obj, ref: registry.Ref{Kind: kind.Document, Name: documentName("prod", obj)}}
+		all = append(all, w)
+		r.judge(w, verdict{reason: reasonNamespace, message: "not of its namespace"}, 1)
+	}
+	planned := func(templates int) (n int) {
+		left := triedAnew
+		for _, w := range all {
+			if r.due(w, registry.Resource{}, templates, &left) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := planned(1); n != triedAnew {
+		t.Errorf("%d are planned anew when something else changes, want %d", n, triedAnew)
+	}
+	all[4000].obj.SetGeneration(2)
+	if n := planned(1); n != triedAnew+1 {
+		t.Errorf("%d with one that changed", n)
+	}
+	if n := planned(2); n != len(all) {
+		t.Errorf("%d once Identities changed", n)
+	}
+	now = now.Add(lookAgain)
+	if n := planned(1); n != len(all) {
+		t.Errorf("%d after a while", n)
+	}
+}
