@@ -248,6 +248,28 @@ func TestReplacedExecutable(t *testing.T) {
 	}
 }
 
+// patient is a method that waits for what is just coming to be.
+type patient struct{ method }
+
+func (patient) Patience() time.Duration { return time.Minute }
+
+// TestPatience: one method's patience gives no other one more time, and is not cut short by others' timeout.
+func TestPatience(t *testing.T) {
+	exe, _ := workload(t, "web", "patience")
+	p := start(t, newTable(t), nil, exe)
+	over := make(chan struct{})
+	a := attestor(t, workloadattest.Config{Timeout: time.Millisecond, Methods: []workloadattest.Method{
+		method{"quick", func(ctx context.Context) ([]spiffe.Selector, error) { <-ctx.Done(); close(over); return nil, ctx.Err() }},
+		patient{method{"patient", func(ctx context.Context) ([]spiffe.Selector, error) {
+			<-over
+			return []spiffe.Selector{{Type: "patient", Value: "known:1"}}, ctx.Err()
+		}}},
+	}})
+	if got := attest(t, a, p); !slices.Equal(got, []string{"patient:known:1"}) {
+		t.Errorf("selectors %q", got)
+	}
+}
+
 func TestPathUnderAnotherMountIsNotBelieved(t *testing.T) {
 	requireRoot(t)
 	trusted, _ := workload(t, "trusted", "5")

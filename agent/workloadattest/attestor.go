@@ -48,7 +48,7 @@ type Config struct {
 	// Methods are asked for every process, all at the same time. At least one.
 	Methods []Method
 
-	// Timeout is how long a method may take for one process. Zero means 5 s.
+	// Timeout is how long a method may take for one process that is not Patient. Zero means 5 s.
 	Timeout time.Duration
 
 	// MaxAge is how long a result is kept for a process that does not change. Zero means 5 minutes. What is found out by
@@ -67,6 +67,10 @@ type Config struct {
 	// OnFailure, if not nil, is told the name of a method that could not find out everything. It must not block.
 	OnFailure func(method string)
 }
+
+// Patient is a Method that waits longer than Timeout for what is just coming to be, such as a container that its manager does not
+// list yet. It sees to it itself that nobody waits so long for a manager that does not answer.
+type Patient interface{ Patience() time.Duration }
 
 // An Attestor asks all methods. It satisfies workloadapi.Attestor.
 type Attestor struct {
@@ -175,8 +179,6 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Cal
 // ask asks the methods side by side. One that fails, is too slow or returns selectors of another type hides nothing of
 // the others.
 func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot) ([]spiffe.Selector, error) {
-	ctx, cancel := context.WithTimeout(ctx, a.cfg.Timeout)
-	defer cancel()
 	type answer struct {
 		selectors []spiffe.Selector
 		err       error
@@ -184,7 +186,15 @@ func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot
 	answers := make([]answer, len(a.cfg.Methods))
 	var wg sync.WaitGroup
 	for i, m := range a.cfg.Methods {
-		wg.Go(func() { answers[i].selectors, answers[i].err = m.Selectors(ctx, p, state) })
+		timeout := a.cfg.Timeout
+		if m, ok := m.(Patient); ok {
+			timeout = max(timeout, m.Patience())
+		}
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, timeout)
+			defer cancel()
+			answers[i].selectors, answers[i].err = m.Selectors(ctx, p, state)
+		})
 	}
 	wg.Wait()
 

@@ -23,12 +23,12 @@ import (
 func startCA(t *testing.T, clusters map[string]*cluster, change func(*ca.Config)) *signettest.Signet {
 	t.Helper()
 	listen := need(t, "SIGNET_KUBE_CA_LISTEN", "an address of this machine at which pods reach what listens there")
-	return signettest.Start(t, signettest.Config{CA: func(c *ca.Config) {
+	psat := &ca.K8sPSAT{Clusters: map[string]ca.K8sCluster{}}
+	for name, k := range clusters {
+		psat.Clusters[name] = ca.K8sCluster{ServiceAccounts: []string{k.namespace + ":agent"}, Kubeconfig: k.credentials("ca")}
+	}
+	return signettest.Start(t, signettest.Config{CA: func(c *ca.Config) { // again when the CA is started again
 		c.Listen = listen
-		psat := &ca.K8sPSAT{Clusters: map[string]ca.K8sCluster{}}
-		for name, k := range clusters {
-			psat.Clusters[name] = ca.K8sCluster{ServiceAccounts: []string{k.namespace + ":agent"}, Kubeconfig: k.credentials("ca")}
-		}
 		c.NodeAttestors.K8sPSAT = psat
 		if change != nil {
 			change(c)

@@ -37,6 +37,13 @@ const (
 
 	// patience is how long a newer list is waited for before such an older one is used.
 	patience = time.Second
+
+	// startingFor is how long a container is waited for that the kubelet does not list yet. Busy ones take many seconds to
+	// list what they have started, and whoever starts in a pod needs its identity on its first call.
+	startingFor = 30 * time.Second
+
+	// listWithin is how long each newer list is waited for: a kubelet that is away keeps nobody for so long.
+	listWithin = 5 * time.Second
 )
 
 // Errors that say why a pod is not known. They are wrapped.
@@ -86,6 +93,9 @@ func (m *Method) Close() error {
 	}
 	return nil
 }
+
+// Patience implements workloadattest.Patient.
+func (m *Method) Patience() time.Duration { return startingFor }
 
 // Available returns nil if the kubelet answers.
 func (m *Method) Available(ctx context.Context) error {
@@ -138,7 +148,9 @@ func (m *Method) find(ctx context.Context, c container.Container) (found *pod, m
 	}
 	// A list that began before this call may not have the container yet, and the first ones after it may not either.
 	for {
-		l, err := m.pods.since(ctx, since)
+		within, cancel := context.WithTimeout(ctx, listWithin)
+		l, err := m.pods.since(within, since)
+		cancel()
 		if err != nil {
 			return nil, nil, nil, fmt.Errorf("%s: %w", describe(c), err)
 		}

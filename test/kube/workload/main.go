@@ -3,6 +3,8 @@
 //
 //	workload who            prints "ids: " and the SPIFFE IDs that this process gets, or "ids: none", and waits
 //	workload who once       the same, and ends
+//	workload first          asks once, as its first deed, and prints "first: " and the SPIFFE IDs in order, or why there are none; then
+//	                        it holds a stream. SIGTERM does not end it, so that it lives for as long as it is let
 //	workload hold           holds a stream, and prints "svid: " with SPIFFE ID and serial number at each update
 //	workload serve ADDR     serves HTTPS with mutual TLS to whoever is of its trust domain, and prints "serving"
 //	workload call ADDR      calls that, over connections new and old, and asks the agent anew, all the time; prints every second
@@ -55,6 +57,13 @@ func run(ctx context.Context, args []string) error {
 		return nil
 	case slices.Equal(args, []string{"hold"}):
 		return hold(ctx)
+	case slices.Equal(args, []string{"first"}):
+		ctx := context.WithoutCancel(ctx)
+		began := time.Now()
+		ids, err := askOnce(ctx)
+		fmt.Println("first:", strings.Join(ids, " "), errorText(err))
+		fmt.Println("took:", time.Since(began).Round(time.Millisecond))
+		return hold(ctx)
 	case len(args) == 2 && args[0] == "serve":
 		return serve(ctx, args[1])
 	case len(args) == 2 && args[0] == "call":
@@ -65,7 +74,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		return syscall.Exec(args[1], args[1:], os.Environ())
 	}
-	return errors.New("want who, who once, hold, serve ADDR, call ADDR, private CMD... or wait")
+	return errors.New("want who, who once, first, hold, serve ADDR, call ADDR, private CMD... or wait")
 }
 
 // who asks until there is an answer. That there is no identity is one.
@@ -94,6 +103,33 @@ func who(ctx context.Context) ([]string, error) {
 			return nil, fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		}
 	}
+}
+
+// askOnce returns the SPIFFE IDs of one answer in their order.
+func askOnce(ctx context.Context) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	client, err := workloadapi.New(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer client.Close()
+	svids, err := client.FetchX509SVIDs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, s := range svids {
+		ids = append(ids, s.ID.Path())
+	}
+	return ids, nil
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return "ok"
+	}
+	return "failed: " + err.Error()
 }
 
 // wait reports whether ctx lasted for so long.
