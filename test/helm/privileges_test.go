@@ -124,6 +124,14 @@ func TestPrivileges(t *testing.T) {
 			"signet-agent: token of signet-agent",
 			"signet-ca: token of signet-ca",
 		},
+		"agent: {enabled: false}\nca: {kubernetes: {pods: false, bundle: false, resources: false, injection: {enabled: true}}}": {
+			"ClusterRole signet-system-signet-ca: create tokenreviews",
+			"ClusterRole signet-system-signet-ca: get pods,nodes",
+			"ClusterRole signet-system-signet-ca: list,watch,patch mutatingwebhookconfigurations named signet-inject",
+			"Role signet-system/signet-ca: create leases",
+			"Role signet-system/signet-ca: get,update leases named signet-ca",
+			"signet-ca: token of signet-ca",
+		},
 		"agent: {executables: true, namespaceLabels: [x], kubelet: {legacyAuthorization: true, certificate: selfSigned}, bundleConfigMap: b}\nca: {seal: {source: secret, secretName: mine}, kubernetes: {pods: false, bundle: false, resources: false}}": {
 			"ClusterRole signet-system-signet-agent: get namespaces",
 			"ClusterRole signet-system-signet-agent: get nodes/proxy",

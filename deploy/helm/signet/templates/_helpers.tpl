@@ -1,6 +1,7 @@
-{{/* Names: signet-ca and signet-agent for the release signet. */}}
+{{/* Names: signet-ca, signet-agent and signet-inject for the release signet. */}}
 {{- define "signet.ca" -}}{{ .Release.Name }}-ca{{- end }}
 {{- define "signet.agent" -}}{{ .Release.Name }}-agent{{- end }}
+{{- define "signet.inject" -}}{{ .Release.Name }}-inject{{- end }}
 
 {{/* Labels of all objects of a component: (list $ "ca") */}}
 {{- define "signet.labels" -}}
