@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -268,6 +269,25 @@ func TestInjects(t *testing.T) {
 	csi := patched(t, podWith(map[string]string{annotationInbound: "8443=8080", annotationSocket: "csi"}))
 	if v := csi.Spec.Volumes[0]; v.CSI == nil || v.CSI.Driver != "csi.spiffe.io" {
 		t.Errorf("volume %+v, want that of the CSI driver", v)
+	}
+}
+
+// TestConfigurations: testdata has what the proxy is given, once the kubelet has written the pod's address in. A test of the proxy reads the same files.
+func TestConfigurations(t *testing.T) {
+	for name, tt := range map[string]struct {
+		ip          string
+		annotations map[string]string
+	}{
+		"in":   {"10.1.2.3", map[string]string{annotationInbound: "8443=http:8080; 9443=9090; 9444=tcp:9091; 9445=h2c:9092"}},
+		"out":  {"2001:db8::2", map[string]string{annotationOutbound: "15001=http:documents.shop.svc:8443 /ns/shop/sa/documents spiffe://partner.example/documents\n15002=db.shop.svc:5432 /ns/shop/sa/db", annotationStatus: "20000"}},
+		"both": {"10.1.2.3", map[string]string{annotationInbound: "8443=8080", annotationOutbound: "15001=[2001:db8::1]:8443 /documents", annotationID: "/ns/shop/sa/web", annotationService: "/web"}},
+	} {
+		text := strings.ReplaceAll(patched(t, podWith(tt.annotations)).Spec.InitContainers[0].Env[1].Value, "$(POD_IP)", tt.ip) + "\n"
+		file := filepath.Join("testdata", "proxy-"+name+".json")
+		want, err := os.ReadFile(file)
+		if err != nil || text != string(want) {
+			t.Errorf("%s (%v) is\n%swant\n%s", file, err, want, text)
+		}
 	}
 }
 
