@@ -41,6 +41,7 @@ var matrix = map[string]string{
 	"configured":        "log: {level: debug, format: text}\nca: {config: {ttl: {x509: 30m}, audit: {keep_files: 7}, listen: ':9000'}}\nagent: {config: {max_offline: 48h, sealed_cache: {disable: true}}}",
 	"replicas":          "ca: {replicas: 3, store: {type: etcd, etcd: {endpoints: ['https://etcd-0.etcd:2379'], tlsSecret: etcd-client}}, seal: {source: secret, secretName: signet-seal}}",
 	"replicas, by KMS":  "ca: {replicas: 2, maxUnavailable: 50%, store: {type: etcd, etcd: {endpoints: ['https://e:2379'], prefix: /s/, tlsSecret: t}}, seal: {source: kms, kms: 'awskms:key-id=arn:aws:kms:eu-west-1:1:key/2;region=eu-west-1'}}",
+	"from SPIRE":        "crds: {spire: true}\nca: {kubernetes: {spireResources: true}}",
 	"pod certificates":  "ca: {kubernetes: {podCertificates: true}}",
 	"injection":         "ca: {kubernetes: {injection: {enabled: true}}}",
 	"injection, chosen": "ca: {kubernetes: {pods: false, bundle: false, resources: false, injection: {enabled: true, failurePolicy: Fail, port: 10250, namespaceSelector: {matchLabels: {a: b}, matchExpressions: [{key: c, operator: Exists}]}}}}\nagent: {bundleConfigMap: mine, socket: {mount: csi}}\nnetworkPolicy: {injectionFrom: [{ipBlock: {cidr: 10.0.0.1/32}}]}",

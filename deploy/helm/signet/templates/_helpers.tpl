@@ -53,6 +53,9 @@ imagePullSecrets:
 {{- if and $v.ca.kubernetes.podCertificates (not $v.ca.kubernetes.pods) }}
 {{- fail "ca.kubernetes.podCertificates: needs ca.kubernetes.pods: a certificate is for the pod's identity" }}
 {{- end }}
+{{- if and $v.ca.kubernetes.spireResources (not $v.ca.kubernetes.pods) }}
+{{- fail "ca.kubernetes.spireResources: needs ca.kubernetes.pods: the resources give pods their identities" }}
+{{- end }}
 {{- if and (eq $v.ca.store.type "etcd") (eq $v.ca.seal.source "file") }}
 {{- fail "ca.seal.source: with ca.store.type etcd all replicas need the same seal key; use secret or kms" }}
 {{- end }}
