@@ -59,10 +59,11 @@ var Kinds = []Kind{
 		about: "Identity says which workloads get which SPIFFE ID.",
 		columns: []column{
 			{"SPIFFE ID", ".spec.spiffeID", "string", ""},
-			{"On", ".spec.on", "string", "selectors of the nodes"},
+			{"On", ".spec['on','true']", "string", "selectors of the nodes"},
 		},
 		rules: []rule{
 			{"", "!has(self.admin) || !self.admin", "admin: only an operator can make an admin, with 'signet apply'"},
+			{"", "!(has(self.on) && has(self.__true__))", "on is there twice: in quotes, and without, which kubectl sends as true; leave one of them"},
 			{"", "self.spiffeID.contains('{{') || has(self.match)", "match: an Identity without a template needs selectors, such as k8s:ns:web"},
 			{"spiffeID", "self.startsWith('/') || self.startsWith('spiffe://')", "must begin with / (relative to the trust domain) or spiffe://"},
 			{"spiffeID", "!self.matches('^(spiffe://[^/]*)?/[^/]*[{][{]')", "the first path segment must be fixed; a template begins behind it"},
@@ -154,6 +155,11 @@ func (k Kind) definition() (map[string]any, error) {
 	spec := structural(published)
 	for _, field := range []string{"kind", "name"} { // they are kind and metadata.name
 		delete(spec["properties"].(map[string]any), field)
+	}
+	if on, ok := spec["properties"].(map[string]any)["on"].(map[string]any); ok && k.Document == registry.KindIdentity {
+		unquoted := maps.Clone(on)
+		unquoted["description"] = "The field on, as kubectl and other readers of YAML 1.1 send it when it is written without quotes."
+		spec["properties"].(map[string]any)["true"] = unquoted
 	}
 	required := []any{}
 	for _, r := range spec["required"].([]any) {
