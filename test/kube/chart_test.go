@@ -61,13 +61,15 @@ spec:
 	return name
 }
 
-// chart is the first cluster with nothing of the chart in it, which is so again after the test.
-func chart(t *testing.T) (*cluster, []string) {
+// chart is the first cluster with nothing of the chart in it, which is so again after the test, and what it needs as values.
+func chart(t *testing.T) (k *cluster, env []string, values string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	t.Cleanup(cancel)
-	k := first(t, ctx)
-	env := k.environment()
+	k = first(t, ctx)
+	env, values = k.environment(), k.values()
+	// Other tests bring the definitions without helm, which then takes them for somebody else's.
+	const away = "kubectl delete -f deploy/helm/signet/files/crds --ignore-not-found"
 	k.afterwards(func() {
 		if t.Failed() {
 			out, err := k.try("", "get", "pods,events", "-A")
@@ -77,9 +79,10 @@ func chart(t *testing.T) (*cluster, []string) {
 				t.Log(out, err)
 			}
 		}
-		k.shell(env, "helm uninstall signet --namespace "+installation+" --ignore-not-found --wait && kubectl delete namespace shop "+installation+" --ignore-not-found")
+		k.shell(env, "helm uninstall signet --namespace "+installation+" --ignore-not-found --wait && kubectl delete namespace shop "+installation+" --ignore-not-found && "+away)
 	})
-	return k, env
+	k.shell(env, away)
+	return k, env, values
 }
 
 // values are what this cluster needs besides what the documentation says.
@@ -88,14 +91,15 @@ func (k *cluster) values() string {
 	if roots == "" {
 		roots = "/"
 	}
-	return fmt.Sprintf("ca: {persistence: {storageClass: %s}}\nagent: {config: {workload_attestation: {k8s: {cgroup_roots: [%s]}}}}\n", k.volume(), roots)
+	// The node's file system is the machine's: there, an agent would find what one of another cluster has left, and serve from that.
+	return fmt.Sprintf("ca: {persistence: {storageClass: %s}}\nagent: {dataDirectory: %q, config: {workload_attestation: {k8s: {cgroup_roots: [%s]}}}}\n", k.volume(), k.t.TempDir(), roots)
 }
 
 var block = regexp.MustCompile("(?s)\n```sh\n(.*?)```\n")
 
 // TestWalk runs the commands of docs/start/kubernetes.md, as they are but for the names of the images and what this cluster needs.
 func TestWalk(t *testing.T) {
-	k, env := chart(t)
+	k, env, more := chart(t)
 	page, err := os.ReadFile("../../docs/start/kubernetes.md")
 	if err != nil {
 		t.Fatal(err)
@@ -106,7 +110,6 @@ func TestWalk(t *testing.T) {
 		t.Fatalf("the page has %d blocks of commands", len(blocks))
 	}
 	values := filepath.Join(t.TempDir(), "values.yaml")
-	more := k.values()
 	said := map[string]string{} // by what was asked
 	for _, b := range blocks {
 		script := b[1]
@@ -159,10 +162,10 @@ func (k *cluster) eventually(env []string, script string) string {
 // TestChartUpgrade upgrades an installation to another image and another configuration and rolls it back, with pods that hold
 // streams, fetch anew, and call each other by mutual TLS all the time. Nothing fails.
 func TestChartUpgrade(t *testing.T) {
-	k, env := chart(t)
+	k, env, more := chart(t)
 	registry, tag, next := need(t, "SIGNET_KUBE_IMAGES", "where signet's images are"), need(t, "SIGNET_KUBE_TAG", "their tag"), need(t, "SIGNET_KUBE_TAG_NEXT", "the tag of others")
 	values := filepath.Join(t.TempDir(), "values.yaml")
-	text := fmt.Sprintf("trustDomain: example.org\nclusterName: prod\nimage: {registry: %s, tag: %s}\n%s", registry, tag, k.values())
+	text := fmt.Sprintf("trustDomain: example.org\nclusterName: prod\nimage: {registry: %s, tag: %s}\n%s", registry, tag, more)
 	if err := os.WriteFile(values, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -174,8 +177,7 @@ func TestChartUpgrade(t *testing.T) {
 		t.Errorf("restricted Pod Security: %s", warned)
 	}
 
-	k.kubectlIn("kind: Identity\nname: pods\nspiffeID: /ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}\non: [k8s_psat:cluster:prod]\n",
-		"-n", installation, "exec", "-i", "signet-ca-0", "--", "signet", "apply", "-f", "-")
+	k.apply("apiVersion: signet-id.github.io/v1alpha1\nkind: Identity\nmetadata: {name: pods}\nspec: {spiffeID: '/ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}', on: ['k8s_psat:cluster:prod']}\n")
 	k.traffic()
 	agent := func() string {
 		return k.kubectl("-n", installation, "get", "pods", "-l", "app.kubernetes.io/name=signet-agent", "-o", "jsonpath={.items[*].metadata.name} {.items[*].spec.containers[0].image}")
