@@ -10,6 +10,8 @@
 //	workload call ADDR      calls that, over connections new and old, and asks the agent anew, all the time; prints every second
 //	                        "calls: N failed: M fetches: N failed: M", and why one failed
 //	workload private CMD... runs a command in a cgroup namespace of its own
+//	workload plain ADDR     serves HTTP, knowing nothing of SPIFFE
+//	workload get URL        gets that once, knowing nothing of SPIFFE, and prints "got: " with the status and what was answered
 //	workload wait           waits
 package main
 
@@ -68,13 +70,17 @@ func run(ctx context.Context, args []string) error {
 		return serve(ctx, args[1])
 	case len(args) == 2 && args[0] == "call":
 		return call(ctx, args[1])
+	case len(args) == 2 && args[0] == "plain":
+		return plain(ctx, args[1])
+	case len(args) == 2 && args[0] == "get":
+		return getOnce(ctx, args[1])
 	case len(args) > 1 && args[0] == "private":
 		if err := syscall.Unshare(syscall.CLONE_NEWCGROUP); err != nil {
 			return fmt.Errorf("a cgroup namespace (CAP_SYS_ADMIN is needed): %w", err)
 		}
 		return syscall.Exec(args[1], args[1:], os.Environ())
 	}
-	return errors.New("want who, who once, first, hold, serve ADDR, call ADDR, private CMD... or wait")
+	return errors.New("want who, who once, first, hold, serve ADDR, call ADDR, plain ADDR, get URL, private CMD... or wait")
 }
 
 // who asks until there is an answer. That there is no identity is one.
