@@ -118,7 +118,10 @@ func BenchmarkScope(b *testing.B) {
 	}
 	b.Run("empty cluster", scope(none))
 	templates(b, r, 100)
+	b.Run("templates alone", scope(none))
 	x := New(Config{Registry: r})
+	x.Update("prod", cluster(1, 1), nil)
+	b.Run("one pod elsewhere", scope(none))
 	x.Update("prod", cluster(10_000, 500), nil)
 	b.Run("no pods", scope(none))
 	b.Run("20 pods", scope(some))

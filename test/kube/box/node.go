@@ -20,6 +20,7 @@ type node struct {
 	dir          string
 	cgroup       string
 	controlPlane bool // no node: etcd, the API server and the controllers, in the machine's network
+	audit        bool
 	at           addresses
 
 	mu     sync.Mutex
@@ -32,6 +33,7 @@ func runNode(args []string) error {
 	fs.StringVar(&n.dir, "dir", "", "")
 	fs.StringVar(&n.cgroup, "cgroup-root", "/", "")
 	fs.BoolVar(&n.controlPlane, "control-plane", false, "")
+	fs.BoolVar(&n.audit, "audit", false, "")
 	fs.StringVar(&n.at.api, "api", apiAddr, "")
 	fs.StringVar(&n.at.etcd, "etcd", etcdAddr, "")
 	fs.StringVar(&n.at.peer, "peer", etcdPeer, "")
@@ -105,6 +107,11 @@ func (n *node) boot(pause string) error {
 	self, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return err
+	}
+	if n.audit {
+		if err := writeFile(n.dir, "audit.yaml", auditPolicy); err != nil {
+			return err
+		}
 	}
 	// A component started by name, from this binary.
 	component := func(name string, args ...string) func() error {
@@ -192,6 +199,9 @@ func (n *node) boot(pause string) error {
 	})
 }
 
+// auditPolicy has a line for each request, watches too, when it comes.
+const auditPolicy = `{"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["ResponseStarted", "ResponseComplete", "Panic"], "rules": [{"level": "Metadata"}]}`
+
 // apiServer returns the API server's arguments.
 func (n *node) apiServer() []string {
 	key := func(name string) string { return filepath.Join(n.dir, "pki", name) }
@@ -210,6 +220,9 @@ func (n *node) apiServer() []string {
 		"--shutdown-delay-duration=0s",
 		"--feature-gates=" + featureGates,
 		"--runtime-config=" + betaAPIs,
+	}
+	if n.audit {
+		args = append(args, "--audit-policy-file="+filepath.Join(n.dir, "audit.yaml"), "--audit-log-path="+filepath.Join(n.dir, "audit.log"))
 	}
 	if n.controlPlane {
 		// Nobody looks for it at its advertised address, where it is not.

@@ -89,6 +89,7 @@ func up(args []string) (err error) {
 	pause := fs.String("pause", "", "archive of the pause image")
 	keep := fs.Bool("keep", false, "keep the state directory at the end")
 	controlPlane := fs.Bool("control-plane", false, "run etcd, the API server and the controller manager alone, in the machine's network: no node, no pods")
+	audit := fs.Bool("audit", false, "write who asks the API server for what to audit.log in the state directory")
 	var forward, outward mappings
 	fs.Var(&forward, "forward", "PORT:NODEPORT to forward from the machine's loopback to the node's; can be repeated")
 	fs.Var(&outward, "outward", "NODEPORT:PORT to forward from the node's address to the machine's loopback; can be repeated")
@@ -110,6 +111,9 @@ func up(args []string) (err error) {
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 		Setpgid:    true, // a terminal's interrupt is for up alone
+	}
+	if *audit {
+		cmd.Args = append(cmd.Args, "-audit")
 	}
 	api, hostAPI := apiAddr, ""
 	if *controlPlane {
