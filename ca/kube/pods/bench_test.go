@@ -3,6 +3,8 @@ package pods
 import (
 	"fmt"
 	"runtime"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -125,4 +127,84 @@ func BenchmarkScope(b *testing.B) {
 	x.Update("prod", cluster(10_000, 500), nil)
 	b.Run("no pods", scope(none))
 	b.Run("20 pods", scope(some))
+}
+
+// BenchmarkManyAtOnce is 5,000 pods that come at once on 500 nodes with an agent each, with 100 templates: until the last agent has the
+// last entry of its pods. Batches are those of the watch at most; what a pod waits is from when the batches begin.
+func BenchmarkManyAtOnce(b *testing.B) {
+	const nodes, many, batch = 500, 5000, 2000
+	r := newRegistry(b)
+	templates(b, r, 100)
+	all := cluster(many, nodes)
+	want := make([]int, nodes) // entries of each node
+	probe := New(Config{Registry: r})
+	probe.Update("prod", all, nil)
+	agents := make([]spiffeid.ID, nodes)
+	entries := 0
+	for i := range agents {
+		agents[i] = node(b, r, "prod", fmt.Sprintf("%08d-node", i))
+		scope, _ := r.Scope(agents[i])
+		want[i], entries = len(scope), entries+len(scope)
+	}
+	var gone []string
+	for _, p := range all {
+		gone = append(gone, p.UID)
+	}
+	probe.Update("prod", nil, gone)
+	x := New(Config{Registry: r})
+	followers := make([]*registry.Follower, nodes)
+	for i, a := range agents {
+		followers[i] = r.Follow(a, 0, false)
+		defer followers[i].Close()
+		<-followers[i].Wake()
+		followers[i].Next(false)
+	}
+	var expanded, last time.Duration
+	var waits []time.Duration // of all entries
+	b.ResetTimer()
+	for b.Loop() {
+		began := time.Now()
+		var mu sync.Mutex
+		var wg sync.WaitGroup
+		for i, f := range followers {
+			wg.Go(func() {
+				for n := 0; n < want[i]; {
+					<-f.Wake()
+					d := f.Next(false)
+					if d == nil {
+						continue
+					}
+					n += len(d.Entries)
+					mu.Lock()
+					for range d.Entries {
+						waits = append(waits, time.Since(began))
+					}
+					mu.Unlock()
+				}
+			})
+		}
+		for rest := all; len(rest) > 0; rest = rest[min(batch, len(rest)):] {
+			x.Update("prod", rest[:min(batch, len(rest))], nil)
+		}
+		expanded += time.Since(began)
+		wg.Wait()
+		last += time.Since(began)
+		b.StopTimer()
+		x.Update("prod", nil, gone)
+		for _, f := range followers {
+			for f.Next(false) != nil { // what came meanwhile
+			}
+			select {
+			case <-f.Wake():
+			default:
+			}
+		}
+		b.StartTimer()
+	}
+	slices.Sort(waits)
+	b.ReportMetric(float64(entries), "entries")
+	b.ReportMetric(float64(expanded.Milliseconds())/float64(b.N), "ms-expanded")
+	b.ReportMetric(float64(last.Milliseconds())/float64(b.N), "ms-last")
+	b.ReportMetric(float64(waits[len(waits)/2].Milliseconds()), "ms-p50")
+	b.ReportMetric(float64(waits[len(waits)*99/100].Milliseconds()), "ms-p99")
 }

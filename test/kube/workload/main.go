@@ -6,6 +6,8 @@
 //	workload first          asks once, as its first deed, and prints "first: " and the SPIFFE IDs in order, or why there are none; then
 //	                        it holds a stream. SIGTERM does not end it, so that it lives for as long as it is let
 //	workload hold           holds a stream, and prints "svid: " with SPIFFE ID and serial number at each update
+//	workload starts         prints "started: " and the time in nanoseconds of Unix as soon as it runs, and waits
+//	workload svid           the same, and "svid: " and the time of its first X509-SVID, whose stream it holds
 //	workload serve ADDR     serves HTTPS with mutual TLS to whoever is of its trust domain, and prints "serving"
 //	workload call ADDR      calls that, over connections new and old, and asks the agent anew, all the time; prints every second
 //	                        "calls: N failed: M fetches: N failed: M", and why one failed
@@ -44,6 +46,13 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	switch {
+	case slices.Equal(args, []string{"starts"}), slices.Equal(args, []string{"svid"}):
+		fmt.Println("started:", time.Now().UnixNano())
+		if args[0] == "svid" {
+			return firstSVID(ctx)
+		}
+		<-ctx.Done()
+		return nil
 	case slices.Equal(args, []string{"wait"}):
 		<-ctx.Done()
 		return nil
@@ -80,7 +89,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		return syscall.Exec(args[1], args[1:], os.Environ())
 	}
-	return errors.New("want who, who once, first, hold, serve ADDR, call ADDR, plain ADDR, get URL, private CMD... or wait")
+	return errors.New("want who, who once, first, hold, starts, svid, serve ADDR, call ADDR, plain ADDR, get URL, private CMD... or wait")
 }
 
 // who asks until there is an answer. That there is no identity is one.
@@ -156,6 +165,31 @@ func hold(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
+	err = client.WatchX509Context(ctx, &printer{})
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// firstSVID holds a stream from its first answer on. Before that it asks again all the time, as somebody in a hurry would.
+func firstSVID(ctx context.Context) error {
+	client, err := workloadapi.New(ctx)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	for {
+		svid, err := client.FetchX509SVID(ctx)
+		if err == nil {
+			fmt.Println("svid:", time.Now().UnixNano(), svid.ID.Path())
+			break
+		}
+		fmt.Println("none:", time.Now().UnixNano(), err)
+		if !wait(ctx, 10*time.Millisecond) {
+			return nil
+		}
+	}
 	err = client.WatchX509Context(ctx, &printer{})
 	if ctx.Err() != nil {
 		return nil
