@@ -154,7 +154,7 @@ func TestMeasureCA(t *testing.T) {
 	k := first(t, ctx)
 	k.kubectl("create", "clusterrolebinding", k.namespace+"-measured", "--clusterrole=cluster-admin", "--serviceaccount="+k.namespace+":ca") // rights are tried elsewhere
 	k.atEnd("delete", "clusterrolebinding", k.namespace+"-measured")
-	k.kubectl("apply", "-f", spireCRDs())
+	k.kubectl("apply", "-f", spireCRDs(), "-f", "../../deploy/helm/signet/files/crds")
 	k.apply(`apiVersion: admissionregistration.k8s.io/v1
 kind: MutatingWebhookConfiguration
 metadata: {name: signet-inject}
@@ -225,7 +225,7 @@ webhooks:
 	c.weigh(fmt.Sprintf("the same, started with %d pods", made), settle)
 	c.stop()
 
-	c.start(fmt.Sprintf("{%s, pod_certificates: {}, spire_resources: {}, injection: {listen: %q, image: 'signet.test/proxy:1'}%s}", base, free(t), os.Getenv("SIGNET_MEASURE_MORE")))
+	c.start(fmt.Sprintf("{%s, pod_certificates: {}, spire_resources: {}, injection: {listen: %q, image: 'signet.test/proxy:1'}, resources: {}}", base, free(t)))
 	c.knows(n)
 	c.weigh(fmt.Sprintf("everything on, so that whole objects are kept, started with %d pods", made), settle)
 	audit, counted, cpu := len(k.auditLines()), c.metric("signet_ca_kubernetes_requests_total"), c.cpu()
