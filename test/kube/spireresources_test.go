@@ -505,7 +505,7 @@ func TestClusterFederatedTrustDomains(t *testing.T) {
 	}
 	m.resource("ClusterFederatedTrustDomain", "left", `trustDomain: left.example, bundleEndpointURL: "https://127.0.0.1:1/", bundleEndpointProfile: {type: https_web}`)
 	m.resource("ClusterFederatedTrustDomain", "spiffe", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:2/", bundleEndpointProfile: {type: https_spiffe, endpointSPIFFEID: "spiffe://two.example/b"}, trustDomainBundle: '`+foreignBundle(t)+`'`)
-	m.resource("ClusterFederatedTrustDomain", "again", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
+	m.resource("ClusterFederatedTrustDomain", "two-again", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
 	m.resource("ClusterFederatedTrustDomain", "own", `trustDomain: example.org, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
 	g.run(g.r.Lead)
 	until(t, ctx, func() string {
