@@ -226,14 +226,14 @@ func (r *run) reconcile(ctx context.Context) error {
 			continue // nothing is known of them: what is in force stays
 		}
 		all := r.list(k, present)
-		var todo []*wanted
+		var due []*wanted
 		for _, w := range all {
 			here[w.ref] = true
 			if r.due(w, owned[w.ref], templates, &left) {
-				todo = append(todo, w)
+				due = append(due, w)
 			}
 		}
-		errs = append(errs, r.apply(ctx, k, todo, owned, templates))
+		errs = append(errs, r.apply(ctx, k, due, owned, templates))
 	}
 	for _, k := range r.kinds {
 		if k.informer.HasSynced() {
@@ -296,8 +296,8 @@ func annotations(obj *unstructured.Unstructured) [2]string {
 }
 
 // apply plans resources of one kind and applies them, many as one commit where nothing is wrong with any of them.
-func (r *run) apply(ctx context.Context, k *watched, todo []*wanted, owned map[registry.Ref]registry.Resource, templates int) error {
-	if len(todo) == 0 {
+func (r *run) apply(ctx context.Context, k *watched, due []*wanted, owned map[registry.Ref]registry.Resource, templates int) error {
+	if len(due) == 0 {
 		return nil
 	}
 	uid, err := r.definition(ctx, k)
@@ -306,7 +306,7 @@ func (r *run) apply(ctx context.Context, k *watched, todo []*wanted, owned map[r
 	}
 	var errs []error
 	var good []*wanted
-	for _, w := range todo {
+	for _, w := range due {
 		switch {
 		case w.err != nil:
 			r.refuse(ctx, w, owned, reasonInvalid, w.err, templates)
