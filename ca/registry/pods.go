@@ -396,6 +396,14 @@ type TakenEntry struct {
 	Entry, By *Entry
 }
 
+// Called is what an operator knows the entry by.
+func (e *Entry) Called() string {
+	if e.Identity != nil {
+		return "Identity " + e.Identity.Name
+	}
+	return "entry " + string(e.ID)
+}
+
 // TakenPodEntries returns all of them.
 func (r *Registry) TakenPodEntries() []TakenEntry {
 	r.mu.RLock()
@@ -412,6 +420,14 @@ func (r *Registry) TakenPodEntries() []TakenEntry {
 		}
 	}
 	return out
+}
+
+// TakenBy returns the registered entry for which a derived one counts for nothing, since it has its SPIFFE ID; nil if there is
+// none. Who gives a pod something by a derived entry without asking for the entry here must ask this.
+func (r *Registry) TakenBy(e *Entry) *Entry {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.ix.takenBy(e)
 }
 
 // TakenChanged is signalled when TakenPodEntries may have changed.

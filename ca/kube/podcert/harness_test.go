@@ -334,7 +334,11 @@ func (w *world) apply(text string) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	if _, err := w.reg.Apply(w.t.Context(), p); err != nil {
+	rev, err := w.reg.Apply(w.t.Context(), p)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := w.reg.WaitFor(w.t.Context(), rev); err != nil {
 		w.t.Fatal(err)
 	}
 }

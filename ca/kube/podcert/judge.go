@@ -183,6 +183,7 @@ func (s *Signer) choose(p *pods.Pod, agents []*registry.Node, want spiffeid.ID) 
 	now := s.c.Now()
 	var fit []*registry.Entry
 	elsewhere, inPart := 0, 0
+	var taken, by *registry.Entry
 	for _, e := range s.c.Pods.Entries(s.c.Cluster, p.UID) {
 		switch {
 		case e.Expired(now) || e.StoreSVID || e.Admin || e.Downstream:
@@ -191,6 +192,11 @@ func (s *Signer) choose(p *pods.Pod, agents []*registry.Node, want spiffeid.ID) 
 		case !s.onNode(e, p, agents):
 			elsewhere++
 		case want.IsZero() || e.SPIFFEID == want:
+			// What an operator registered goes first: a pod cannot come by its ID by choosing its labels.
+			if owner := s.c.Registry.TakenBy(e); owner != nil {
+				taken, by = e, owner
+				continue
+			}
 			fit = append(fit, e)
 		}
 	}
@@ -201,6 +207,8 @@ func (s *Signer) choose(p *pods.Pod, agents []*registry.Node, want spiffeid.ID) 
 		return fit[0], nil
 	case len(ids) > 1:
 		return nil, notYet(reasonSeveral, "the pod has the SPIFFE IDs %s; name the one to use in the volume's userAnnotations: {%q: ...}", strings.Join(ids, ", "), AnnotationID)
+	case taken != nil:
+		return nil, notYet(reasonNone, "%s is the SPIFFE ID of %s, which is not the pod's", taken.SPIFFEID, by.Called())
 	case elsewhere > 0:
 		return nil, notYet(reasonNode, "the identity of the pod is not for the node %q (the Identity's `on`), or no agent of that node has attested", clip(p.NodeName))
 	case inPart > 0:

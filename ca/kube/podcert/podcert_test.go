@@ -260,6 +260,33 @@ func TestChooses(t *testing.T) {
 	}
 }
 
+// TestRegisteredFirst: a pod that has a registered ID by a template, such as by its labels, gets no certificate for it, also
+// when it was registered while the pod had one; the pod's other IDs are not touched by it.
+func TestRegisteredFirst(t *testing.T) {
+	w := newWorld(t)
+	w.apply("kind: Identity\nname: payments\nspiffeID: /app/payments\nmatch: [unix:user:payments]\n")
+	r := w.request(w.pod("1", nil, "/app/payments"), newKey(t), nil)
+	eventually(t, "tries", func() bool { return answered(w.get(r)) || w.tries(r) > patientTries })
+	w.ahead.Store(int64(2 * patience))
+	got := w.answered(r)
+	if c := got.Status.Conditions[0]; c.Type != "Denied" || c.Reason != "NoIdentity" || !strings.Contains(c.Message, "is the SPIFFE ID of Identity payments") {
+		t.Errorf("condition %+v, want Denied, since the ID is Identity payments'", c)
+	}
+	if got.Status.CertificateChain != "" || len(w.records("x509svid.issued")) != 0 {
+		t.Error("a certificate was issued")
+	}
+	leafOf(t, w.answered(w.request(w.pod("2", nil, "/app/web"), newKey(t), nil)))
+	if leaf, _ := leafOf(t, w.answered(w.request(w.pod("3", nil, "/app/payments", "/app/other"), newKey(t), nil))); leaf.URIs[0].Path != "/app/other" {
+		t.Errorf("the certificate is for %s", leaf.URIs[0])
+	}
+	w.apply("kind: Identity\nname: web\nspiffeID: /app/web\nmatch: [unix:user:web]\n")
+	r = w.request(w.pod("4", nil, "/app/web"), newKey(t), nil)
+	eventually(t, "tries", func() bool { return w.tries(r) > 0 })
+	if answered(w.get(r)) {
+		t.Errorf("the certificate for an ID that is another one's by now was answered: %+v", w.get(r).Status)
+	}
+}
+
 // TestWaitsForWhatComes: a request that is faster than the CA's own sight of the pod, and of the rules, is answered when
 // these come; while the pods are not known, nothing is denied at all.
 func TestWaitsForWhatComes(t *testing.T) {

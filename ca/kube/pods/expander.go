@@ -255,10 +255,7 @@ func (x *Expander) reportTaken() {
 		for d := range c.all {
 			by := taken[d.entry.ID]
 			if by != nil && !d.taken {
-				reason := fmt.Sprintf("%s is the SPIFFE ID of entry %s", d.entry.SPIFFEID, by.ID)
-				if by.Identity != nil {
-					reason = fmt.Sprintf("%s is the SPIFFE ID of Identity %s", d.entry.SPIFFEID, by.Identity.Name)
-				}
+				reason := fmt.Sprintf("%s is the SPIFFE ID of %s", d.entry.SPIFFEID, by.Called())
 				w.refused = append(w.refused, Refusal{d.of.pod, d.rule.Name(), reason})
 			}
 			d.taken = by != nil
