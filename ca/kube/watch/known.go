@@ -24,15 +24,14 @@ type known struct {
 	keepObjects bool
 	pods        podsKnown
 	nodes       nodesKnown
-	namespaces  namespacesKnown
+	namespaces  named[map[string]string]
 	bytes       int64
 }
 
 func newKnown(cluster string, keepObjects bool) *known {
 	k := &known{cluster: cluster, keepObjects: keepObjects}
 	k.pods = podsKnown{k: k, byUID: map[string]*podKnown{}, dirty: map[string]struct{}{}, gone: map[string]struct{}{}, left: map[string]struct{}{}, shared: newShared()}
-	k.nodes = nodesKnown{k: k, byName: map[string]*nodeKnown{}, former: map[string]struct{}{}, dirty: map[string]struct{}{}}
-	k.namespaces = namespacesKnown{k: k, byName: map[string]*namespaceKnown{}, dirty: map[string]struct{}{}}
+	k.nodes, k.namespaces = newNodes(k), newNamespaces(k)
 	return k
 }
 
@@ -47,7 +46,7 @@ func (k *known) take() (changed []*pods.Pod, gone []string, misplaced []pods.Ref
 	look := func(uid string, p *podKnown) {
 		_, dirty := k.pods.dirty[uid]
 		node, labels, object, why := k.place(p)
-		if !dirty && p.pod.NodeUID == node && sameMap(p.pod.NamespaceLabels, labels) && p.pod.Node == object && p.why == why {
+		if !dirty && p.pod.NodeUID == node && maps.Equal(p.pod.NamespaceLabels, labels) && p.pod.Node == object && p.why == why {
 			return
 		}
 		told := *p.pod
@@ -96,24 +95,24 @@ func (k *known) place(p *podKnown) (node string, labels map[string]string, objec
 	}
 	n := k.nodes.byName[p.pod.NodeName]
 	if n == nil {
-		return "", namespace.labels, nil, ""
+		return "", namespace.value, nil, ""
 	}
-	since := n.created
-	if !n.again {
+	since := n.value.created
+	if !n.value.again {
 		since = since.Add(-skew)
 	}
 	if p.bound.Before(since) {
-		return "", namespace.labels, nil, "it was put on a former node named " + p.pod.NodeName + ", and the node of that name is another one; delete the pod, so that it is made and scheduled anew"
+		return "", namespace.value, nil, "it was put on a former node named " + p.pod.NodeName + ", and the node of that name is another one; delete the pod, so that it is made and scheduled anew"
 	}
-	if n.object != nil {
-		object = n.object
+	if n.value.object != nil {
+		object = n.value.object
 	}
-	return n.uid, namespace.labels, object, ""
+	return string(n.uid), namespace.value, object, ""
 }
 
 func (k *known) count(s *Status) {
 	s.Pods, s.Nodes, s.Namespaces, s.Bytes = len(k.pods.byUID), len(k.nodes.byName), len(k.namespaces.byName), k.bytes
-	s.Left = len(k.pods.left) + k.nodes.left + k.namespaces.left
+	s.Left = len(k.pods.left) + len(k.nodes.left) + len(k.namespaces.left)
 	for _, p := range k.pods.byUID {
 		if p.pod.NodeUID == "" {
 			s.Untold++

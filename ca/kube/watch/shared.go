@@ -107,7 +107,7 @@ func textOf(m map[string]string) int64 {
 // same tells whether two states of a pod are one for every rule, but for what comes from node and namespace.
 func same(a, b *pods.Pod) bool {
 	if a.Namespace != b.Namespace || a.Name != b.Name || a.NodeName != b.NodeName || a.ServiceAccount != b.ServiceAccount || a.Mirror != b.Mirror ||
-		!a.Created.Equal(b.Created) || !sameMap(a.Labels, b.Labels) || !slices.Equal(a.Owners, b.Owners) {
+		!a.Created.Equal(b.Created) || !maps.Equal(a.Labels, b.Labels) || !slices.Equal(a.Owners, b.Owners) {
 		return false
 	}
 	if a.Object == nil || b.Object == nil {
@@ -116,9 +116,5 @@ func same(a, b *pods.Pod) bool {
 	x, y := *a.Object.(*corev1.Pod), *b.Object.(*corev1.Pod)
 	x.ResourceVersion, y.ResourceVersion = "", ""
 	x.Generation, y.Generation = 0, 0
-	return equal(&x, &y)
+	return equality.Semantic.DeepEqual(&x, &y)
 }
-
-func equal(a, b any) bool { return equality.Semantic.DeepEqual(a, b) }
-
-func sameMap(a, b map[string]string) bool { return maps.Equal(a, b) }

@@ -1,11 +1,14 @@
 package watch
 
 import (
+	"maps"
 	"strconv"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/signet-id/signet/ca/kube/pods"
 )
@@ -125,173 +128,150 @@ func boundAt(p *corev1.Pod) time.Time {
 	return at
 }
 
-// nodesKnown are the nodes of a cluster by name.
-type nodesKnown struct {
+// named are the objects of one kind by name, of each the little that is kept: nodes, or namespaces.
+type named[T any] struct {
 	k      *known
-	byName map[string]*nodeKnown
+	most   int // of them
+	byName map[string]*one[T]
+	dirty  map[string]struct{} // names of those that changed since the Expander was told
+	left   map[string]struct{} // names of those that did not fit
+	listed map[string]struct{} // while a list is under way: what it held until now
+
+	// keep returns what is kept of an object, and its size. was is what is kept of the one of that name that is there, and
+	// nil if there is none; same tells that it still holds.
+	keep func(o metav1.Object, was *one[T]) (now T, size int64, same bool)
+	// went is told of the name of one that is gone.
+	went func(name string)
+}
+
+type one[T any] struct {
+	value   T
+	uid     types.UID
+	version uint64 // the object's resource version, zero if it is no number
+	size    int64
+}
+
+func newNamed[T any](k *known, most int, keep func(metav1.Object, *one[T]) (T, int64, bool), went func(string)) named[T] {
+	return named[T]{k: k, most: most, byName: map[string]*one[T]{}, dirty: map[string]struct{}{}, left: map[string]struct{}{}, keep: keep, went: went}
+}
+
+func (s *named[T]) begin() { s.listed = make(map[string]struct{}, len(s.byName)) }
+
+func (s *named[T]) put(o metav1.Object) {
+	name := o.GetName()
+	if name == "" || o.GetUID() == "" {
+		return
+	}
+	version, _ := strconv.ParseUint(o.GetResourceVersion(), 10, 64)
+	was := s.byName[name]
+	if s.listed != nil {
+		s.listed[name] = struct{}{}
+	} else if was != nil && version < was.version {
+		return // an older state that came late
+	}
+	value, size, same := s.keep(o, was)
+	more, n := size, len(s.byName)+1
+	if was != nil {
+		if same {
+			was.uid, was.version = o.GetUID(), version
+			return
+		}
+		more, n = size-was.size, len(s.byName)
+	}
+	if !s.k.fits(size, more, n, s.most) {
+		s.drop(name)
+		if len(s.left) < s.most {
+			s.left[name] = struct{}{}
+		}
+		return
+	}
+	delete(s.left, name)
+	s.byName[name] = &one[T]{value, o.GetUID(), version, size}
+	s.k.bytes += more
+	s.dirty[name] = struct{}{}
+}
+
+func (s *named[T]) end() {
+	for name := range s.byName {
+		if _, there := s.listed[name]; !there {
+			s.drop(name)
+		}
+	}
+	maps.DeleteFunc(s.left, func(name string, _ struct{}) bool { _, there := s.listed[name]; return !there })
+	s.listed = nil
+}
+
+func (s *named[T]) remove(o metav1.Object) {
+	name := o.GetName()
+	if x := s.byName[name]; x != nil && o.GetUID() != "" && o.GetUID() != x.uid {
+		return // a former one of that name
+	}
+	delete(s.left, name)
+	s.drop(name)
+}
+
+func (s *named[T]) drop(name string) {
+	x := s.byName[name]
+	if x == nil {
+		return
+	}
+	s.k.bytes -= x.size
+	delete(s.byName, name)
+	s.dirty[name] = struct{}{}
+	s.went(name)
+}
+
+// nodesKnown are the nodes of a cluster.
+type nodesKnown struct {
+	named[nodeKnown]
 	former map[string]struct{} // names of nodes that are gone
-	dirty  map[string]struct{}
-	left   int
-	listed map[string]struct{}
 }
 
 type nodeKnown struct {
-	uid     string
 	created time.Time
 	// again tells that this CA has known another node of that name.
-	again   bool
-	object  *corev1.Node
-	version uint64
-	size    int64
+	again  bool
+	object *corev1.Node
 }
 
-func (s *nodesKnown) begin() { s.listed, s.left = make(map[string]struct{}, len(s.byName)), 0 }
-
-func (s *nodesKnown) put(o metav1.Object) {
-	name := o.GetName()
-	n := &nodeKnown{uid: string(o.GetUID()), created: o.GetCreationTimestamp().Time, size: perObject + 2*int64(len(name))}
-	if name == "" || n.uid == "" {
-		return
-	}
-	n.version, _ = strconv.ParseUint(o.GetResourceVersion(), 10, 64)
-	was := s.byName[name]
-	if s.listed != nil {
-		s.listed[name] = struct{}{}
-	} else if was != nil && n.version < was.version {
-		return
-	}
-	if object, ok := o.(*corev1.Node); ok && s.k.keepObjects {
-		object.TypeMeta, object.ManagedFields, object.Status = metav1.TypeMeta{}, nil, corev1.NodeStatus{}
-		n.object, n.size = object, n.size+int64(object.Size())
-	}
-	_, again := s.former[name]
-	n.again = again
-	more := n.size
-	if was != nil {
-		n.again = was.again || was.uid != n.uid
-		if was.uid == n.uid {
-			if n.object = kept(was.object, n.object); n.object == was.object {
-				was.version = n.version
-				return
-			}
+func newNodes(k *known) nodesKnown {
+	s := nodesKnown{former: map[string]struct{}{}}
+	former := s.former
+	s.named = newNamed(k, maxNodes, func(o metav1.Object, was *one[nodeKnown]) (nodeKnown, int64, bool) {
+		_, again := former[o.GetName()]
+		n, size := nodeKnown{created: o.GetCreationTimestamp().Time, again: again}, perObject+2*int64(len(o.GetName()))
+		if object, ok := o.(*corev1.Node); ok && k.keepObjects {
+			object.TypeMeta, object.ManagedFields, object.Status = metav1.TypeMeta{}, nil, corev1.NodeStatus{}
+			n.object, size = object, size+int64(object.Size())
 		}
-		more -= was.size
-	}
-	if !s.k.fits(n.size, more, len(s.byName)+1, maxNodes) {
-		s.left++
-		s.drop(name)
-		return
-	}
-	s.byName[name] = n
-	s.k.bytes += more
-	s.dirty[name] = struct{}{}
+		if was == nil {
+			return n, size, false
+		}
+		n.again = was.value.again || was.uid != o.GetUID()
+		return n, size, was.uid == o.GetUID() && sameNode(was.value.object, n.object)
+	}, func(name string) {
+		if len(former) >= maxNodes {
+			clear(former)
+		}
+		former[name] = struct{}{}
+	})
+	return s
 }
 
-// kept returns the object that is there already if the new one says the same.
-func kept(was, now *corev1.Node) *corev1.Node {
+// sameNode tells whether two states of a node are one but for their versions.
+func sameNode(was, now *corev1.Node) bool {
 	if was == nil || now == nil {
-		return now
+		return was == now
 	}
 	a, b := *was, *now
 	a.ResourceVersion, b.ResourceVersion = "", ""
-	if equal(&a, &b) {
-		return was
-	}
-	return now
+	return equality.Semantic.DeepEqual(&a, &b)
 }
 
-func (s *nodesKnown) end() {
-	for name := range s.byName {
-		if _, there := s.listed[name]; !there {
-			s.drop(name)
-		}
-	}
-	s.listed = nil
-}
-
-func (s *nodesKnown) remove(o metav1.Object) {
-	if n := s.byName[o.GetName()]; n != nil && (o.GetUID() == "" || string(o.GetUID()) == n.uid) {
-		s.drop(o.GetName())
-	}
-}
-
-func (s *nodesKnown) drop(name string) {
-	n := s.byName[name]
-	if n == nil {
-		return
-	}
-	s.k.bytes -= n.size
-	delete(s.byName, name)
-	s.dirty[name] = struct{}{}
-	if len(s.former) >= maxNodes {
-		clear(s.former)
-	}
-	s.former[name] = struct{}{}
-}
-
-// namespacesKnown are the labels of a cluster's namespaces.
-type namespacesKnown struct {
-	k      *known
-	byName map[string]*namespaceKnown
-	dirty  map[string]struct{}
-	left   int
-	listed map[string]struct{}
-}
-
-type namespaceKnown struct {
-	labels  map[string]string
-	version uint64
-	size    int64
-}
-
-func (s *namespacesKnown) begin() { s.listed, s.left = make(map[string]struct{}, len(s.byName)), 0 }
-
-func (s *namespacesKnown) put(o metav1.Object) {
-	name := o.GetName()
-	if name == "" {
-		return
-	}
-	n := &namespaceKnown{labels: o.GetLabels(), size: perObject + 2*int64(len(name)) + textOf(o.GetLabels())}
-	n.version, _ = strconv.ParseUint(o.GetResourceVersion(), 10, 64)
-	was := s.byName[name]
-	if s.listed != nil {
-		s.listed[name] = struct{}{}
-	} else if was != nil && n.version < was.version {
-		return
-	}
-	more := n.size
-	if was != nil {
-		if sameMap(was.labels, n.labels) {
-			was.version = n.version
-			return
-		}
-		more -= was.size
-	}
-	if !s.k.fits(n.size, more, len(s.byName)+1, maxNamespaces) {
-		s.left++
-		s.drop(name)
-		return
-	}
-	s.byName[name] = n
-	s.k.bytes += more
-	s.dirty[name] = struct{}{}
-}
-
-func (s *namespacesKnown) end() {
-	for name := range s.byName {
-		if _, there := s.listed[name]; !there {
-			s.drop(name)
-		}
-	}
-	s.listed = nil
-}
-
-func (s *namespacesKnown) remove(o metav1.Object) { s.drop(o.GetName()) }
-
-func (s *namespacesKnown) drop(name string) {
-	if n := s.byName[name]; n != nil {
-		s.k.bytes -= n.size
-		delete(s.byName, name)
-		s.dirty[name] = struct{}{}
-	}
+// newNamespaces are the namespaces of a cluster: their labels.
+func newNamespaces(k *known) named[map[string]string] {
+	return newNamed(k, maxNamespaces, func(o metav1.Object, was *one[map[string]string]) (map[string]string, int64, bool) {
+		labels := o.GetLabels()
+		return labels, perObject + 2*int64(len(o.GetName())) + textOf(labels), was != nil && maps.Equal(was.value, labels)
+	}, func(string) {})
 }

@@ -401,9 +401,24 @@ func TestTooLarge(t *testing.T) {
 	a.apply("namespaces", namespace("large", labels))
 	h := start(t, a.srv.URL)
 	h.until(t, "the others are known", func() bool { return h.synced && h.has("pod-a", "pod-b")() })
-	if p := h.w.Problem(); !strings.Contains(p, "2 objects are too large or too many") {
-		t.Errorf("problem %q", p)
+	left := func(n int) {
+		t.Helper()
+		if p := h.w.Problem(); !strings.Contains(p, fmt.Sprintf("%d objects are too large or too many", n)) {
+			t.Errorf("problem %q, want %d objects", p, n)
+		}
 	}
+	left(2)
+	team := func(name string) {
+		a.apply("namespaces", namespace("web", object{"team": name}))
+		h.until(t, "what came before is known, too", func() bool { return h.pods["pod-a"].NamespaceLabels["team"] == name })
+	}
+	labels["one"] = "more"
+	a.apply("namespaces", namespace("large", labels))
+	team("bakery")
+	left(2) // it is the same one
+	a.delete("namespaces", "", "large")
+	team("shop")
+	left(1)
 	a.delete("pods", "web", "large")
 	a.apply("pods", pod("web", "b", "pod-b", "n1", time.Hour, labels))
 	h.until(t, "a pod that became too large is gone", h.has("pod-a"))
