@@ -27,7 +27,7 @@ type kubeCluster struct {
 	// when their context does, and are run again when this replica leads again.
 	leading []func(context.Context) error
 
-	events    *events.Recorder
+	events    *events.Recorder   // nil: none are written
 	watcher   *watch.Watcher     // nil unless pods are watched
 	publisher *publish.Publisher // nil unless the bundle is published
 }
@@ -62,7 +62,10 @@ func (ca *CA) openKubernetes() error {
 			errs = append(errs, fmt.Errorf("kubernetes: %w", err))
 			continue
 		}
-		k := &kubeCluster{client: client, namespace: c.ownNamespace(), events: events.New(client, ca.log.With("cluster", name))}
+		k := &kubeCluster{client: client, namespace: c.ownNamespace()}
+		if !c.DisableEvents {
+			k.events = events.New(client, ca.log.With("cluster", name))
+		}
 		ca.clusters = append(ca.clusters, k)
 		ca.watchPods(c, k)
 		ca.publishBundle(c, k)
@@ -74,7 +77,9 @@ func (ca *CA) openKubernetes() error {
 		}
 		ca.readResources(c, k)
 		if len(k.leading) > 0 || k.watcher != nil {
-			k.leading = append(k.leading, k.events.Run)
+			if k.events != nil {
+				k.leading = append(k.leading, k.events.Run)
+			}
 			k.parts = append(k.parts, func(ctx context.Context) error { return k.lead(ctx, ca.log) })
 		}
 	}

@@ -15,10 +15,7 @@ import (
 // KubernetesResources says that the custom resources of signet-id.github.io in a cluster are read: Identities, CallPolicies,
 // ClusterCallPolicies, Federations and Revocations. Whoever may write them there speaks for the whole trust domain, but for
 // CallPolicies, which speak for services of their own namespace.
-type KubernetesResources struct {
-	// DisableEvents writes no Events on resources that are refused; their status says the same. Default: false.
-	DisableEvents bool `yaml:"disable_events"`
-}
+type KubernetesResources struct{}
 
 // readResources adds what reads a cluster's custom resources.
 func (ca *CA) readResources(c KubernetesCluster, k *kubeCluster) {
@@ -36,7 +33,7 @@ func (ca *CA) readResources(c KubernetesCluster, k *kubeCluster) {
 		Refused: func(ctx context.Context, ref registry.Ref, actor string, err error) {
 			ca.admin.Refused(ctx, source(func(registry.Ref) string { return actor }), ref, err)
 		},
-		NoEvents: c.Resources.DisableEvents, Now: ca.c.Now, Log: ca.log}).Run)
+		Events: k.events, Now: ca.c.Now, Log: ca.log}).Run)
 }
 
 // podClusters are all clusters whose pods can have identities here: those whose agents attest, and those that are watched.

@@ -11,10 +11,7 @@ import (
 
 // KubernetesPods says that the pods of a cluster get their identities by templated Identities. The CA follows its pods,
 // nodes and namespaces.
-type KubernetesPods struct {
-	// DisableEvents writes no Event about a pod that does not get what an Identity would give it. Default: false.
-	DisableEvents bool `yaml:"disable_events"`
-}
+type KubernetesPods struct{}
 
 // watchPods adds what watches the pods of a cluster.
 func (ca *CA) watchPods(c KubernetesCluster, k *kubeCluster) {
@@ -22,15 +19,12 @@ func (ca *CA) watchPods(c KubernetesCluster, k *kubeCluster) {
 		return
 	}
 	log := ca.log.With("cluster", k.client.Cluster)
-	refused := func(pods.Refusal) {}
-	if !c.Pods.DisableEvents {
-		refused = func(r pods.Refusal) { k.events.Record(podRefused(r)) }
-		ca.podRefused = append(ca.podRefused, func(r pods.Refusal) {
-			if r.Pod.Cluster == k.client.Cluster {
-				refused(r)
-			}
-		})
-	}
+	refused := func(r pods.Refusal) { k.events.Record(podRefused(r)) }
+	ca.podRefused = append(ca.podRefused, func(r pods.Refusal) {
+		if r.Pod.Cluster == k.client.Cluster {
+			refused(r)
+		}
+	})
 	k.watcher = watch.New(watch.Config{Client: k.client, Expander: ca.pods, Refused: refused, KeepObjects: keepObjects(c), Log: log})
 	k.parts = append(k.parts, k.watcher.Run)
 }

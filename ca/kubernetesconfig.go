@@ -21,6 +21,8 @@ type KubernetesCluster struct {
 	// Namespace is the CA's own namespace in the cluster, where it keeps its Lease. Default: that of its pod (POD_NAMESPACE, or
 	// the mounted service account's), and signet-system with a kubeconfig.
 	Namespace string `yaml:"namespace"`
+	// DisableEvents writes no Events, which say at pods, namespaces and custom resources what is refused. Default: false.
+	DisableEvents bool `yaml:"disable_events"`
 	// Pods gives the cluster's pods their identities by templated Identities. Default: off.
 	Pods *KubernetesPods `yaml:"pods"`
 	// Bundle publishes the trust bundle in the cluster. Default: off.

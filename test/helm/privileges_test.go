@@ -132,6 +132,15 @@ func TestPrivileges(t *testing.T) {
 			"Role signet-system/signet-ca: get,update leases named signet-ca",
 			"signet-ca: token of signet-ca",
 		},
+		"agent: {enabled: false}\nca: {kubernetes: {events: false, bundle: false, resources: false}}": {
+			"ClusterRole signet-system-signet-ca: create tokenreviews",
+			"ClusterRole signet-system-signet-ca: get pods,nodes",
+			"ClusterRole signet-system-signet-ca: list,watch namespaces",
+			"ClusterRole signet-system-signet-ca: list,watch pods,nodes",
+			"Role signet-system/signet-ca: create leases",
+			"Role signet-system/signet-ca: get,update leases named signet-ca",
+			"signet-ca: token of signet-ca",
+		},
 		"agent: {executables: true, namespaceLabels: [x], kubelet: {legacyAuthorization: true, certificate: selfSigned}, bundleConfigMap: b}\nca: {seal: {source: secret, secretName: mine}, kubernetes: {pods: false, bundle: false, resources: false}}": {
 			"ClusterRole signet-system-signet-agent: get namespaces",
 			"ClusterRole signet-system-signet-agent: get nodes/proxy",

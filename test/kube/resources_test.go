@@ -269,10 +269,15 @@ func TestResourcesAreDocuments(t *testing.T) {
 	if doc := s.document("CallPolicy", "web"); !strings.Contains(doc, "/other") {
 		t.Errorf("after a bad change the CA holds %q", doc)
 	}
-	events := k.kubectl("get", "events", "-n", "default", "-o", "jsonpath={.items[?(@.involvedObject.kind==\"ClusterCallPolicy\")].message}")
-	if !strings.Contains(events, "/a*b") {
-		t.Errorf("no Event says what is wrong: %q", events)
+	event := func(kind, text string) {
+		t.Helper()
+		k.until("an Event of type "+kind+" says "+text, func(out string, err error) bool { return err == nil && strings.Contains(out, text) },
+			"get", "events", "-n", "default", "--field-selector=involvedObject.kind=ClusterCallPolicy,involvedObject.name=web,type="+kind, "-o", "jsonpath={.items[*].message}")
 	}
+	event("Warning", "/a*b")
+	s.set("ClusterCallPolicy", "web", "service: /web\nallow:\n- from: [/shop, /other]\n", nil)
+	s.accepted("ClusterCallPolicy", "web")
+	event("Normal", "in force as it is written here")
 
 	// The audit log says who.
 	found := auditOf(t, s, "kubernetes/prod/ClusterCallPolicy/web")

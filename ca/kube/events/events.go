@@ -44,6 +44,10 @@ type Event struct {
 	Object corev1.ObjectReference
 	// Reason is one word in CamelCase, Message what is wrong and how to put it right.
 	Reason, Message string
+	// Normal tells that nothing is wrong: what was is right again.
+	Normal bool
+	// Occasion tells Events apart that say the same at different times, such as by when it began. Empty: it is said once.
+	Occasion string
 }
 
 // Pod names a pod.
@@ -54,7 +58,7 @@ func Pod(namespace, name, uid string) corev1.ObjectReference {
 // Stats are numbers of Events.
 type Stats struct{ Written, Dropped, Pending uint64 }
 
-// A Recorder takes Events from anybody and writes them in Run.
+// A Recorder takes Events from anybody and writes them in Run. One that is nil takes none.
 type Recorder struct {
 	client *kube.Client
 	log    *slog.Logger
@@ -81,6 +85,9 @@ func New(c *kube.Client, log *slog.Logger) *Recorder {
 
 // Record takes an Event, unless the same one was taken lately or too many wait. It never blocks.
 func (r *Recorder) Record(e Event) {
+	if r == nil {
+		return
+	}
 	if len(e.Message) > maxMessage {
 		e.Message = strings.ToValidUTF8(e.Message[:maxMessage], "") + "..."
 	}
@@ -116,7 +123,7 @@ func (r *Recorder) Record(e Event) {
 // nameOf makes the same Event of any replica have the same name, so that the API server takes it once.
 func nameOf(e Event) string {
 	h := sha256.New()
-	for _, t := range []string{e.Object.Kind, e.Object.Namespace, e.Object.Name, string(e.Object.UID), e.Reason, e.Message} {
+	for _, t := range []string{e.Object.Kind, e.Object.Namespace, e.Object.Name, string(e.Object.UID), e.Reason, e.Message, e.Occasion} {
 		h.Write(append([]byte(t), 0))
 	}
 	return strings.TrimRight(e.Object.Name[:min(len(e.Object.Name), 200)], ".-") + "." + hex.EncodeToString(h.Sum(nil)[:8])
@@ -124,6 +131,9 @@ func nameOf(e Event) string {
 
 // Stats returns the numbers since the start.
 func (r *Recorder) Stats() Stats {
+	if r == nil {
+		return Stats{}
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := r.stats
@@ -213,7 +223,10 @@ func (r *Recorder) warn(message string, p pending, err error) {
 }
 
 func (r *Recorder) write(ctx context.Context, p pending) error {
-	at := metav1.NewTime(p.at)
+	at, kind := metav1.NewTime(p.at), corev1.EventTypeWarning
+	if p.event.Normal {
+		kind = corev1.EventTypeNormal
+	}
 	namespace := p.event.Object.Namespace
 	if namespace == "" { // of what is in none, the API server takes Events here
 		namespace = metav1.NamespaceDefault
@@ -221,7 +234,7 @@ func (r *Recorder) write(ctx context.Context, p pending) error {
 	_, err := r.client.Typed.CoreV1().Events(namespace).Create(ctx, &corev1.Event{
 		ObjectMeta:     metav1.ObjectMeta{Name: p.name, Namespace: namespace},
 		InvolvedObject: p.event.Object,
-		Type:           corev1.EventTypeWarning, Reason: p.event.Reason, Message: p.event.Message,
+		Type:           kind, Reason: p.event.Reason, Message: p.event.Message,
 		Source: corev1.EventSource{Component: component}, ReportingController: reporter, ReportingInstance: component,
 		FirstTimestamp: at, LastTimestamp: at, Count: 1,
 	}, metav1.CreateOptions{})

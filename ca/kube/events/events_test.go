@@ -166,6 +166,33 @@ func TestEachOnce(t *testing.T) {
 	}
 }
 
+// What is right again is no warning, and what comes to be wrong a second time, as before, is said a second time. A Recorder that
+// is nil takes what it is told.
+func TestAgainAndAgain(t *testing.T) {
+	s := newServer(t)
+	r := s.replica(t)
+	for i, at := range []string{"one", "two", "two", "three"} {
+		e := refusal(1)
+		e.Normal, e.Occasion = i == 3, at
+		r.Record(e)
+	}
+	stop := run(t, r)
+	until(t, r, func(st Stats) bool { return st.Written == 3 && st.Pending == 0 })
+	stop()
+	types := map[string]int{}
+	for _, e := range s.events {
+		types[e.Type]++
+	}
+	if types["Warning"] != 2 || types["Normal"] != 1 {
+		t.Errorf("Events by type: %v, want two warnings and one that is none", types)
+	}
+	var none *Recorder
+	none.Record(refusal(1))
+	if none.Stats() != (Stats{}) {
+		t.Error("a Recorder that is nil counts")
+	}
+}
+
 // 5,000 pods that are refused at once are a bounded number of requests, not many at a time.
 func TestFlood(t *testing.T) {
 	s := newServer(t)

@@ -57,7 +57,7 @@ type Config struct {
 	Namespace string
 	// NoClusterTrustBundle keeps the bundle out of ClusterTrustBundles.
 	NoClusterTrustBundle bool
-	// Events is told of ConfigMaps that are in the way.
+	// Events is told of ConfigMaps that are in the way. Nil: the log alone is.
 	Events *events.Recorder
 	Log    *slog.Logger
 
@@ -348,9 +348,6 @@ func (p *Publisher) one(ctx context.Context, ns string) error {
 
 func (p *Publisher) reportForeign(ns string) {
 	p.c.Log.Warn("a ConfigMap that somebody else made has the name of the trust bundle's and is left alone", "namespace", ns, "name", ConfigMap)
-	if p.c.Events == nil {
-		return
-	}
 	p.c.Events.Record(events.Event{Object: corev1.ObjectReference{APIVersion: "v1", Kind: "Namespace", Name: ns, Namespace: ns}, Reason: "TrustBundleNotPublished",
 		Message: fmt.Sprintf("the trust bundle of %s is not published in namespace %s: a ConfigMap %s is there that has not the label %s=%s; rename or delete it, or take the label %s from the namespace",
 			p.c.TrustDomain.Name(), ns, ConfigMap, OwnerLabel, p.owner, Label)})

@@ -22,6 +22,7 @@ import (
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/kube"
+	"github.com/signet-id/signet/ca/kube/events"
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/internal/strictyaml"
@@ -43,7 +44,7 @@ const (
 	perCommit = registry.MaxDocuments / 2
 )
 
-// Config says what a Controller works on. All fields but Now and Log are needed.
+// Config says what a Controller works on. All fields but Events, Now and Log are needed.
 type Config struct {
 	Client      *kube.Client
 	Registry    *registry.Registry
@@ -54,10 +55,10 @@ type Config struct {
 	Apply func(ctx context.Context, docs []strictyaml.Document, o registry.Options, yes bool, actor func(registry.Ref) string) (*registry.Plan, store.Revision, error)
 	// Refused writes into the audit log that a document was refused.
 	Refused func(ctx context.Context, ref registry.Ref, actor string, err error)
-	// NoEvents writes no Events.
-	NoEvents bool
-	Now      func() time.Time
-	Log      *slog.Logger
+	// Events are where it is told what is refused, and what is accepted again. Nil: in the status and the log alone.
+	Events *events.Recorder
+	Now    func() time.Time
+	Log    *slog.Logger
 }
 
 // A Controller keeps the registry at what the custom resources of one cluster say. One replica runs it at a time.

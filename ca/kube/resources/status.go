@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
+	"github.com/signet-id/signet/ca/kube/events"
 	"github.com/signet-id/signet/ca/registry"
 )
 
@@ -117,6 +118,12 @@ func condition(obj *unstructured.Unstructured) map[string]any {
 	return nil
 }
 
+// since is when a resource came to be as its condition says.
+func since(obj *unstructured.Unstructured) string {
+	at, _ := condition(obj)["lastTransitionTime"].(string)
+	return at
+}
+
 const statusWriters = 4
 
 // report writes the verdicts into the resources whose status says something else, and Events where a resource is refused or
@@ -145,8 +152,9 @@ func (r *run) report(ctx context.Context) error {
 				case err != nil:
 					return fmt.Errorf("the status of %s: %w", v.of.file, err)
 				}
-				if event && !r.c.NoEvents {
-					r.event(ctx, k, obj, v)
+				if event {
+					r.c.Events.Record(events.Event{Object: corev1.ObjectReference{APIVersion: Group + "/" + Version, Kind: k.Kind.Kind, Namespace: obj.GetNamespace(), Name: obj.GetName(), UID: obj.GetUID()},
+						Reason: v.reason, Message: v.message, Normal: v.accepted, Occasion: since(next)})
 				}
 				return nil
 			})
@@ -189,32 +197,4 @@ func (r *run) status(obj *unstructured.Unstructured, v verdict) (status map[stri
 	maps.Copy(status, v.counts)
 	event = was["status"] != word && (!v.accepted || was["status"] != nil) || !v.accepted && was["message"] != v.message
 	return status, !reflect.DeepEqual(have, status), event
-}
-
-// event tells of a verdict. One that cannot be written is not missed: the status says the same.
-func (r *run) event(ctx context.Context, k *watched, obj *unstructured.Unstructured, v verdict) {
-	namespace := obj.GetNamespace()
-	if namespace == "" {
-		namespace = metav1.NamespaceDefault
-	}
-	kind := corev1.EventTypeNormal
-	if !v.accepted {
-		kind = corev1.EventTypeWarning
-	}
-	message := v.message
-	const most = 1024 // an API server takes no longer one
-	if len(message) > most {
-		message = strings.ToValidUTF8(message[:most-4], "") + " ..."
-	}
-	now := metav1.NewTime(r.c.Now())
-	_, err := r.c.Client.Typed.CoreV1().Events(namespace).Create(ctx, &corev1.Event{
-		ObjectMeta: metav1.ObjectMeta{GenerateName: obj.GetName()[:min(len(obj.GetName()), 200)] + ".", Namespace: namespace},
-		InvolvedObject: corev1.ObjectReference{APIVersion: Group + "/" + Version, Kind: k.Kind.Kind, Namespace: obj.GetNamespace(), Name: obj.GetName(),
-			UID: obj.GetUID(), ResourceVersion: obj.GetResourceVersion()},
-		Reason: v.reason, Message: message, Type: kind, Count: 1, FirstTimestamp: now, LastTimestamp: now,
-		Source: corev1.EventSource{Component: "signet-ca"}, ReportingController: Group + "/ca",
-	}, metav1.CreateOptions{})
-	if err != nil && ctx.Err() == nil {
-		r.c.Log.Debug("an Event could not be written", "resource", v.of.file, "err", err)
-	}
 }

@@ -2,6 +2,8 @@ package spireresources
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -261,6 +263,16 @@ func (r *Reader) writeDomains(ctx context.Context) error {
 // federationName is by trust domain, so that a resource that is made anew under another name is the same relationship.
 func federationName(cluster string, f *federatedTrustDomain) string {
 	return shortName("spire." + cluster + "." + f.td.Name())
+}
+
+// shortName keeps a name within the 200 characters that a document's may have.
+func shortName(s string) string {
+	const most = 200
+	if len(s) <= most {
+		return s
+	}
+	sum := sha256.Sum256([]byte(s))
+	return s[:most-17] + "-" + hex.EncodeToString(sum[:8])
 }
 
 func (r *Reader) document(f *federatedTrustDomain) (strictyaml.Document, error) {

@@ -1,9 +1,6 @@
 package spireresources
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
-
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/signet-id/signet/ca/kube/events"
@@ -27,9 +24,7 @@ func (r *Reader) refused(kind, name string, why error) {
 		return
 	}
 	r.c.Log.Warn("a resource is refused", "cluster", r.c.Client.Cluster, "kind", kind, "name", name, "err", reason)
-	if r.c.Events != nil {
-		r.c.Events.Record(events.Event{Object: corev1.ObjectReference{APIVersion: group.String(), Kind: kind, Name: name, UID: r.uid(kind, name)}, Reason: "Refused", Message: reason})
-	}
+	r.c.Events.Record(events.Event{Object: corev1.ObjectReference{APIVersion: group.String(), Kind: kind, Name: name, UID: r.uid(kind, name)}, Reason: "Refused", Message: reason})
 }
 
 // accepted forgets why a resource was refused.
@@ -37,14 +32,4 @@ func (r *Reader) accepted(kind, name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.reasons, kind+"/"+name)
-}
-
-// shortName keeps a name within the 200 characters that a document's may have.
-func shortName(s string) string {
-	const most = 200
-	if len(s) <= most {
-		return s
-	}
-	sum := sha256.Sum256([]byte(s))
-	return s[:most-17] + "-" + hex.EncodeToString(sum[:8])
 }
