@@ -505,7 +505,18 @@ func TestClusterFederatedTrustDomains(t *testing.T) {
 	}
 	m.resource("ClusterFederatedTrustDomain", "left", `trustDomain: left.example, bundleEndpointURL: "https://127.0.0.1:1/", bundleEndpointProfile: {type: https_web}`)
 	m.resource("ClusterFederatedTrustDomain", "spiffe", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:2/", bundleEndpointProfile: {type: https_spiffe, endpointSPIFFEID: "spiffe://two.example/b"}, trustDomainBundle: '`+foreignBundle(t)+`'`)
-	m.resource("ClusterFederatedTrustDomain", "two-again", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
+	// Ages are whole seconds at the API server, and of two of one second chance says which is the older.
+	age := func(name string) string {
+		return m.kubectl("get", "ClusterFederatedTrustDomain", m.mark+"-"+name, "-o", "jsonpath={.metadata.creationTimestamp}")
+	}
+	until(t, ctx, func() string {
+		m.resource("ClusterFederatedTrustDomain", "two-again", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
+		if made := age("two-again"); made == age("spiffe") {
+			m.kubectl("delete", "ClusterFederatedTrustDomain", m.mark+"-two-again")
+			return "two-again is not younger than spiffe: both are of " + made
+		}
+		return ""
+	})
 	m.resource("ClusterFederatedTrustDomain", "own", `trustDomain: example.org, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
 	g.run(g.r.Lead)
 	until(t, ctx, func() string {
