@@ -23,7 +23,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/net/netutil"
 	admissionv1 "k8s.io/api/admission/v1"
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 
@@ -177,7 +176,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 
 // review answers the bytes of an AdmissionReview by the bytes of another one. An error says that it is none.
 func (c *Config) review(body []byte) ([]byte, error) {
-	var in admissionv1.AdmissionReview
+	var in question
 	if err := json.Unmarshal(body, &in); err != nil {
 		return nil, errors.New("the body is not an AdmissionReview in JSON")
 	}
@@ -186,7 +185,7 @@ func (c *Config) review(body []byte) ([]byte, error) {
 		return nil, errors.New("the body is not an AdmissionReview of admission.k8s.io/v1 with a request and its uid")
 	}
 	resp := &admissionv1.AdmissionResponse{UID: req.UID, Allowed: true}
-	if p, err := c.judge(req); err != nil {
+	if p, err := c.judge(&in); err != nil {
 		resp.Allowed = false
 		resp.Result = &metav1.Status{Status: metav1.StatusFailure, Reason: metav1.StatusReasonInvalid, Code: http.StatusUnprocessableEntity, Message: "signet: " + err.Error()}
 	} else if p != nil {
@@ -201,14 +200,18 @@ func (c *Config) review(body []byte) ([]byte, error) {
 var excluded = []string{"kube-system", "kube-public", "kube-node-lease"}
 
 // judge returns the patch for what is asked; nil: it stays as it is.
-func (c *Config) judge(req *admissionv1.AdmissionRequest) ([]byte, error) {
+func (c *Config) judge(q *question) ([]byte, error) {
+	req := q.Request
 	if req.Operation != admissionv1.Create || req.Resource.Group != "" || req.Resource.Resource != "pods" || req.SubResource != "" ||
 		slices.Contains(excluded, req.Namespace) || req.Namespace == c.Namespace {
 		return nil, nil
 	}
-	var pod corev1.Pod
-	if err := json.Unmarshal(req.Object.Raw, &pod); err != nil {
+	var p pod
+	if err := json.Unmarshal(req.Object, &p); err != nil {
+		if errors.Is(err, errTooMany) {
+			return nil, fmt.Errorf("the pod is not taken: %w", errTooMany)
+		}
 		return nil, errors.New("the pod cannot be read")
 	}
-	return patch(&pod, req.Namespace, c.Options)
+	return patch(&p, req.Namespace, c.Options)
 }

@@ -28,31 +28,31 @@ type operation struct {
 }
 
 // patch returns what puts the proxy into the pod; nil: nothing is to be done. The error tells the pod's author what to mend.
-func patch(pod *corev1.Pod, namespace string, o Options) ([]byte, error) {
-	if pod.Labels[Label] != "true" {
-		if v, ok := pod.Labels[Label]; ok && v != "false" {
+func patch(pod *pod, namespace string, o Options) ([]byte, error) {
+	if pod.Metadata.Labels[Label] != "true" {
+		if v, ok := pod.Metadata.Labels[Label]; ok && v != "false" {
 			return nil, fmt.Errorf("label %s: %q is neither \"true\" nor \"false\"", Label, clip(v))
 		}
 		return nil, nil
 	}
-	has := func(c corev1.Container) bool { return c.Name == containerName }
-	if slices.ContainsFunc(pod.Spec.InitContainers, has) && pod.Annotations[annotationDone] != "" {
+	has := func(c container) bool { return c.Name == containerName }
+	if slices.ContainsFunc(pod.Spec.InitContainers, has) && pod.Metadata.Annotations[annotationDone] != "" {
 		return nil, nil // a webhook after us changed the pod, and we are asked again
 	}
 	if slices.ContainsFunc(pod.Spec.InitContainers, has) || slices.ContainsFunc(pod.Spec.Containers, has) {
 		return nil, fmt.Errorf("label %s is set, and the pod has a container %s of its own; give that another name, or take the label away", Label, containerName)
 	}
-	if slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return v.Name == volumeName }) {
+	if slices.ContainsFunc(pod.Spec.Volumes, func(v named) bool { return v.Name == volumeName }) {
 		return nil, fmt.Errorf("label %s is set, and the pod has a volume %s of its own; give that another name", Label, volumeName)
 	}
-	if pod.Spec.OS != nil && pod.Spec.OS.Name == corev1.Windows {
+	if pod.Spec.OS != nil && pod.Spec.OS.Name == string(corev1.Windows) {
 		return nil, fmt.Errorf("label %s is set on a pod for Windows, where the proxy does not run; take the label away", Label)
 	}
 	account := pod.Spec.ServiceAccountName
 	if account == "" {
 		account = "default"
 	}
-	w, err := read(pod.Annotations, namespace, account, o)
+	w, err := read(pod.Metadata.Annotations, namespace, account, o)
 	if err != nil {
 		return nil, err
 	}
@@ -77,7 +77,7 @@ func patch(pod *corev1.Pod, namespace string, o Options) ([]byte, error) {
 	// First, so that it is there for the other init containers.
 	add("/spec/initContainers", len(pod.Spec.InitContainers) == 0, true, container)
 	add("/spec/volumes", len(pod.Spec.Volumes) == 0, false, w.socketVolume(o))
-	if pod.Annotations == nil {
+	if pod.Metadata.Annotations == nil {
 		ops = append(ops, operation{"add", "/metadata/annotations", map[string]string{annotationDone: "proxy"}})
 	} else {
 		ops = append(ops, operation{"add", "/metadata/annotations/signet-id.github.io~1injected", "proxy"})
@@ -86,7 +86,7 @@ func patch(pod *corev1.Pod, namespace string, o Options) ([]byte, error) {
 }
 
 // clashes refuses a port of the proxy that a container says is its own.
-func (w *wish) clashes(pod *corev1.Pod) error {
+func (w *wish) clashes(pod *pod) error {
 	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
 		for _, p := range c.Ports {
 			if by := w.inboundPortsTaken[int(p.ContainerPort)]; by != "" {
