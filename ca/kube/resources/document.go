@@ -61,6 +61,9 @@ func read(cluster string, k *Kind, obj *unstructured.Unstructured) *wanted {
 		w.err = errors.New("spec is missing")
 		return w
 	}
+	if w.err = check(spec); w.err != nil {
+		return w
+	}
 	for _, field := range []string{"kind", "name"} {
 		if _, found := spec[field]; found {
 			w.err = fmt.Errorf("spec.%s: unknown field; the resource's own kind and metadata.name count", field)
@@ -96,6 +99,48 @@ func read(cluster string, k *Kind, obj *unstructured.Unstructured) *wanted {
 		w.doc = docs[0]
 	}
 	return w
+}
+
+// maxNodes bounds the keys and values of a spec. A policy of a thousand rules has a tenth of it.
+const maxNodes = 50_000
+
+// check refuses a spec of which the text would be too large or too deep, before there is a text: one that is nothing but nested
+// has thousands of times its bytes in YAML.
+func check(spec map[string]any) error {
+	nodes, size := 0, 0
+	var walk func(v any, depth int) error
+	walk = func(v any, depth int) error {
+		nodes++
+		size += 2 * depth
+		switch v := v.(type) {
+		case string:
+			size += len(v) + 2*depth*strings.Count(v, "\n") // each of its lines is set in
+		case map[string]any:
+			for k, x := range v {
+				size += len(k)
+				nodes++
+				if err := walk(x, depth+1); err != nil {
+					return err
+				}
+			}
+		case []any:
+			for _, x := range v {
+				if err := walk(x, depth+1); err != nil {
+					return err
+				}
+			}
+		}
+		switch {
+		case depth > strictyaml.MaxDepth:
+			return fmt.Errorf("spec: nested deeper than %d levels", strictyaml.MaxDepth)
+		case nodes > maxNodes:
+			return fmt.Errorf("spec: more than %d keys and values; make several resources of it", maxNodes)
+		case size > strictyaml.MaxDocument:
+			return fmt.Errorf("spec: its text has more than %d bytes; make several resources of it", strictyaml.MaxDocument)
+		}
+		return nil
+	}
+	return walk(spec, 0)
 }
 
 // explain turns an error about a document into what the author of a resource can use: with fields of the resource instead of places
