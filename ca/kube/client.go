@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 
 	"k8s.io/apimachinery/pkg/runtime"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
@@ -61,6 +62,8 @@ func Open(cluster, kubeconfig string) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
 	}
+	// An API server does not redirect. Whoever it names would be sent requests of the CA, deletions too.
+	h.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	client := &Client{Cluster: cluster, guard: g}
 	binary := rest.CopyConfig(c) // what protobuf has no words for is JSON
 	binary.ContentType, binary.AcceptContentTypes = runtime.ContentTypeProtobuf, runtime.ContentTypeProtobuf+","+runtime.ContentTypeJSON
@@ -97,5 +100,16 @@ func load(kubeconfig string) (*rest.Config, error) {
 	case c.Insecure:
 		return nil, fmt.Errorf("kubeconfig %s: insecure-skip-tls-verify is not supported; name the API server's authorities", kubeconfig)
 	}
+	switch server, _, err := rest.DefaultServerUrlFor(c); {
+	case err != nil:
+		return nil, fmt.Errorf("kubeconfig %s: server: %w", kubeconfig, err)
+	case server.Scheme != "https" && !loopback(server.Hostname()):
+		return nil, fmt.Errorf("kubeconfig %s: server: %q is not https; whoever is on the way would be the API server, and have the CA's credentials", kubeconfig, c.Host)
+	}
 	return c, nil
+}
+
+func loopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
 }

@@ -135,3 +135,47 @@ func TestEveryClientIsCounted(t *testing.T) {
 		t.Errorf("counted %+v, want 3 reads and a write", r)
 	}
 }
+
+// An API server that redirects, or who speaks for it, sends neither the CA's token nor a request of the CA's elsewhere.
+func TestRedirectsAreNotFollowed(t *testing.T) {
+	asked := make(chan string, 16)
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		asked <- r.Method + " " + r.URL.Path + " with authorization " + strings.ReplaceAll(r.Header.Get("Authorization"), "very-secret", "of the CA")
+	}))
+	defer elsewhere.Close()
+	for _, status := range []int{http.StatusMovedPermanently, http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect} {
+		c := open(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere.URL+r.URL.Path, status) })
+		nodes := c.Dynamic.Resource(metav1.SchemeGroupVersion.WithResource("nodes"))
+		if _, err := nodes.List(t.Context(), metav1.ListOptions{}); err == nil {
+			t.Errorf("%d: a list is one", status)
+		}
+		if w, err := nodes.Watch(t.Context(), metav1.ListOptions{Watch: true}); err == nil {
+			w.Stop()
+			t.Errorf("%d: a watch is one", status)
+		}
+		if err := nodes.Delete(t.Context(), "a", metav1.DeleteOptions{}); err == nil {
+			t.Errorf("%d: a deletion is one", status)
+		}
+	}
+	close(asked)
+	for a := range asked {
+		t.Errorf("%s went elsewhere", a)
+	}
+}
+
+// What is between the CA and its API server must not be either of them.
+func TestPlainHTTPIsForLoopbackOnly(t *testing.T) {
+	for server, want := range map[string]bool{
+		"https://api.example.org": true, "http://127.0.0.1:1": true, "http://[::1]:1": true, "http://localhost:1": true,
+		"http://api.example.org": false, "http://192.0.2.1:8080": false, "api.example.org:8080": false, "http://localhost.example.org": false,
+	} {
+		file := filepath.Join(t.TempDir(), "kubeconfig")
+		text := "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{name: x, context: {cluster: x, user: x}}]\nusers: [{name: x, user: {token: very-secret}}]\nclusters: [{name: x, cluster: {server: \"" + server + "\"}}]\n"
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open("prod", file); (err == nil) != want || err != nil && (!strings.Contains(err.Error(), "not https") || strings.Contains(err.Error(), "very-secret")) {
+			t.Errorf("%s: %v", server, err)
+		}
+	}
+}
