@@ -40,6 +40,8 @@ const (
 	offerWait = 10 * time.Second
 	// sendTimeout bounds the message to a successor.
 	sendTimeout = 5 * time.Second
+	// acceptAgain is the wait after a connection could not be accepted.
+	acceptAgain = 100 * time.Millisecond
 	// refusedWait is the wait after another successor was there first.
 	refusedWait = time.Second
 )
@@ -49,7 +51,7 @@ type Offer struct {
 	sockets  func() (map[string]*os.File, error)
 	log      *slog.Logger
 	listener *net.UnixListener
-	path     string
+	done     chan struct{} // closed by Close
 	accepted sync.WaitGroup
 
 	mu        sync.Mutex
@@ -69,7 +71,7 @@ func NewOffer(dir string, sockets func() (map[string]*os.File, error), log *slog
 		return nil, fmt.Errorf("offering the sockets to a successor: %w", err)
 	}
 	l.SetUnlinkOnClose(false) // it may be a successor's by then
-	o := &Offer{sockets: sockets, log: log, listener: l, path: path}
+	o := &Offer{sockets: sockets, log: log, listener: l, done: make(chan struct{})}
 	o.accepted.Go(o.accept)
 	return o, nil
 }
@@ -77,6 +79,9 @@ func NewOffer(dir string, sockets func() (map[string]*os.File, error), log *slog
 // Close lets the successor go on: it is called when everything else has ended.
 func (o *Offer) Close() error {
 	o.mu.Lock()
+	if !o.closed {
+		close(o.done)
+	}
 	o.closed = true
 	err := o.listener.Close()
 	if o.successor != nil {
@@ -88,11 +93,25 @@ func (o *Offer) Close() error {
 }
 
 func (o *Offer) accept() {
+	said := false
 	for {
 		conn, err := o.listener.AcceptUnix()
-		if err != nil {
-			return // closed
+		if errors.Is(err, net.ErrClosed) {
+			return
 		}
+		if err != nil { // such as no descriptor left; whoever comes waits in the queue
+			if !said {
+				o.log.Warn("a successor cannot be taken; trying again", "err", err)
+			}
+			said = true
+			select {
+			case <-o.done:
+				return
+			case <-time.After(acceptAgain):
+			}
+			continue
+		}
+		said = false
 		if err := o.admit(conn); err != nil {
 			o.log.Warn("a successor did not get the sockets", "err", err)
 			conn.Close()

@@ -159,6 +159,60 @@ func TestSuccessorThatEnds(t *testing.T) {
 	closeAll(got.sockets)
 }
 
+// A holder that has no descriptor left when a successor comes takes it when there is one again.
+func TestNoDescriptorLeft(t *testing.T) {
+	p := newPlace(t)
+	said := make(chan string, 100)
+	o, err := NewOffer(p.dir, p.sockets, slog.New(slog.NewTextHandler(writer(func(b []byte) { said <- string(b) }), nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	none := was
+	none.Cur = 3 // what is open stays open
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	err = unix.Connect(fd, &unix.SockaddrUnix{Name: filepath.Join(p.dir, name)})
+	var line string
+	select {
+	case line = <-said:
+	case <-bounded(t).Done():
+	}
+	if err := errors.Join(err, unix.Setrlimit(unix.RLIMIT_NOFILE, &was)); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(line, "too many open files") {
+		t.Errorf("the holder says %q", line)
+	}
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 20}); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, maxMessage)
+	n, err := unix.Read(fd, buf)
+	if err != nil || !strings.HasPrefix(string(buf[:n]), greeting) {
+		t.Errorf("the successor gets %q, %v", buf[:n], err)
+	}
+	if err := o.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+type writer func([]byte)
+
+func (w writer) Write(b []byte) (int, error) {
+	w(b)
+	return len(b), nil
+}
+
 // Where the holder offers nothing, such as one of an older version, its end is awaited all the same.
 func TestNothingOffered(t *testing.T) {
 	p := newPlace(t)
