@@ -6,9 +6,11 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/signet-id/signet/ca/adminapi"
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/kube/spireresources"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/internal/strictyaml"
 )
 
 // KubernetesSPIREResources says that the custom resources of spire-controller-manager in a cluster are read: ClusterSPIFFEIDs give pods their
@@ -83,6 +85,11 @@ func (ca *CA) readSPIREResources(c KubernetesCluster, k *kubeCluster) {
 	}
 	r := spireresources.New(spireresources.Config{Client: k.client, TrustDomain: ca.td, Registry: ca.reg, Expander: ca.pods, Kinds: s.Kinds, ClassName: s.ClassName, WatchClassless: s.WatchClassless,
 		ClusterDomain: domain, IgnoreNamespaces: s.ignored(), CheckTTL: ca.checkTTL, Actor: registry.ServerID(ca.td).String(), Now: ca.c.Now, Log: ca.log.With("cluster", k.client.Cluster), Events: k.events,
+		Apply: func(ctx context.Context, docs []strictyaml.Document, o registry.Options, actor func(registry.Ref) string) error {
+			// Whoever changes the resource means it: it has no place for a yes.
+			_, _, err := ca.admin.ApplySource(ctx, adminapi.Source{Name: "kubernetes/" + k.client.Cluster, Actor: actor}, docs, o, true)
+			return err
+		},
 		Audit: func(ctx context.Context, records ...auditlog.Record) error {
 			return ca.audit.Append(ctx, auditlog.New, records...)
 		}})

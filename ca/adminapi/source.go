@@ -3,6 +3,7 @@ package adminapi
 import (
 	"context"
 	"slices"
+	"strings"
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/registry"
@@ -24,11 +25,8 @@ type sourceKey struct{}
 // record is API.record of what a source does.
 func (s Source) record(a *API, event, subject string, err error, details map[string]any) auditlog.Record {
 	rec := auditlog.Record{Time: a.c.Now(), Event: event, Actor: s.Name, ActorKind: "kubernetes", Subject: subject, Outcome: auditlog.Done, Details: details}
-	for i := range len(subject) {
-		if subject[i] == '/' {
-			rec.Actor = s.Actor(registry.Ref{Kind: subject[:i], Name: subject[i+1:]})
-			break
-		}
+	if kind, name, ok := strings.Cut(subject, "/"); ok {
+		rec.Actor = s.Actor(registry.Ref{Kind: kind, Name: name})
 	}
 	if err != nil {
 		rec.Outcome = auditlog.Refused

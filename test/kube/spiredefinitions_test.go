@@ -4,9 +4,13 @@ package kube
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 
+	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/ca/kube/spireresources"
+	"github.com/signet-id/signet/test/signettest"
 )
 
 // Who deletes the definitions of spire-controller-manager's resources has the API server delete the resources: what they gave is gone,
@@ -48,4 +52,32 @@ func TestSPIREDefinitionsDeletedUnderTheReader(t *testing.T) {
 	if now := g.identities()[0]; now != before {
 		t.Errorf("made anew, the identity is %s; it was %s", now, before)
 	}
+}
+
+// What a ClusterFederatedTrustDomain changes is in the audit log as what an operator applies is, in its own name.
+func TestFederatedTrustDomainsAreAudited(t *testing.T) {
+	ctx := bounded(t)
+	m := newMadeUp(t, ctx)
+	m.ns("ca", "")
+	s := signettest.Start(t, signettest.Config{CA: func(c *ca.Config) {
+		c.Kubernetes.Clusters = map[string]ca.KubernetesCluster{"prod": {Kubeconfig: m.kubeconfig, Namespace: m.mark + "-ca",
+			SPIREResources: &ca.KubernetesSPIREResources{Kinds: []string{spireresources.KindClusterFederatedTrustDomain}, ClassName: m.class}}}
+	}})
+	log := &scene{cluster: m.cluster, admin: adminv1.NewAdminClient(s.AdminConn())}
+	says := func(event string) {
+		t.Helper()
+		until(t, ctx, func() string {
+			found := auditOf(t, log, "kubernetes/prod/spire/ClusterFederatedTrustDomain/"+m.mark+"-partner")
+			if !strings.Contains(found, `"`+event+`"`) || !strings.Contains(found, "partner.example") {
+				return fmt.Sprintf("the audit log has no %s: %s", event, found)
+			}
+			return ""
+		})
+	}
+	m.resource("ClusterFederatedTrustDomain", "partner", `trustDomain: partner.example, bundleEndpointURL: "https://127.0.0.1:1/", bundleEndpointProfile: {type: https_web}`)
+	says("resource.create")
+	m.resource("ClusterFederatedTrustDomain", "partner", `trustDomain: partner.example, bundleEndpointURL: "https://127.0.0.1:2/", bundleEndpointProfile: {type: https_web}`)
+	says("resource.change")
+	m.kubectl("delete", "clusterfederatedtrustdomain", m.mark+"-partner")
+	says("resource.delete")
 }

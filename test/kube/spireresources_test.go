@@ -29,6 +29,7 @@ import (
 	"github.com/signet-id/signet/ca/kube/watch"
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/store/bolt"
+	"github.com/signet-id/signet/internal/strictyaml"
 	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/test/signettest"
 )
@@ -182,6 +183,14 @@ func (m *madeUp) read(ctx context.Context) *reading {
 	out.run(watch.New(watch.Config{Client: client, Expander: out.x, KeepObjects: true, Log: log}).Run)
 	out.r = spireresources.New(spireresources.Config{Client: client, TrustDomain: td, Registry: reg, Expander: out.x, ClassName: m.class, ClusterDomain: "cluster.local",
 		IgnoreNamespaces: []*regexp.Regexp{regexp.MustCompile("kube-system"), regexp.MustCompile(m.mark + "-ignored")}, Log: log, StatusEvery: 100 * time.Millisecond,
+		Apply: func(ctx context.Context, docs []strictyaml.Document, o registry.Options, _ func(registry.Ref) string) error {
+			p, err := reg.Plan(docs, o)
+			if err != nil {
+				return err
+			}
+			_, err = reg.Apply(ctx, p)
+			return err
+		},
 		Audit: func(context.Context, ...auditlog.Record) error { return nil }})
 	out.run(out.r.Run)
 	return out

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -234,15 +235,23 @@ func (r *Reader) writeDomains(ctx context.Context) error {
 		}
 		ref := registry.Ref{Kind: registry.KindFederation, Name: federationName(r.c.Client.Cluster, f)}
 		wanted[ref] = true
-		err = r.apply(ctx, []strictyaml.Document{doc}, registry.Options{Owner: r.source()})
+		docs, o := []strictyaml.Document{doc}, registry.Options{Owner: r.source()}
+		p, err := r.c.Registry.Plan(docs, o)
 		switch {
-		case err == nil:
-			r.accepted(KindClusterFederatedTrustDomain, f.meta.Name)
 		case errors.Is(err, registry.ErrConflict), errors.Is(err, registry.ErrNotReady):
 			errs = append(errs, err)
-		default:
+			continue
+		case err != nil:
 			r.refused(KindClusterFederatedTrustDomain, f.meta.Name, err)
+			continue
 		}
+		if slices.ContainsFunc(p.Changes, func(c registry.PlannedChange) bool { return c.Action != registry.Unchanged }) {
+			if err := r.c.Apply(ctx, docs, o, func(registry.Ref) string { return doc.File }); err != nil { // of the moment: nothing is wrong with it
+				errs = append(errs, fmt.Errorf("%s: %w", doc.File, err))
+				continue
+			}
+		}
+		r.accepted(KindClusterFederatedTrustDomain, f.meta.Name)
 	}
 	var gone []registry.Ref
 	for ref := range owned {
@@ -250,12 +259,11 @@ func (r *Reader) writeDomains(ctx context.Context) error {
 			gone = append(gone, ref)
 		}
 	}
-	for len(gone) > 0 {
-		n := min(len(gone), registry.MaxDocuments/2)
-		if err := r.apply(ctx, nil, registry.Options{Owner: r.source(), Delete: gone[:n]}); err != nil {
+	for chunk := range slices.Chunk(gone, registry.MaxDocuments/2) {
+		err := r.c.Apply(ctx, nil, registry.Options{Owner: r.source(), Delete: chunk}, func(ref registry.Ref) string { return owned[ref].Document.File })
+		if err != nil {
 			errs = append(errs, err)
 		}
-		gone = gone[n:]
 	}
 	return errors.Join(errs...)
 }
@@ -286,29 +294,4 @@ func (r *Reader) document(f *federatedTrustDomain) (strictyaml.Document, error) 
 		return strictyaml.Document{}, err
 	}
 	return docs[0], nil
-}
-
-// apply makes documents hold.
-func (r *Reader) apply(ctx context.Context, docs []strictyaml.Document, o registry.Options) error {
-	p, err := r.c.Registry.Plan(docs, o)
-	if err != nil {
-		return err
-	}
-	changes := map[string]any{}
-	for _, c := range p.Changes {
-		if c.Action != registry.Unchanged {
-			changes[c.Kind+"/"+c.Name] = c.Differences
-		}
-	}
-	if len(changes) == 0 {
-		return nil
-	}
-	text, err := json.Marshal(changes)
-	if err != nil {
-		return err
-	}
-	return r.audited(ctx, "apply", r.source(), map[string]any{"changes": clip(errors.New(string(text))).Error()}, func() error {
-		_, err := r.c.Registry.Apply(ctx, p)
-		return err
-	})
 }

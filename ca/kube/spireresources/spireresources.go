@@ -29,6 +29,7 @@ import (
 	"github.com/signet-id/signet/ca/kube/follow"
 	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/internal/strictyaml"
 )
 
 // statusEvery is Config.StatusEvery.
@@ -79,7 +80,10 @@ type Config struct {
 
 	// CheckTTL refuses TTLs that the authorities could not honour; nil allows all.
 	CheckTTL func(x509, jwt time.Duration) error
-	// Audit writes a record of what is changed. It is called before the change, which is not made if it fails, and after.
+	// Apply makes documents hold and deletes those that o says, as one commit, with its records in the audit log. actor says for
+	// which resource.
+	Apply func(ctx context.Context, docs []strictyaml.Document, o registry.Options, actor func(registry.Ref) string) error
+	// Audit writes a record of an entry that is changed. It is called before the change, which is not made if it fails, and after.
 	Audit func(context.Context, ...auditlog.Record) error
 	// Events are where it is told what is refused. Nil: in the log alone.
 	Events *events.Recorder
