@@ -301,7 +301,7 @@ func (s *set) render(r *clusterSPIFFEID, p *pods.Pod, data *templateData) (*regi
 		}
 	}
 	if r.spec.AutoPopulateDNSNames {
-		for _, name := range s.services.dnsNames(p.UID, s.c.ClusterDomain) {
+		for _, name := range s.services.dnsNames(p.UID, p.Namespace, s.c.ClusterDomain) {
 			if !slices.Contains(e.DNSNames, name) {
 				e.DNSNames = append(e.DNSNames, name)
 			}

@@ -60,13 +60,17 @@ func (s *services) version() uint64 {
 	return s.serial
 }
 
-// dnsNames returns the names of the Services that the pod is behind, as the cluster's DNS has them, in order.
-func (s *services) dnsNames(pod, domain string) []string {
+// dnsNames returns the names of the Services that the pod is behind, as the cluster's DNS has them, in order. Services are in their
+// pods' namespace: a slice of another one was written by hand, by somebody with no say over the pod.
+func (s *services) dnsNames(pod, namespace, domain string) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var out []string
 	for key := range s.byPod[pod] {
 		x := s.slices[key]
+		if x.namespace != namespace {
+			continue
+		}
 		names := []string{x.service, x.service + "." + x.namespace, x.service + "." + x.namespace + ".svc"}
 		if domain != "" {
 			names = append(names, x.service+"."+x.namespace+".svc."+domain)
