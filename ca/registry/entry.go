@@ -68,7 +68,7 @@ type Entry struct {
 	Template *Template
 
 	// Pod is set in an entry that a rule made for a pod, which is not stored. BesideEntries lets it have the SPIFFE ID of
-	// registered entries that no Identity made.
+	// registered entries that no Identity made, but of no admin's and no CA's.
 	Pod           *Pod
 	Rule          string
 	BesideEntries bool

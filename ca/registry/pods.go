@@ -185,7 +185,7 @@ func (ix *index) entry(id EntryID) *Entry {
 func (ix *index) takenBy(e *Entry) *Entry {
 	var by *Entry
 	for _, s := range ix.byID[e.SPIFFEID] {
-		if e.BesideEntries && s.Identity == nil && !s.alias() {
+		if e.BesideEntries && s.Identity == nil && !s.alias() && !s.Admin && !s.Downstream {
 			continue
 		}
 		if by == nil || s.ID < by.ID {

@@ -252,6 +252,29 @@ func TestARegisteredIDIsNoPods(t *testing.T) {
 	}
 }
 
+// TestNoPodIsAnAdmin: rules that go beside registered entries, as those of spire-controller-manager do, give no pod the ID of an
+// admin or of a CA below, whatever its labels say: what such an entry gives, the ID has.
+func TestNoPodIsAnAdmin(t *testing.T) {
+	r := newRegistry(t)
+	agent := node(t, r, "prod", "node-a")
+	unix, _ := spiffe.ParseSelector("unix:uid:0")
+	for id, change := range map[string]func(*registry.Entry){"plain": func(*registry.Entry) {}, "admin": func(e *registry.Entry) { e.Admin = true }, "downstream": func(e *registry.Entry) { e.Downstream = true }} {
+		e := &registry.Entry{ID: registry.EntryID(id), SPIFFEID: spiffeid.RequireFromPath(td, "/ops/"+id), ParentID: spiffeid.RequireFromPath(td, "/spire/agent/x/y"), Selectors: []spiffe.Selector{unix}}
+		change(e)
+		if res := r.CreateEntries(t.Context(), []*registry.Entry{e}); res[0].Err != nil {
+			t.Fatal(res[0].Err)
+		}
+	}
+	x := New(Config{Registry: r})
+	x.SetRules("spire:prod", []Rule{&rule{name: "ClusterSPIFFEID ops", path: func(p *Pod) (string, error) { return "/ops/" + p.Labels["app"], nil }, revision: 1}})
+	for i, app := range []string{"plain", "admin", "downstream"} {
+		p := pod(fmt.Sprint(i), "node-a", "shop", "web")
+		p.Labels = map[string]string{"app": app}
+		x.Update("prod", []*Pod{p}, nil)
+	}
+	expect(t, "the node", of(r, agent), "/ops/plain for 0")
+}
+
 // TestReplicasAgreeWhateverTheOrder: the same pods and rules give the same entries in any order of arrival, and after any
 // detour.
 func TestReplicasAgreeWhateverTheOrder(t *testing.T) {
