@@ -16,6 +16,9 @@ const (
 	maxObject     = 1 << 20 // bytes of one object as it is kept
 	maxBytes      = 1 << 30 // of all of them
 	perObject     = 300     // what one takes besides its text
+	// namespaceShare is the part of the pods and of the bytes that those of one namespace may take: who may make pods in one takes no
+	// room from those of the others. Kubernetes itself is made for 3,000 pods in a namespace.
+	namespaceShare = 4
 )
 
 // known is what is known of a cluster. Its Watcher's lock is held over everything.
@@ -30,7 +33,7 @@ type known struct {
 
 func newKnown(cluster string, keepObjects bool) *known {
 	k := &known{cluster: cluster, keepObjects: keepObjects}
-	k.pods = podsKnown{k: k, byUID: map[string]*podKnown{}, dirty: map[string]struct{}{}, gone: map[string]struct{}{}, left: map[string]struct{}{}, shared: newShared()}
+	k.pods = podsKnown{k: k, byUID: map[string]*podKnown{}, dirty: map[string]struct{}{}, gone: map[string]struct{}{}, left: map[string]struct{}{}, shares: map[string]share{}, shared: newShared()}
 	k.nodes, k.namespaces = newNodes(k), newNamespaces(k)
 	return k
 }

@@ -21,7 +21,30 @@ type podsKnown struct {
 	gone   map[string]struct{}
 	left   map[string]struct{} // UIDs of those that did not fit
 	listed map[string]struct{} // while a list is under way: what it held until now
+	shares map[string]share    // by namespace
 	shared *shared
+}
+
+// A share is what the pods of one namespace take.
+type share struct {
+	pods  int
+	bytes int64
+}
+
+// fits tells whether there is room for n more pods in a namespace, and for more bytes, with one of size among them.
+func (s *podsKnown) fits(namespace string, size, more int64, n int) bool {
+	has := s.shares[namespace]
+	return s.k.fits(size, more, len(s.byUID)+n, maxPods) && has.pods+n <= maxPods/namespaceShare && has.bytes+more <= maxBytes/namespaceShare
+}
+
+// count notes that the pods of a namespace are n more and take more bytes by more.
+func (s *podsKnown) count(namespace string, more int64, n int) {
+	s.k.bytes += more
+	has := s.shares[namespace]
+	has.pods, has.bytes = has.pods+n, has.bytes+more
+	if s.shares[namespace] = has; has.pods == 0 {
+		delete(s.shares, namespace)
+	}
 }
 
 type podKnown struct {
@@ -50,13 +73,13 @@ func (s *podsKnown) put(o metav1.Object) {
 	}
 	pod, size := s.shared.pod(s.k.cluster, object, s.k.keepObjects)
 	if was == nil {
-		if !s.k.fits(size, size, len(s.byUID)+1, maxPods) {
+		if !s.fits(pod.Namespace, size, size, 1) {
 			s.leave(uid)
 			return
 		}
 		delete(s.left, uid)
 		s.byUID[uid] = &podKnown{pod: pod, version: version, bound: boundAt(object), size: size}
-		s.k.bytes += size
+		s.count(pod.Namespace, size, 1)
 		s.dirty[uid] = struct{}{}
 		delete(s.gone, uid)
 		return
@@ -65,13 +88,13 @@ func (s *podsKnown) put(o metav1.Object) {
 	if same(was.pod, pod) {
 		return
 	}
-	if !s.k.fits(size, size-was.size, len(s.byUID), maxPods) {
+	if !s.fits(pod.Namespace, size, size-was.size, 0) {
 		s.drop(uid)
 		s.leave(uid)
 		return
 	}
 	pod.NodeUID, pod.NamespaceLabels, pod.Node = was.pod.NodeUID, was.pod.NamespaceLabels, was.pod.Node
-	s.k.bytes += size - was.size
+	s.count(pod.Namespace, size-was.size, 0)
 	was.pod, was.size = pod, size
 	s.dirty[uid] = struct{}{}
 }
@@ -107,7 +130,7 @@ func (s *podsKnown) drop(uid string) {
 	if p == nil {
 		return
 	}
-	s.k.bytes -= p.size
+	s.count(p.pod.Namespace, -p.size, -1)
 	delete(s.byUID, uid)
 	delete(s.dirty, uid)
 	s.gone[uid] = struct{}{}
