@@ -26,6 +26,8 @@ type kubeCluster struct {
 	// leading run together on one replica of the CA at a time, by one Lease: each Lease costs requests all the time. They end
 	// when their context does, and are run again when this replica leads again.
 	leading []func(context.Context) error
+	// ails say in lines what is wrong with the cluster, or with what works on it.
+	ails []func() []string
 
 	events    *events.Recorder   // nil: none are written
 	watcher   *watch.Watcher     // nil unless pods are watched

@@ -26,14 +26,16 @@ func (ca *CA) readResources(c KubernetesCluster, k *kubeCluster) {
 	source := func(actor func(registry.Ref) string) adminapi.Source {
 		return adminapi.Source{Name: "kubernetes/" + cluster, Actor: actor}
 	}
-	k.leading = append(k.leading, resources.New(resources.Config{Client: k.client, Registry: ca.reg, TrustDomain: ca.td, Clusters: ca.podClusters(),
+	r := resources.New(resources.Config{Client: k.client, Registry: ca.reg, TrustDomain: ca.td, Clusters: ca.podClusters(),
 		Apply: func(ctx context.Context, docs []strictyaml.Document, o registry.Options, yes bool, actor func(registry.Ref) string) (*registry.Plan, store.Revision, error) {
 			return ca.admin.ApplySource(ctx, source(actor), docs, o, yes)
 		},
 		Refused: func(ctx context.Context, ref registry.Ref, actor string, err error) {
 			ca.admin.Refused(ctx, source(func(registry.Ref) string { return actor }), ref, err)
 		},
-		Events: k.events, Now: ca.c.Now, Log: ca.log}).Run)
+		Events: k.events, Now: ca.c.Now, Log: ca.log})
+	k.leading = append(k.leading, r.Run)
+	k.ails = append(k.ails, r.Problems)
 }
 
 // podClusters are all clusters whose pods can have identities here: those whose agents attest, and those that are watched.

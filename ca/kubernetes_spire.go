@@ -95,6 +95,7 @@ func (ca *CA) readSPIREResources(c KubernetesCluster, k *kubeCluster) {
 		}})
 	k.parts = append(k.parts, r.Run)
 	k.leading = append(k.leading, r.Lead)
+	k.ails = append(k.ails, r.Problems)
 }
 
 // ownerGone tells whether the resources to which an entry belongs are not read any more, so that somebody else may change it.

@@ -27,6 +27,12 @@ func (ca *CA) watchPods(c KubernetesCluster, k *kubeCluster) {
 	})
 	k.watcher = watch.New(watch.Config{Client: k.client, Expander: ca.pods, Refused: refused, KeepObjects: keepObjects(c), Log: log})
 	k.parts = append(k.parts, k.watcher.Run)
+	k.ails = append(k.ails, func() []string {
+		if p := k.watcher.Problem(); p != "" {
+			return []string{p}
+		}
+		return nil
+	})
 }
 
 // keepObjects tells whether something reads pods and nodes beyond what rules look at.
@@ -47,18 +53,16 @@ func podRefused(r pods.Refusal) events.Event {
 // clusterProblems says in lines what is wrong with the clusters. None of it keeps the CA from serving.
 func (ca *CA) clusterProblems() (out []string) {
 	for _, k := range ca.clusters {
-		if p := k.problem(); p != "" {
-			out = append(out, p)
-		}
+		out = append(out, k.problems()...)
 	}
 	return out
 }
 
-func (k *kubeCluster) problem() string {
-	if k.watcher == nil {
-		return ""
+func (k *kubeCluster) problems() (out []string) {
+	for _, f := range k.ails {
+		out = append(out, f()...)
 	}
-	return k.watcher.Problem()
+	return out
 }
 
 // clusterMetrics are numbers of each cluster, by its name in the configuration.
@@ -69,6 +73,7 @@ var clusterLabel = []string{"cluster"}
 var (
 	descSynced      = prometheus.NewDesc("signet_ca_kubernetes_synced", "1 if all pods of the cluster are known.", clusterLabel, nil)
 	descFailing     = prometheus.NewDesc("signet_ca_kubernetes_failing", "1 if the cluster's API server does not answer as it should at the moment.", clusterLabel, nil)
+	descProblems    = prometheus.NewDesc("signet_ca_kubernetes_problems", "Things that are wrong with the cluster, as /ready says them.", clusterLabel, nil)
 	descObjects     = prometheus.NewDesc("signet_ca_kubernetes_objects", "Objects of the cluster that are known, by kind (pods, nodes, namespaces).", []string{"cluster", "kind"}, nil)
 	descUnplaced    = prometheus.NewDesc("signet_ca_kubernetes_unplaced_pods", "Pods whose node or namespace is not known, or that were put on a former node of that name.", clusterLabel, nil)
 	descTooLarge    = prometheus.NewDesc("signet_ca_kubernetes_left_out_objects", "Objects that are too large or too many, and get no identity.", clusterLabel, nil)
@@ -103,6 +108,7 @@ func (m clusterMetrics) Collect(out chan<- prometheus.Metric) {
 		counter(descRequests, r.Watches, "watch")
 		counter(descRequests, r.Writes, "write")
 		counter(descFailed, r.Failed)
+		gauge(descProblems, float64(len(k.problems())))
 		e := k.events.Stats()
 		counter(descEvents, e.Written, "written")
 		counter(descEvents, e.Dropped, "dropped")

@@ -174,7 +174,7 @@ func (ca *CA) noteHealth() {
 	ca.health.SetServingStatus("", st) // without effect once it has been shut down
 	for _, k := range ca.clusters {
 		st := healthv1.HealthCheckResponse_SERVING
-		if k.problem() != "" {
+		if len(k.problems()) > 0 {
 			st = healthv1.HealthCheckResponse_NOT_SERVING
 		}
 		ca.health.SetServingStatus("kubernetes/"+k.client.Cluster, st)

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -38,7 +39,7 @@ const (
 	steady              = 10 * time.Second
 	minDelay, maxDelay  = 500 * time.Millisecond, 30 * time.Second
 	logEvery            = time.Minute
-	maxErrorText        = 300
+	maxErrorText        = 400
 	watchContactTimeout = time.Second
 )
 
@@ -136,7 +137,7 @@ func (f *Follower) Run(ctx context.Context) {
 			return
 		}
 		if err != nil {
-			f.failed(fmt.Errorf("listing %s: %w", f.c.Name, err))
+			f.failed(fmt.Errorf("listing %s: %w", f.c.Name, f.fix(err)))
 			pause()
 			continue
 		}
@@ -150,11 +151,11 @@ func (f *Follower) Run(ctx context.Context) {
 			if time.Since(began) >= steady {
 				delay = f.c.MinDelay
 			}
-			if vain++; version != from || time.Since(began) >= watchContactTimeout {
+			if vain++; version != from || err == nil && time.Since(began) >= watchContactTimeout {
 				vain = 0
 			}
 			if err != nil && !errors.Is(err, errExpired) {
-				f.failed(fmt.Errorf("watching %s: %w", f.c.Name, err))
+				f.failed(fmt.Errorf("watching %s: %w", f.c.Name, f.fix(err)))
 			}
 			pause()
 			if errors.Is(err, errExpired) || f.lost() {
@@ -271,11 +272,38 @@ func (f *Follower) take(e watch.Event, version string) (string, error) {
 		f.c.Store.Put(o)
 	case watch.Deleted:
 		f.c.Store.Delete(o)
+	case watch.Bookmark:
+		if before(o.GetResourceVersion(), version) {
+			// The API server's store was put back to an earlier state. It would say nothing of what happens until it has come to
+			// where it was, and of what that state does not have.
+			return version, errExpired
+		}
 	}
 	if v := o.GetResourceVersion(); v != "" && v != "0" {
 		version = v
 	}
 	return version, nil
+}
+
+// before tells whether one version is older than another. Versions are numbers that rise.
+func before(a, b string) bool {
+	x, err := strconv.ParseUint(a, 10, 64)
+	if err != nil {
+		return false
+	}
+	y, err := strconv.ParseUint(b, 10, 64)
+	return err == nil && x < y
+}
+
+// fix says what to do about an answer that will not change by itself.
+func (f *Follower) fix(err error) error {
+	switch {
+	case apierrors.IsForbidden(err):
+		return fmt.Errorf("the CA may not; grant its service account list and watch on %s: %w", f.c.Name, err)
+	case apierrors.IsNotFound(err):
+		return fmt.Errorf("the cluster does not know them; install their definitions, or have them not read: %w", err)
+	}
+	return err
 }
 
 func expired(err error) bool { return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) }

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -17,12 +18,11 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/dynamic/dynamicinformer"
-	"k8s.io/client-go/tools/cache"
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/kube"
 	"github.com/signet-id/signet/ca/kube/events"
+	"github.com/signet-id/signet/ca/kube/follow"
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/internal/strictyaml"
@@ -65,6 +65,10 @@ type Config struct {
 type Controller struct {
 	c     Config
 	owner string
+
+	mu      sync.Mutex
+	kinds   []*watched // of the run that there is
+	failure string     // why what was read is not in force; empty if it is
 }
 
 // Owner is whose documents those of a cluster's custom resources are.
@@ -95,39 +99,26 @@ type run struct {
 
 type watched struct {
 	Kind
-	informer cache.SharedIndexInformer
+	kept     *kept
+	follower *follow.Follower
 	read     map[types.UID]*wanted // as of the resource version in it
 }
 
 // Run works until ctx ends. An API server that is away leaves everything as it is.
 func (c *Controller) Run(ctx context.Context) error {
 	r := &run{Controller: c, wake: make(chan struct{}, 1), judged: map[types.UID]verdict{}, templates: -1}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	factory := dynamicinformer.NewDynamicSharedInformerFactory(c.c.Client.Dynamic, 0)
 	g, ctx := errgroup.WithContext(ctx)
 	for _, k := range Kinds {
-		w := &watched{Kind: k, informer: factory.ForResource(k.resource()).Informer(), read: map[types.UID]*wanted{}}
-		err := errors.Join(w.informer.SetTransform(strip), w.informer.SetWatchErrorHandlerWithContext(c.watchFailed(k)))
-		if err != nil {
-			return err
-		}
-		look := func(any) { r.lookAgain() }
-		if _, err := w.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: look, DeleteFunc: look, UpdateFunc: func(any, any) { r.lookAgain() }}); err != nil {
-			return err
-		}
+		w := &watched{Kind: k, kept: newKept(r.lookAgain), read: map[types.UID]*wanted{}}
+		w.follower = c.follower(k, w.kept)
 		r.kinds = append(r.kinds, w)
 		g.Go(func() error {
-			w.informer.RunWithContext(ctx)
-			return nil
-		})
-		g.Go(func() error { // an empty list is an event too
-			if cache.WaitForCacheSync(ctx.Done(), w.informer.HasSynced) {
-				r.lookAgain()
-			}
+			w.follower.Run(ctx)
 			return nil
 		})
 	}
+	c.say(r.kinds, nil)
+	defer c.say(nil, nil)
 	g.Go(func() error { return r.followTemplates(ctx) })
 	g.Go(func() error { return r.loop(ctx) })
 	if err := g.Wait(); err != nil && ctx.Err() == nil {
@@ -136,20 +127,24 @@ func (c *Controller) Run(ctx context.Context) error {
 	return nil
 }
 
-// strip takes off what is not looked at.
-func strip(obj any) (any, error) {
-	if u, ok := obj.(*unstructured.Unstructured); ok {
-		u.SetManagedFields(nil)
+// say notes what Problems looks at.
+func (c *Controller) say(kinds []*watched, failure error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.kinds, c.failure = kinds, ""
+	if failure != nil {
+		c.failure = line(failure)
 	}
-	return obj, nil
 }
 
-func (c *Controller) watchFailed(k Kind) cache.WatchErrorHandlerWithContext {
-	return func(ctx context.Context, _ *cache.Reflector, err error) {
-		if ctx.Err() == nil && !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) {
-			c.c.Log.Debug("custom resources cannot be watched; trying again, and everything stays as it is", "kind", k.Kind, "err", err)
-		}
+// line makes one line of bounded length of an error, which may be several and foreign.
+func line(err error) string {
+	const most = 300
+	s := strings.ToValidUTF8(err.Error(), "")
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "") + " ..."
 	}
+	return strings.Join(strings.Fields(s), " ")
 }
 
 func (r *run) lookAgain() {
@@ -195,11 +190,16 @@ func (r *run) loop(ctx context.Context) error {
 		if err := r.reconcile(ctx); err != nil && ctx.Err() == nil {
 			r.failures++
 			if r.failures == 1 {
-				r.c.Log.Warn("custom resources are not in force yet; trying again", "err", err)
+				r.c.Log.Warn("custom resources are not in force yet; trying again", "err", line(err))
 			}
+			r.say(r.kinds, err)
 			continue
 		}
+		if r.failures > 0 {
+			r.c.Log.Info("custom resources are in force again")
+		}
 		r.failures = 0
+		r.say(r.kinds, nil)
 	}
 }
 
@@ -222,11 +222,13 @@ func (r *run) reconcile(ctx context.Context) error {
 	left := triedAnew
 	here := map[registry.Ref]bool{}
 	present := map[types.UID]bool{}
+	complete := map[*watched]bool{}
 	for _, k := range r.kinds {
-		if !k.informer.HasSynced() {
+		all, known := r.list(k, present)
+		if !known {
 			continue // nothing is known of them: what is in force stays
 		}
-		all := r.list(k, present)
+		complete[k] = true
 		var due []*wanted
 		for _, w := range all {
 			here[w.ref] = true
@@ -237,7 +239,7 @@ func (r *run) reconcile(ctx context.Context) error {
 		errs = append(errs, r.apply(ctx, k, due, owned, templates))
 	}
 	for _, k := range r.kinds {
-		if k.informer.HasSynced() {
+		if complete[k] {
 			errs = append(errs, r.remove(ctx, k, here, owned))
 		}
 	}
@@ -251,12 +253,11 @@ func (r *run) reconcile(ctx context.Context) error {
 }
 
 // list reads the resources of a kind, each once for each version of it, in order of age: of two that exclude each other the older
-// one has it.
-func (r *run) list(k *watched, present map[types.UID]bool) []*wanted {
-	var all []*wanted
+// one has it. known tells whether these are all.
+func (r *run) list(k *watched, present map[types.UID]bool) (all []*wanted, known bool) {
+	objects, known := k.kept.all()
 	now := map[types.UID]*wanted{}
-	for _, o := range k.informer.GetStore().List() {
-		obj := o.(*unstructured.Unstructured)
+	for _, obj := range objects {
 		present[obj.GetUID()] = true
 		w := k.read[obj.GetUID()]
 		if w == nil || w.obj.GetResourceVersion() != obj.GetResourceVersion() {
@@ -272,7 +273,7 @@ func (r *run) list(k *watched, present map[types.UID]bool) []*wanted {
 		}
 		return strings.Compare(a.file, b.file)
 	})
-	return all
+	return all, known
 }
 
 // due tells whether a resource must be planned: it, what is stored, or what decides over it has changed since, or it was refused.
@@ -283,8 +284,11 @@ func (r *run) due(w *wanted, stored registry.Resource, templates int, left *int)
 		v.accepted && v.revision != int64(stored.Revision) || w.kind.Namespaced && v.templates != templates {
 		return true
 	}
-	if v.accepted || v.reason == reasonLifted || v.reason == reasonExpired {
+	switch {
+	case v.accepted, v.reason == reasonLifted, v.reason == reasonExpired:
 		return false
+	case v.reason == reasonDiskFull:
+		return true
 	}
 	*left--
 	return *left >= 0 || r.c.Now().Sub(v.at) >= lookAgain
@@ -330,7 +334,15 @@ func (r *run) apply(ctx context.Context, k *watched, due []*wanted, owned map[re
 			return ctx.Err()
 		}
 		if len(chunk) > 1 && !slices.ContainsFunc(chunk, confirmed) { // a yes is for one resource
-			if r.commit(ctx, chunk, uid, templates) == nil {
+			err := r.commit(ctx, chunk, uid, templates)
+			if err == nil {
+				continue
+			}
+			if full(err) { // none of them would fare better alone
+				errs = append(errs, fmt.Errorf("%d resources of kind %s: %w", len(chunk), k.Kind.Kind, err))
+				for _, w := range chunk {
+					r.wait(w, owned, templates)
+				}
 				continue
 			}
 		}
@@ -341,10 +353,27 @@ func (r *run) apply(ctx context.Context, k *watched, due []*wanted, owned map[re
 				r.refuse(ctx, w, owned, reason, err, templates)
 			} else if err != nil {
 				errs = append(errs, fmt.Errorf("%s: %w", w.file, err))
+				if full(err) {
+					r.wait(w, owned, templates)
+				}
 			}
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// full tells whether an error is that there is no room for anything new.
+func full(err error) bool {
+	return errors.Is(err, store.ErrDiskFull) || errors.Is(err, auditlog.ErrDisk)
+}
+
+// wait judges a resource one that waits for room. Whoever applied it sees why it is not in force, which may last.
+func (r *run) wait(w *wanted, owned map[registry.Ref]registry.Resource, templates int) {
+	message := "the CA's disk is full; it is taken by itself once there is room again"
+	if _, there := owned[w.ref]; there {
+		message += "; what was accepted before stays in force"
+	}
+	r.judge(w, verdict{reason: reasonDiskFull, message: message}, templates)
 }
 
 // ended tells whether a Revocation has come to its end: it is not made anew then.
@@ -387,7 +416,8 @@ func (r *run) commit(ctx context.Context, ws []*wanted, definition string, templ
 
 // isRefusal tells whether an error is one of the documents, and not of the moment.
 func isRefusal(err error) bool {
-	for _, e := range []error{registry.ErrConflict, registry.ErrNotReady, auditlog.ErrDisk, store.ErrDiskFull, context.Canceled, context.DeadlineExceeded} {
+	for _, e := range []error{registry.ErrConflict, registry.ErrNotReady, auditlog.ErrDisk, auditlog.ErrBroken, auditlog.ErrClosed, store.ErrDiskFull, store.ErrUnavailable, store.ErrCorrupt, store.ErrClosed,
+		context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, e) {
 			return false
 		}

@@ -29,6 +29,7 @@ const (
 	reasonInRollout = "InRollout"
 	reasonExpired   = "Expired"
 	reasonLifted    = "Lifted"
+	reasonDiskFull  = "DiskFull"
 )
 
 // reasonOf names why a document was refused.
@@ -132,8 +133,8 @@ func (r *run) report(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(statusWriters)
 	for _, k := range r.kinds {
-		for _, o := range k.informer.GetStore().List() {
-			obj := o.(*unstructured.Unstructured)
+		objects, _ := k.kept.all()
+		for _, obj := range objects {
 			v, ok := r.judged[obj.GetUID()]
 			if !ok || v.generation != obj.GetGeneration() {
 				continue

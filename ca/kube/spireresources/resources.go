@@ -93,6 +93,13 @@ func (s *resources[T]) absent(now time.Time) {
 	s.changed()
 }
 
+// isAbsent tells whether the API server does not know the kind, or did not when it was asked last.
+func (s *resources[T]) isAbsent() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.gone.IsZero()
+}
+
 // Begin implements follow.Store.
 func (s *resources[T]) Begin() {
 	s.mu.Lock()

@@ -9,6 +9,7 @@ package spireresources
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"regexp"
 	"slices"
@@ -121,7 +122,28 @@ type Reader struct {
 	set   *set // the rules that the Expander has; nil: none yet
 	dirty bool // pods were expanded since statuses were written
 
+	followers []followed
+
 	reasons map[string]string // why resources are refused, by kind/name
+}
+
+// followed is what keeps up with one kind, and whether the API server does not know the kind, which is no fault.
+type followed struct {
+	*follow.Follower
+	absent func() bool
+}
+
+// Problems says in lines what keeps resources from being read.
+func (r *Reader) Problems() (out []string) {
+	r.mu.Lock()
+	all := slices.Clone(r.followers)
+	r.mu.Unlock()
+	for _, f := range all {
+		if err := f.Status().Err; err != nil && !f.absent() {
+			out = append(out, fmt.Sprintf("cluster %s: changes of the resources of spire-controller-manager are not seen: %v", r.c.Client.Cluster, err))
+		}
+	}
+	return out
 }
 
 // New returns a Reader that has not begun. Until the ClusterSPIFFEIDs are known, agents keep what they hold for pods.
@@ -173,18 +195,23 @@ func pause(ctx context.Context, d time.Duration) bool {
 func (r *Reader) Run(ctx context.Context) error {
 	var g sync.WaitGroup
 	defer g.Wait()
-	run := func(f *follow.Follower) { g.Go(func() { f.Run(ctx) }) }
+	run := func(f *follow.Follower, absent func() bool) {
+		r.mu.Lock()
+		r.followers = append(r.followers, followed{f, absent})
+		r.mu.Unlock()
+		g.Go(func() { f.Run(ctx) })
+	}
 	if r.c.reads(KindClusterStaticEntry) {
-		run(follower(r, clusterStaticEntries, r.entries))
+		run(follower(r, clusterStaticEntries, r.entries), r.entries.isAbsent)
 	}
 	if r.c.reads(KindClusterFederatedTrustDomain) {
-		run(follower(r, clusterFederatedTrustDomain, r.domains))
+		run(follower(r, clusterFederatedTrustDomain, r.domains), r.domains.isAbsent)
 	}
 	if !r.c.reads(KindClusterSPIFFEID) {
 		<-ctx.Done()
 		return nil
 	}
-	run(follower(r, clusterSPIFFEIDs, r.ids))
+	run(follower(r, clusterSPIFFEIDs, r.ids), r.ids.isAbsent)
 	g.Go(func() {
 		select {
 		case <-r.need:
@@ -251,7 +278,7 @@ func (r *Reader) tell(all []*clusterSPIFFEID, serial uint64) {
 // follower keeps up with one kind.
 func follower[T any](r *Reader, gvr schema.GroupVersionResource, into *resources[T]) *follow.Follower {
 	api := r.c.Client.Dynamic.Resource(gvr)
-	return follow.New(follow.Config{Name: gvr.Resource, Store: into, Log: r.c.Log,
+	return follow.New(follow.Config{Name: gvr.GroupResource().String(), Store: into, Log: r.c.Log,
 		List: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			list, err := api.List(ctx, o)
 			if err != nil {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -309,6 +310,36 @@ func TestOutOfOrder(t *testing.T) {
 	if h.pods["pod-a"].Labels["app"] != "web" || h.pods["pod-c"].NodeUID != "node-1" {
 		t.Errorf("a has label %q, c is on %q", h.pods["pod-a"].Labels["app"], h.pods["pod-c"].NodeUID)
 	}
+}
+
+// The store of the API server is put back to an earlier state: a watch would say nothing of what that state does not have, and of what comes
+// until it is where it was. A bookmark tells, and what there is is listed anew.
+func TestStorePutBack(t *testing.T) {
+	a := shop(t)
+	h := start(t, a.srv.URL)
+	h.until(t, "all is known", func() bool { return h.synced })
+	a.apply("pods", pod("web", "c", "pod-c", "n1", time.Hour, nil))
+	h.until(t, "c is there", h.has("pod-a", "pod-b", "pod-c"))
+	a.mu.Lock()
+	lists := a.requests["pods list"]
+	a.version = 50
+	delete(a.objects["pods"], "web/c")
+	a.history["pods"] = nil
+	a.set("pods", pod("web", "d", "pod-d", "n1", time.Hour, nil)) // which no watch from later on shows
+	a.version++
+	back := a.version
+	a.history["pods"] = []event{{1 << 20, "BOOKMARK", object{"kind": "Pod", "apiVersion": "v1", "metadata": object{"resourceVersion": strconv.Itoa(back)}}}}
+	a.notify()
+	a.mu.Unlock()
+	h.until(t, "what there is now is known", h.has("pod-a", "pod-b", "pod-d"))
+	if n := a.asked("pods list"); n != lists+1 {
+		t.Errorf("%d more lists, want one", n-lists)
+	}
+	a.mu.Lock()
+	a.version = 1 << 21
+	a.mu.Unlock()
+	a.apply("pods", pod("web", "e", "pod-e", "n1", time.Hour, nil))
+	h.until(t, "and what comes", h.has("pod-a", "pod-b", "pod-d", "pod-e"))
 }
 
 // Whatever an API server answers, the CA lives, what was known stays, and it all comes right when the API server does.
