@@ -124,7 +124,7 @@ func methods() map[string]access.Kind {
 	for _, rpc := range adminv1.Admin_ServiceDesc.Streams {
 		m["/"+adminv1.Admin_ServiceDesc.ServiceName+"/"+rpc.StreamName] = operators
 	}
-	for _, d := range []grpc.ServiceDesc{adminv1.Rollouts_ServiceDesc, adminv1.Revocations_ServiceDesc} {
+	for _, d := range []grpc.ServiceDesc{adminv1.Rollouts_ServiceDesc, adminv1.Revocations_ServiceDesc, adminv1.Entries_ServiceDesc} {
 		for _, rpc := range d.Methods {
 			m["/"+d.ServiceName+"/"+rpc.MethodName] = operators
 		}
@@ -193,6 +193,7 @@ func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1
 	adminv1.RegisterAdminServer(s, &adminapi.AdminServer{API: admin})
 	adminv1.RegisterRevocationsServer(s, adminapi.RevocationsServer{API: admin})
 	adminv1.RegisterObservationsServer(s, &adminapi.ObservationsServer{API: admin})
+	adminv1.RegisterEntriesServer(s, adminapi.EntriesServer{API: admin})
 	adminv1.RegisterRolloutsServer(s, &adminapi.RolloutsServer{API: admin})
 	healthv1.RegisterHealthServer(s, h)
 	reflection.Register(s)

@@ -3,6 +3,7 @@ package registry
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -14,6 +15,8 @@ import (
 // index is the store in memory. It is written by one goroutine under Registry.mu.
 type index struct {
 	revision store.Revision
+	// asOf is the moment as of which it is judged whether what an entry with an end claims for itself is its own still: NoteEnds moves it.
+	asOf     time.Time
 	entries  map[EntryID]*Entry
 	order    entryOrder
 	byParent map[spiffeid.ID]map[EntryID]*Entry
@@ -76,6 +79,7 @@ type changes struct {
 	policySide  bool          // what goes with policies: hints, keys of issuers, roll-outs
 	podNodes    []spiffeid.ID // places of pods whose nodes must look again which roots they have
 	templated   bool          // templated Identities
+	namespaces  bool          // which services a namespace may speak for changed, though no revision moved
 	taken       bool          // SPIFFE IDs of pods' entries are, or were, those of registered ones
 	roots       bool          // aliases or groups changed: which node has which roots must be worked out again
 }

@@ -1,9 +1,11 @@
 package registry
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -45,10 +47,22 @@ type namespaceTemplate struct {
 	// begin is the text before the first variable.
 	begin string
 	on    []spiffe.Selector
+	ends  time.Time // zero: never
 }
 
 // templates are those of all templated Identities, by the entry in which the Identity is stored.
 type templates map[EntryID]*namespaceTemplate
+
+// at returns those that have not ended at a moment: no pod has an ID by another one.
+func (t templates) at(now time.Time) templates {
+	out := make(templates, len(t))
+	for id, n := range t {
+		if n.ends.IsZero() || now.Before(n.ends) {
+			out[id] = n
+		}
+	}
+	return out
+}
 
 // noteTemplate looks at the entry of an Identity that was written or deleted.
 func (ix *index) noteTemplate(id EntryID) {
@@ -56,7 +70,7 @@ func (ix *index) noteTemplate(id EntryID) {
 	delete(ix.templates, id)
 	if e := ix.templated[id]; e != nil && e.Identity != nil {
 		n := newNamespaceTemplate(e.Identity.Name, e.Template.Path)
-		n.on = e.On
+		n.on, n.ends = e.On, e.ExpiresAt
 		ix.templates[id] = n
 	}
 	if had || ix.templates[id] != nil {
@@ -161,6 +175,7 @@ func overlap(template, service []string) bool {
 // Identity by which it is changes before it is committed. mu is held.
 func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 	td := "spiffe://" + r.c.TrustDomain.Name()
+	templates := r.ix.templates.at(r.ix.asOf)
 	for _, text := range x.compiled.Services {
 		refuse := func(format string, args ...any) error {
 			return &NamespaceError{fmt.Sprintf("%s: service %q is not of namespace %q of cluster %q: %s", where(*x.source, "service"), clip(text), ns.Name, ns.Cluster, fmt.Sprintf(format, args...))}
@@ -170,18 +185,22 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 			return refuse("it is of another trust domain")
 		}
 		service := strings.Split(path, "/")
-		ids := r.ix.templates.sorted()
-		own := slices.IndexFunc(ids, func(id EntryID) bool { return r.ix.templates[id].gives(ns, service) })
+		ids := templates.sorted()
+		own := slices.IndexFunc(ids, func(id EntryID) bool { return templates[id].gives(ns, service) })
 		if own < 0 {
-			return refuse("%s; let an admin of the cluster write a ClusterCallPolicy for others", r.ix.templates.advice(td, ns))
+			return refuse("%s; let an admin of the cluster write a ClusterCallPolicy for others", templates.advice(td, ns))
 		}
 		for _, id := range ids {
-			n := r.ix.templates[id]
+			n := templates[id]
 			if c, others := n.givesOthers(ns, service); others {
 				return refuse("pods of other namespaces or clusters, such as of cluster %q, can have such an ID by Identity %q; write {{ .k8s.cluster }} into its template or name its cluster in `on`, if that is why, or let an admin of the cluster write a ClusterCallPolicy", c, n.name)
 			}
 		}
-		if e := r.ix.foreign(ns, text); e != nil {
+		if e := r.ix.foreign(ns, text); e != nil && e.Pod != nil {
+			return refuse("%s is that of pod %s/%s of cluster %q by %s; let an admin of the cluster write a ClusterCallPolicy", e.SPIFFEID, e.Pod.Namespace, e.Pod.Name, e.Pod.Cluster, e.Rule)
+		} else if e != nil && e.ofOnePod() {
+			return refuse("%s was registered as an entry (%s) for one pod, of which it does not say that it is of the namespace; if spire-controller-manager made it, delete it once that has ended ('signet entry delete'), or let an admin of the cluster write a ClusterCallPolicy until then", e.SPIFFEID, e.ID)
+		} else if e != nil {
 			return refuse("%s was registered as an entry (%s) that is not for pods of the namespace (selector k8s:ns:%s, and its cluster in the Identity's `on` if there are several); let an admin of the cluster write a ClusterCallPolicy",
 				e.SPIFFEID, e.ID, ns.Name)
 		}
@@ -194,12 +213,20 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 	return nil
 }
 
-// foreign returns a registered entry whose ID a service's pattern stands for and which is not for pods of the namespace alone: an
-// operator gave a name below the namespace's segment to something else.
+// foreign returns an entry whose ID a service's pattern stands for and which is not for pods of the namespace alone: an
+// operator gave a name below the namespace's segment to something else, or a rule that is no Identity gives it to pods elsewhere.
 func (ix *index) foreign(ns Namespace, service string) *Entry {
 	look := func(id spiffeid.ID) *Entry {
 		for _, e := range ix.byID[id] {
 			if !e.ofNamespace(ns) {
+				return e
+			}
+		}
+		if ix.derived.beside[id] == 0 {
+			return nil
+		}
+		for _, e := range ix.derived.byID[id] {
+			if e.BesideEntries && (e.Pod.Namespace != ns.Name || e.Pod.Cluster != ns.Cluster) {
 				return e
 			}
 		}
@@ -213,14 +240,28 @@ func (ix *index) foreign(ns Namespace, service string) *Entry {
 		}
 		return look(id)
 	}
-	for id := range ix.byID {
+	found := func(id spiffeid.ID) *Entry {
 		if strings.HasPrefix(id.String(), begin) && policy.ServiceMatches(service, id) {
-			if e := look(id); e != nil {
-				return e
-			}
+			return look(id)
+		}
+		return nil
+	}
+	for id := range ix.byID {
+		if e := found(id); e != nil {
+			return e
+		}
+	}
+	for id := range ix.derived.beside {
+		if e := found(id); e != nil {
+			return e
 		}
 	}
 	return nil
+}
+
+// ofOnePod tells whether only the processes of one pod can have the entry, whatever pod that is.
+func (e *Entry) ofOnePod() bool {
+	return slices.ContainsFunc(e.Selectors, func(s spiffe.Selector) bool { return s.Type == "k8s" && strings.HasPrefix(s.Value, "pod-uid:") })
 }
 
 // ofNamespace tells whether only pods of a namespace can have the entry.
@@ -243,6 +284,25 @@ func (ix *index) noteRegistered(old, new *Entry) {
 	}
 }
 
+// noteBeside looks at an entry that a rule other than an Identity made for a pod: policies of namespaces are judged anew if the ID, which
+// nobody had by that rule yet, is where another namespace has its own.
+func (ix *index) noteBeside(e *Entry, ch *changes) {
+	if ix.derived.another(e) {
+		return
+	}
+	for _, n := range ix.templates {
+		if n.ns < 0 || !strings.HasPrefix(e.SPIFFEID.Path(), n.begin) {
+			continue
+		}
+		path := strings.Split(e.SPIFFEID.Path()[1:], "/")
+		if len(path) <= n.ns || path[n.ns] != e.Pod.Namespace || len(ix.derived.clusters) > 1 {
+			ix.templatesChanged++
+			ch.namespaces = true
+			return
+		}
+	}
+}
+
 func (t templates) sorted() []EntryID {
 	out := make([]EntryID, 0, len(t))
 	for id := range t {
@@ -260,6 +320,23 @@ func (t templates) advice(td string, ns Namespace) string {
 		}
 	}
 	return "it has no services, since no templated Identity for its cluster has {{ .k8s.ns }} behind segments that are the same for all pods"
+}
+
+// AwaitTemplates returns TemplatesChanged as soon as it is another number than last, or when ctx ends.
+func (r *Registry) AwaitTemplates(ctx context.Context, last int) int {
+	for {
+		r.mu.RLock()
+		now, moved := r.ix.templatesChanged, r.applied
+		r.mu.RUnlock()
+		if now != last {
+			return now
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return now
+		}
+	}
 }
 
 // TemplatesChanged returns a number that grows whenever templated Identities change, or an ID below theirs is registered: which services a namespace has may be

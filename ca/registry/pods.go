@@ -147,14 +147,17 @@ type derived struct {
 	byID    map[spiffeid.ID]map[EntryID]*Entry
 	groups  map[podNodeKey]map[spiffeid.ID]*nodeGroup
 	rules   map[string]int // entries by rule
-	ending  map[EntryID]*Entry
+	// beside are the SPIFFE IDs that rules other than Identities make, with the number of their entries: nothing but these entries says
+	// whose pods have them.
+	beside map[spiffeid.ID]int
+	ending map[EntryID]*Entry
 	// clusters are those that are watched; false: what pods one has is not known yet, or not any more.
 	clusters map[string]bool
 }
 
 func newDerived() *derived {
 	return &derived{entries: map[EntryID]*Entry{}, byRoot: map[spiffeid.ID]map[EntryID]*Entry{}, byID: map[spiffeid.ID]map[EntryID]*Entry{},
-		groups: map[podNodeKey]map[spiffeid.ID]*nodeGroup{}, rules: map[string]int{}, ending: map[EntryID]*Entry{}, clusters: map[string]bool{}}
+		groups: map[podNodeKey]map[spiffeid.ID]*nodeGroup{}, rules: map[string]int{}, beside: map[spiffeid.ID]int{}, ending: map[EntryID]*Entry{}, clusters: map[string]bool{}}
 }
 
 // podRoots adds to roots what the node has by its pods: the place of its own pods always, so that its followers are found
@@ -181,11 +184,11 @@ func (ix *index) entry(id EntryID) *Entry {
 }
 
 // takenBy returns the registered entry whose SPIFFE ID a derived entry must not have, nil if there is none. What was
-// registered always goes first: a pod cannot come by the ID of what an operator named by choosing its labels.
+// registered always goes first, until it ends: a pod cannot come by the ID of what an operator named by choosing its labels.
 func (ix *index) takenBy(e *Entry) *Entry {
 	var by *Entry
 	for _, s := range ix.byID[e.SPIFFEID] {
-		if e.BesideEntries && s.Identity == nil && !s.alias() && !s.Admin && !s.Downstream {
+		if s.Expired(ix.asOf) || e.BesideEntries && s.Identity == nil && !s.alias() && !s.Admin && !s.Downstream {
 			continue
 		}
 		if by == nil || s.ID < by.ID {
@@ -266,10 +269,8 @@ func (r *Registry) setPodEntries(put []*Entry, gone []EntryID) {
 	for _, e := range put {
 		r.ix.changePodEntry(r.c.TrustDomain, r.ix.derived.entries[e.ID], e, &ch)
 	}
-	if ch.taken {
-		notify(r.takenChanged)
-	}
 	r.follow.mark(r.ix, &ch)
+	r.notifyChanged(&ch)
 }
 
 func (ix *index) changePodEntry(td spiffeid.TrustDomain, old, new *Entry, ch *changes) {
@@ -282,6 +283,11 @@ func (ix *index) changePodEntry(td spiffeid.TrustDomain, old, new *Entry, ch *ch
 		delete(ix.ended, old.ID)
 		if d.rules[old.Rule]--; d.rules[old.Rule] == 0 {
 			delete(d.rules, old.Rule)
+		}
+		if old.BesideEntries {
+			if d.beside[old.SPIFFEID]--; d.beside[old.SPIFFEID] == 0 {
+				delete(d.beside, old.SPIFFEID)
+			}
 		}
 		if len(d.byID[old.SPIFFEID]) == 0 {
 			ix.who++
@@ -299,6 +305,10 @@ func (ix *index) changePodEntry(td spiffeid.TrustDomain, old, new *Entry, ch *ch
 			d.ending[new.ID] = new
 		}
 		d.rules[new.Rule]++
+		if new.BesideEntries {
+			d.beside[new.SPIFFEID]++
+			ix.noteBeside(new, ch)
+		}
 		ix.countGroup(td, new, +1, ch)
 		ch.taken = ch.taken || ix.takenBy(new) != nil
 	}
@@ -366,6 +376,18 @@ func (ix *index) unknownOf(agent spiffeid.ID) []string {
 		return nil
 	}
 	return []string{PodEntryPrefix(k.cluster)}
+}
+
+// unknownClusters returns the clusters whose pods are not known, in order.
+func (ix *index) unknownClusters() []string {
+	var out []string
+	for c, known := range ix.derived.clusters {
+		if !known {
+			out = append(out, c)
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 // PodsUnknown tells whether it is not known yet which pods run on the agent's node.
@@ -445,6 +467,22 @@ func (r *Registry) PodEntries(keep func(*Entry) bool) []*Entry {
 		}
 	}
 	return out
+}
+
+// Everybody returns every SPIFFE ID that a registered entry or a pod has, once and in no order, patterns of those that templated
+// Identities stand for, and the clusters whose pods are not known now.
+func (r *Registry) Everybody() (ids []spiffeid.ID, templates, unknown []string) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	ids = slices.AppendSeq(make([]spiffeid.ID, 0, len(r.ix.byID)+len(r.ix.derived.byID)), r.ix.registered())
+	return ids, r.ix.templatePatterns(r.c.TrustDomain), r.ix.unknownClusters()
+}
+
+// UnknownClusters returns the clusters whose pods are not known now, in order.
+func (r *Registry) UnknownClusters() []string {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.ix.unknownClusters()
 }
 
 // CountPodEntries returns how many entries of pods there are, by one rule or, with "", by all.

@@ -32,14 +32,17 @@ type whoever struct {
 // changes PolicyDefaults, the set has only the policies of services of which those of the plan speak: no others matter, and a
 // plan must not cost more with every policy that there is.
 type policyView struct {
-	td      spiffeid.TrustDomain
-	of      whoever
-	set     *policyv1.PolicySet
-	cached  *analyse.Known // nil: it is made of ids and foreign
-	ids     []spiffeid.ID
-	foreign []spiffeid.TrustDomain
-	checks  *policyChecks
-	seen    func() map[spiffeid.ID][]spiffeid.ID
+	td     spiffeid.TrustDomain
+	of     whoever
+	set    *policyv1.PolicySet
+	cached *analyse.Known // nil: it is made of ids and foreign
+	// templates are patterns of what templated Identities stand for; unseen: which pods there are is not known.
+	templates []string
+	unseen    bool
+	ids       []spiffeid.ID
+	foreign   []spiffeid.TrustDomain
+	checks    *policyChecks
+	seen      func() map[spiffeid.ID][]spiffeid.ID
 }
 
 // policyView returns nil if the plan changes no policies. mu is held.
@@ -59,6 +62,7 @@ func (r *Registry) policyView(p *Plan) *policyView {
 			}
 		}))
 	}
+	v.templates, v.unseen = r.ix.templatePatterns(r.c.TrustDomain), len(r.ix.unknownClusters()) > 0
 	r.checks.mu.Lock()
 	defer r.checks.mu.Unlock()
 	if r.checks.known != nil && r.checks.of == v.of {
@@ -114,7 +118,7 @@ func (p *Plan) checkPolicies(v *policyView, all []*resource) error {
 			fresh = append(fresh, x.entry.SPIFFEID)
 		}
 	}
-	known := v.known()
+	known := v.known().WithTemplates(append(v.templates, p.templatePatterns(v.td)...), v.unseen)
 	after := analyse.Replaced(v.set, changes)
 	after.Defaults = mode
 	lint := analyse.Lint{Set: after, Only: changed, Documents: docs, Known: known.With(slices.Values(fresh))}

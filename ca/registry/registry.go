@@ -152,6 +152,7 @@ func Open(ctx context.Context, c Config) (*Registry, error) {
 // load replaces the index by what the store holds and starts a watch that continues it.
 func (r *Registry) load(ctx context.Context) error {
 	ix := newIndex()
+	ix.asOf = r.c.Now()
 	rev, err := r.c.Store.List(ctx, "", 0, func(it store.Item) error {
 		return ix.apply(r.c.TrustDomain, store.Event{Item: it}, nil)
 	})
@@ -174,6 +175,7 @@ func (r *Registry) load(ctx context.Context) error {
 		notify(r.takenChanged)
 		notify(r.templatesChanged)
 		ix.templatedAt = rev // any may have changed
+		ix.templatesChanged += r.ix.templatesChanged + 1
 	}
 	r.ix, r.watch = ix, w
 	r.moved()
@@ -259,12 +261,7 @@ func (r *Registry) applyBatch(b store.Batch) error {
 	}
 	r.ix.revision = b.Revision
 	r.follow.mark(r.ix, &ch)
-	if ch.taken {
-		notify(r.takenChanged)
-	}
-	if ch.templated {
-		notify(r.templatesChanged)
-	}
+	r.notifyChanged(&ch)
 	if ch.federations {
 		r.noteFederations()
 	}
@@ -273,6 +270,19 @@ func (r *Registry) applyBatch(b store.Batch) error {
 	}
 	r.moved()
 	return nil
+}
+
+// notifyChanged tells who makes the entries of pods what changed for them. mu is held.
+func (r *Registry) notifyChanged(ch *changes) {
+	if ch.taken {
+		notify(r.takenChanged)
+	}
+	if ch.templated {
+		notify(r.templatesChanged)
+	}
+	if ch.namespaces {
+		r.moved()
+	}
 }
 
 // TrustDomain returns the trust domain that the registry is of.

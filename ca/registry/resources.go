@@ -198,6 +198,9 @@ func CheckName(n string) error {
 
 // parseResource reads any document.
 func (r *Registry) parseResource(doc strictyaml.Document) (*resource, error) {
+	if err := CheckForm(doc); err != nil {
+		return nil, err
+	}
 	kind, err := KindOf(doc)
 	if err != nil {
 		return nil, err

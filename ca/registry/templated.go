@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.yaml.in/yaml/v3"
@@ -216,11 +217,59 @@ func (ix *index) addTemplated(e *Entry, at store.Revision, ch *changes) {
 	}
 }
 
-// Templates returns the templated Identities in order of name, and the revision that this is as of.
+// Pattern returns the pattern of the SPIFFE IDs that a templated Identity stands for.
+func (e *Entry) Pattern(td spiffeid.TrustDomain) string {
+	var b strings.Builder
+	b.WriteString(td.IDString())
+	for _, s := range e.Template.Path.Segments() {
+		b.WriteByte('/')
+		if s.Variable != "" {
+			s.Text = anySegment
+		}
+		b.WriteString(s.Text)
+	}
+	return b.String()
+}
+
+// templatePatterns returns the patterns of all that have not ended, in order.
+func (ix *index) templatePatterns(td spiffeid.TrustDomain) []string {
+	var out []string
+	for _, e := range ix.templated {
+		if !e.Expired(ix.asOf) {
+			out = append(out, e.Pattern(td))
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// templatePatterns returns the patterns of those that the plan writes.
+func (p *Plan) templatePatterns(td spiffeid.TrustDomain) []string {
+	var out []string
+	for _, e := range p.entries {
+		if e.Template != nil {
+			out = append(out, e.Pattern(td))
+		}
+	}
+	return out
+}
+
+// endTemplated lets all look again at a templated Identity that came to its end, or has not ended after all.
+func (ix *index) endTemplated(e *Entry, ch *changes) {
+	ch.templated, ix.templatedAt = true, ix.revision
+	if ix.templates[e.ID] != nil {
+		ix.templatesChanged++
+		ch.namespaces = true
+	}
+}
+
+// Templates returns the templated Identities that have not ended in order of name, and the revision that this is as of. One that
+// has ended stands for no pods, and claims no SPIFFE IDs.
 func (r *Registry) Templates() ([]*Entry, store.Revision) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	out := slices.Collect(maps.Values(r.ix.templated))
+	out = slices.DeleteFunc(out, func(e *Entry) bool { return e.Expired(r.ix.asOf) })
 	slices.SortFunc(out, func(a, b *Entry) int { return strings.Compare(string(a.ID), string(b.ID)) })
 	return out, r.ix.revision
 }
@@ -237,15 +286,55 @@ func (r *Registry) Expanded(rev store.Revision) {
 	r.moved()
 }
 
-// warnTemplates says what of a plan stands for nothing. mu is held.
+// warnTemplates says what of a plan stands for nothing, and what it takes from pods. mu is held.
 func (r *Registry) warnTemplates(p *Plan) {
-	if len(r.ix.derived.clusters) > 0 {
-		return
-	}
+	templates := len(r.ix.templated) > 0
 	for _, e := range p.entries {
-		if e.Template != nil {
-			p.Warnings = append(p.Warnings, "templated Identities stand for pods, and this CA watches no cluster: name one in its configuration (kubernetes.clusters.NAME.pods)")
-			return
+		if e.Template == nil {
+			r.warnTaken(p, e)
+			continue
+		}
+		templates = true
+		if e.Expired(r.c.Now()) {
+			p.Warnings = append(p.Warnings, fmt.Sprintf("Identity %q has ended (expiresAt %s): it stands for no pods", e.Identity.Name, e.ExpiresAt.Format(time.RFC3339)))
 		}
 	}
+	if !templates {
+		return
+	}
+	if len(r.ix.derived.clusters) == 0 && slices.ContainsFunc(p.entries, func(e *Entry) bool { return e.Template != nil }) {
+		p.Warnings = append(p.Warnings, "templated Identities stand for pods, and this CA watches no cluster: name one in its configuration (kubernetes.clusters.NAME.pods)")
+	}
+	unknown := r.ix.unknownClusters()
+	if len(unknown) > 0 && slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == defaultsKey || strings.HasPrefix(w.Key, policyPrefix) }) {
+		p.Warnings = append(p.Warnings, fmt.Sprintf("which pods the cluster %q has is not known now: whom a change of policies locks out is worked out from the templates of Identities alone, and there may be more", unknown[0]))
+	}
+}
+
+// warnTaken says which pods a plain Identity takes its SPIFFE ID from.
+func (r *Registry) warnTaken(p *Plan, e *Entry) {
+	if old := r.ix.entries[e.ID]; old != nil && old.SPIFFEID == e.SPIFFEID || e.Expired(r.c.Now()) {
+		return
+	}
+	var one *Entry
+	n := 0
+	for d := range r.ix.holders(e.SPIFFEID) {
+		if d.Pod == nil {
+			continue
+		}
+		if n++; one == nil || d.ID < one.ID {
+			one = d
+		}
+	}
+	if n == 0 {
+		return
+	}
+	text := fmt.Sprintf("Identity %q takes %s from %d pods, such as %s/%s, which have it by %s", e.Identity.Name, e.SPIFFEID, n, one.Pod.Namespace, one.Pod.Name, one.Rule)
+	if n == 1 {
+		text = fmt.Sprintf("Identity %q takes %s from the pod %s/%s, which has it by %s", e.Identity.Name, e.SPIFFEID, one.Pod.Namespace, one.Pod.Name, one.Rule)
+	}
+	if e.Admin {
+		text += ": with the SVIDs that they hold they are admins until those end; choose an ID that no pod ever had, or revoke it with issuedBefore first"
+	}
+	p.Warnings = append(p.Warnings, text)
 }

@@ -379,6 +379,7 @@ func (r *Registry) NoteEnds() []*Entry {
 	now := r.c.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.ix.asOf = now
 	var ch changes
 	var ended []*Entry
 	endings := func(yield func(EntryID, *Entry) bool) {
@@ -399,11 +400,18 @@ func (r *Registry) NoteEnds() []*Entry {
 		ch.policySide = r.ix.noteHint(e.SPIFFEID) || ch.policySide
 		ch.entries = append(ch.entries, entryChange{e, e})
 		ch.roots = ch.roots || e.alias()
+		switch {
+		case e.Template != nil:
+			r.ix.endTemplated(e, &ch)
+		case e.Pod == nil:
+			r.ix.retake(e, nil, &ch)
+		}
 		if is && e.Pod == nil { // of a templated Identity its own end is noted
 			ended = append(ended, e)
 		}
 	}
 	r.follow.mark(r.ix, &ch)
+	r.notifyChanged(&ch)
 	return ended
 }
 

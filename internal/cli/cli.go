@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -118,7 +119,11 @@ or with --server its TCP port, as the identity that the Workload API gives the c
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return &usageError{err: err, hint: fmt.Sprintf("run '%s --help' for its flags", cmd.CommandPath())}
+		hint := fmt.Sprintf("run '%s --help' for its flags", cmd.CommandPath())
+		if strings.Contains(err.Error(), "--dry-run") && cmd.Name() == "apply" {
+			hint = "'signet diff' takes the same documents, and shows what apply would do"
+		}
+		return &usageError{err: err, hint: hint}
 	})
 	root.AddGroup(
 		&cobra.Group{ID: groupRun, Title: "Run:"},

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/internal/strictyaml"
 )
 
@@ -49,6 +50,11 @@ func (a *app) documentsFrom(cmd *cobra.Command, files []string) ([]strictyaml.Do
 		if err != nil {
 			mistakes = append(mistakes, err)
 			continue
+		}
+		for _, d := range found {
+			if err := registry.CheckForm(d); err != nil {
+				mistakes = append(mistakes, err)
+			}
 		}
 		docs = append(docs, found...)
 	}

@@ -17,7 +17,7 @@ func (a *app) entryCommand() *cobra.Command {
 	return a.noun("entry", "Registration entries: who gets which SPIFFE ID",
 		`A registration entry says that a process with these selectors, on the node or group of nodes that is its parent, gets
 this SPIFFE ID. 'signet apply' keeps entries as documents under version control; these commands change single ones.`,
-		a.entryCreateCommand(), a.entryListCommand(), a.entryShowCommand(), a.entryUpdateCommand(), a.entryDeleteCommand(), a.entryCountCommand(),
+		a.entryCreateCommand(), a.entryListCommand(), a.entryPodsCommand(), a.entryShowCommand(), a.entryUpdateCommand(), a.entryDeleteCommand(), a.entryCountCommand(),
 		a.entryExportCommand(), a.entryImportCommand())
 }
 
@@ -169,6 +169,8 @@ func (a *app) entryListCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List registration entries",
+		Long: `List registration entries, by Identities and others. What the CA gives pods by templated Identities is not registered: 'signet entry pods'
+lists that.`,
 		Example: `  signet entry list
   signet entry list --selector unix:user:web -o wide
   signet entry list --parent-id /spire/agent/join_token/0c5e -o json`,

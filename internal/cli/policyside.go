@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 
@@ -14,6 +15,8 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
@@ -43,6 +46,8 @@ type side struct {
 	docs  map[string]*strictyaml.Document
 	// identities tells that IDs are known.
 	identities bool
+	// unknown are the clusters of which the CA does not know the pods.
+	unknown []string
 }
 
 // side reads policies and Identities from files, or from the CA if there are none.
@@ -50,7 +55,9 @@ func (a *app) side(cmd *cobra.Command, files []string, trustDomain string) (*sid
 	if len(files) == 0 || len(files) == 1 && files[0] == live {
 		var s *side
 		return s, a.withCA(cmd.Context(), func(ctx context.Context, c *caConn) (err error) {
-			s, err = liveSide(ctx, c)
+			if s, err = liveSide(ctx, c); err == nil {
+				a.warnUnknown(s.unknown)
+			}
 			return err
 		})
 	}
@@ -71,6 +78,7 @@ func (a *app) side(cmd *cobra.Command, files []string, trustDomain string) (*sid
 	}
 	s := &side{set: compiled.Set(), td: td, docs: map[string]*strictyaml.Document{}}
 	var ids []spiffeid.ID
+	var templates []string
 	var foreign []spiffeid.TrustDomain
 	for i, doc := range docs {
 		switch kind, _, _, _ := doc.Field("kind"); kind {
@@ -82,13 +90,15 @@ func (a *app) side(cmd *cobra.Command, files []string, trustDomain string) (*sid
 			if err != nil {
 				return nil, err
 			}
-			if e.Template == nil { // one with a template names no ID
+			if e.Template == nil {
 				ids = append(ids, e.SPIFFEID)
+			} else {
+				templates = append(templates, e.Pattern(td))
 			}
 			foreign = append(foreign, e.FederatesWith...)
 		}
 	}
-	s.known, s.identities = analyse.NewKnown(td, slices.Values(ids), foreign), len(ids) > 0
+	s.known, s.identities = analyse.NewKnown(td, slices.Values(ids), foreign).WithTemplates(templates, true), len(ids)+len(templates) > 0
 	return s, nil
 }
 
@@ -98,21 +108,11 @@ func liveSide(ctx context.Context, c *caConn) (*side, error) {
 		return nil, err
 	}
 	s := &side{set: p.Set(), td: td, identities: true}
-	var ids []spiffeid.ID
-	for token := ""; ; {
-		page, err := entryv1.NewEntryClient(c).ListEntries(ctx, &entryv1.ListEntriesRequest{PageSize: entryPage, PageToken: token, OutputMask: &types.EntryMask{SpiffeId: true}})
-		if err != nil {
-			return nil, caError("listing registration entries", c, err)
-		}
-		for _, e := range page.GetEntries() {
-			if id, err := spiffeid.FromString("spiffe://" + e.GetSpiffeId().GetTrustDomain() + e.GetSpiffeId().GetPath()); err == nil {
-				ids = append(ids, id)
-			}
-		}
-		if token = page.GetNextPageToken(); token == "" {
-			break
-		}
+	all, err := everybody(ctx, c)
+	if err != nil {
+		return nil, err
 	}
+	s.unknown = all.unknown
 	var foreign []spiffeid.TrustDomain
 	for token := ""; ; {
 		page, err := bundlev1.NewBundleClient(c).ListFederatedBundles(ctx, &bundlev1.ListFederatedBundlesRequest{PageSize: bundlePage, PageToken: token, OutputMask: &types.BundleMask{}})
@@ -128,8 +128,61 @@ func liveSide(ctx context.Context, c *caConn) (*side, error) {
 			break
 		}
 	}
-	s.known = analyse.NewKnown(td, slices.Values(ids), foreign)
+	s.known = analyse.NewKnown(td, slices.Values(all.ids), foreign).WithTemplates(all.templates, len(all.unknown) > 0)
 	return s, nil
+}
+
+// everyone is who there is, by the CA.
+type everyone struct {
+	ids       []spiffeid.ID
+	templates []string // patterns of what pods may have
+	unknown   []string // clusters whose pods are not known now
+}
+
+// everybody asks the CA who there is. An older one, and a SPIRE server, know registered entries alone.
+func everybody(ctx context.Context, c *caConn) (*everyone, error) {
+	const doing = "asking the CA which SPIFFE IDs there are"
+	out := &everyone{}
+	stream, err := adminv1.NewEntriesClient(c).ListIDs(ctx, &adminv1.ListIDsRequest{})
+	if err != nil {
+		return nil, caError(doing, c, err)
+	}
+	for {
+		part, err := stream.Recv()
+		switch {
+		case errors.Is(err, io.EOF):
+			return out, nil
+		case status.Code(err) == codes.Unimplemented:
+			return out, registeredIDs(ctx, c, out)
+		case err != nil:
+			return nil, caError(doing, c, err)
+		}
+		for _, s := range part.GetIds() {
+			if id, err := spiffeid.FromString(s); err == nil {
+				out.ids = append(out.ids, id)
+			}
+		}
+		out.templates = append(out.templates, part.GetTemplates()...)
+		out.unknown = append(out.unknown, part.GetUnknownClusters()...)
+	}
+}
+
+// registeredIDs adds the IDs of all registered entries.
+func registeredIDs(ctx context.Context, c *caConn, out *everyone) error {
+	for token := ""; ; {
+		page, err := entryv1.NewEntryClient(c).ListEntries(ctx, &entryv1.ListEntriesRequest{PageSize: entryPage, PageToken: token, OutputMask: &types.EntryMask{SpiffeId: true}})
+		if err != nil {
+			return caError("listing registration entries", c, err)
+		}
+		for _, e := range page.GetEntries() {
+			if id, err := spiffeid.FromString("spiffe://" + e.GetSpiffeId().GetTrustDomain() + e.GetSpiffeId().GetPath()); err == nil {
+				out.ids = append(out.ids, id)
+			}
+		}
+		if token = page.GetNextPageToken(); token == "" {
+			return nil
+		}
+	}
 }
 
 // observed reads recorded decisions, a JSON object each line, from a file, or asks the CA for those it keeps.

@@ -11,10 +11,12 @@ import (
 // Known is who there is: the IDs that Identities and registration entries issue, and the foreign trust domains whose bundles
 // are there. It is immutable and safe for concurrent use.
 type Known struct {
-	td      string
-	layers  []*names
-	count   int
-	foreign map[string]bool
+	td        string
+	layers    []*names
+	count     int
+	foreign   map[string]bool
+	templates []pattern
+	unseen    bool // whom the templates stand for now is not known
 }
 
 // names holds IDs segment by segment.
@@ -47,6 +49,35 @@ func (k *Known) With(ids iter.Seq[spiffeid.ID]) *Known {
 		with.count += added
 	}
 	return &with
+}
+
+// WithTemplates returns who there is with what templated Identities stand for, as patterns: IDs of pods, which come and go. Unseen
+// says that it is not known which pods there are; else those that are there are among the IDs.
+func (k *Known) WithTemplates(patterns []string, unseen bool) *Known {
+	with := *k
+	with.templates = slices.Clone(k.templates)
+	for _, s := range patterns {
+		if p, ok := idPattern(s); ok && p.td == k.td {
+			with.templates = append(with.templates, p)
+		}
+	}
+	with.unseen = unseen && len(with.templates) > 0
+	return &with
+}
+
+// may reports whether a pod could have an ID that the pattern matches.
+func (k *Known) may(p pattern, wide bool) bool {
+	return slices.ContainsFunc(k.templates, func(t pattern) bool {
+		return t.meets(p) || wide && p.rest && t.meets(pattern{td: p.td, segments: p.segments})
+	})
+}
+
+// unseenExample is an ID for a pattern of which no ID is known, and cannot be, since it is not known which pods there are.
+func (k *Known) unseenExample(p pattern) (spiffeid.ID, bool) {
+	if !k.unseen || !k.may(p, false) || k.any(p, false) {
+		return spiffeid.ID{}, false
+	}
+	return p.example()
 }
 
 // Count is how many IDs there are.

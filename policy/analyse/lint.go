@@ -152,7 +152,10 @@ func (c *linter) policy(pol *policyv1.Policy) {
 		switch {
 		case allows > 0 && p.wildFirst():
 			c.say(SeverityWarning, "broad_service", pol, steps, "service %q is any workload of the trust domain, also one that has nothing to do with these callers; name the services", relative(s, c.td))
-		case c.Known != nil && !c.Known.any(p, false):
+		case c.Known == nil || c.Known.any(p, false):
+		case c.Known.may(p, false):
+			c.noPod(pol, steps, s)
+		default:
 			c.say(SeverityWarning, "unknown_service", pol, steps, "no Identity and no entry issues %q, which this policy is for", relative(s, c.td))
 		}
 	}
@@ -164,6 +167,13 @@ func (c *linter) policy(pol *policyv1.Policy) {
 		}
 		c.rule(pol, i, []any{section, written[section]}, requests)
 		written[section]++
+	}
+}
+
+// noPod says that no pod has an ID that one could have.
+func (c *linter) noPod(pol *policyv1.Policy, steps []any, s string) {
+	if !c.Known.unseen {
+		c.say(SeverityNote, "no_pod", pol, steps, "no pod has %q now, as a templated Identity would give it", relative(s, c.td))
 	}
 }
 
@@ -200,6 +210,8 @@ func (c *linter) rule(pol *policyv1.Policy, index int, steps []any, requests boo
 			c.say(SeverityWarning, "not_federated", pol, here, "there is no bundle of the trust domain %q, so nobody of it can call; 'signet federation create' or 'signet bundle set' brings it", p.td)
 		case foreign:
 		case c.Known.any(p, deny):
+		case c.Known.may(p, deny):
+			c.noPod(pol, here, s)
 		case deny:
 			c.say(SeverityNote, "unknown_caller", pol, here, "no Identity and no entry issues %q today", relative(s, c.td))
 		default:

@@ -1,6 +1,7 @@
 package analyse
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -73,7 +74,7 @@ func (r *Replacement) Lockouts() (found []Lockout, complete bool, err error) {
 	if r.onlyAllows() {
 		return nil, true, nil
 	}
-	l := &lockouts{Replacement: r, left: maxAsked}
+	l := &lockouts{Replacement: r, left: maxAsked, named: map[spiffeid.ID]string{}}
 	if err := l.prepare(); err != nil {
 		return nil, false, err
 	}
@@ -113,6 +114,7 @@ type lockouts struct {
 	defaults      bool               // PolicyDefaults changes
 	index         [2]*finder[int]
 	left          int
+	named         map[spiffeid.ID]string // what stands for services that are not known one by one
 }
 
 // prepare compiles those policies that speak of a service of one that changed.
@@ -242,6 +244,10 @@ func (l *lockouts) classes() map[string]*class {
 				for id := range l.Known.matching(p, false) {
 					add(id)
 				}
+				if id, ok := l.Known.unseenExample(p); ok {
+					l.named[id] = s
+					add(id)
+				}
 			}
 		}
 	}
@@ -266,7 +272,7 @@ func (l *lockouts) judge(c *class) (Lockout, bool) {
 	if slices.Equal(c.old, c.fresh) && !l.defaults && len(c.old) == 0 {
 		return Lockout{}, false
 	}
-	out := Lockout{Service: c.first.String(), Services: len(c.services)}
+	out := Lockout{Service: cmp.Or(l.named[c.first], c.first.String()), Services: len(c.services)}
 	if l.all(c, func(yield func(spiffeid.ID, string) bool) {
 		for _, id := range l.Seen[c.first] {
 			if !yield(id, id.String()) {
@@ -339,6 +345,9 @@ func (l *lockouts) callers(c *class) func(func(spiffeid.ID, string) bool) {
 							if !yield(id, id.String()) {
 								return
 							}
+						}
+						if id, ok := l.Known.unseenExample(p); ok && !yield(id, s) {
+							return
 						}
 						continue
 					}

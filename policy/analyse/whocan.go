@@ -112,7 +112,7 @@ func unknownCallers(set *policyv1.PolicySet, known *Known) map[string]spiffeid.I
 		for _, r := range p.GetRules() {
 			for _, s := range r.GetFrom() {
 				q, ok := idPattern(s)
-				if !ok || q.td == known.td && !q.literal() {
+				if !ok || q.td == known.td && !q.literal() && (!known.may(q, false) || known.any(q, false)) {
 					continue
 				}
 				if id, ok := q.example(); ok && !known.Has(id) {

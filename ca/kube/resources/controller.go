@@ -158,12 +158,8 @@ func (r *run) lookAgain() {
 func (r *run) followTemplates(ctx context.Context) error {
 	last := -1
 	for ctx.Err() == nil {
-		rev := r.c.Registry.Revision()
-		if now := r.c.Registry.TemplatesChanged(); now != last {
-			last = now
-			r.lookAgain()
-		}
-		_ = r.c.Registry.WaitFor(ctx, rev+1) // which fails only when ctx ends
+		last = r.c.Registry.AwaitTemplates(ctx, last)
+		r.lookAgain()
 	}
 	return nil
 }
