@@ -39,6 +39,12 @@ func timed(t *testing.T) (*registry.Registry, *atomic.Int64) {
 	return r, ahead
 }
 
+// expandNow is what Run does when templated Identities changed; who applies some does not wait for it.
+func expandNow(x *Expander) {
+	x.takeIdentities()
+	x.c.Registry.Expanded(0)
+}
+
 // A holding is what a follower was told so far, by path.
 type holding struct {
 	f    *registry.Follower
@@ -71,7 +77,7 @@ func TestATemplateThatHasEndedClaimsNothing(t *testing.T) {
 	end := time.Now().Add(time.Hour).UTC().Format(time.RFC3339)
 	apply(t, r, "kind: Identity\nname: a-first\nspiffeID: /ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}\nhint: first\nexpiresAt: '"+end+"'\n---\n"+
 		"kind: Identity\nname: b-second\nspiffeID: /ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}\nmatch: [k8s:ns:shop]\nhint: second\n")
-	x.takeIdentities()
+	expandNow(x)
 	f := r.Follow(agent, 0, false)
 	defer f.Close()
 	h := &holding{f, map[registry.EntryID]string{}}
@@ -85,7 +91,7 @@ func TestATemplateThatHasEndedClaimsNothing(t *testing.T) {
 		return err
 	}
 	apply(t, r, "kind: Identity\nname: c-third\nspiffeID: /team/{{ .k8s.ns }}/{{ .k8s.sa }}\nexpiresAt: '"+end+"'\n")
-	x.takeIdentities()
+	expandNow(x)
 	if err := speaks("/team/shop/web"); err != nil {
 		t.Errorf("a service by an Identity that has not ended: %v", err)
 	}
@@ -104,7 +110,7 @@ func TestATemplateThatHasEndedClaimsNothing(t *testing.T) {
 	if r.TemplatesChanged() == counted {
 		t.Error("policies of namespaces are not judged anew")
 	}
-	x.takeIdentities()
+	expandNow(x)
 	expect(t, "after its end", h.now(), "/ns/shop/sa/web second")
 	expect(t, "and for agents that poll", of(r, agent), "/ns/shop/sa/web for 1")
 	if err := speaks("/team/shop/web"); err == nil || !strings.Contains(err.Error(), "is not of namespace") {
@@ -116,7 +122,7 @@ func TestATemplateThatHasEndedClaimsNothing(t *testing.T) {
 
 	ahead.Store(0)
 	r.NoteEnds()
-	x.takeIdentities()
+	expandNow(x)
 	expect(t, "the clock is set back", h.now(), "/ns/shop/sa/web first", "/team/shop/web ")
 }
 
@@ -125,13 +131,12 @@ func TestATemplateThatHasEndedClaimsNothing(t *testing.T) {
 func TestARegisteredIDIsFreeAtItsEnd(t *testing.T) {
 	r, ahead := timed(t)
 	x := New(Config{Registry: r})
-	running(t, x)
 	agent := node(t, r, "prod", "node-a")
 	x.Synced("prod", true)
 	x.Update("prod", []*Pod{pod("1", "node-a", "shop", "web")}, nil)
 	end := time.Now().Add(time.Hour).UTC().Format(time.RFC3339)
 	apply(t, r, byServiceAccount+"---\nkind: Identity\nname: plain\nspiffeID: /ns/shop/sa/web\nmatch: [unix:uid:1]\nexpiresAt: '"+end+"'\n")
-	x.takeIdentities()
+	expandNow(x)
 	f := r.Follow(agent, 0, false)
 	defer f.Close()
 	h := &holding{f, map[registry.EntryID]string{}}
