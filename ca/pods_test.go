@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc/codes"
@@ -25,7 +26,14 @@ import (
 func (h *harness) onNode(cluster, uid string) *testAgent {
 	h.t.Helper()
 	a := h.agent()
-	n, err := h.ca.reg.Node(a.id)
+	h.psat(a.id, cluster, uid)
+	return a
+}
+
+// psat changes what an agent's attestation has shown.
+func (h *harness) psat(id spiffeid.ID, cluster, uid string) {
+	h.t.Helper()
+	n, err := h.ca.reg.Node(id)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -41,7 +49,6 @@ func (h *harness) onNode(cluster, uid string) *testAgent {
 	if err := h.ca.reg.PutNode(h.t.Context(), &changed, nil); err != nil {
 		h.t.Fatal(err)
 	}
-	return a
 }
 
 func (h *harness) expander() *pods.Expander {
