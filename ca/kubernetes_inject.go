@@ -88,7 +88,7 @@ func (ca *CA) injectProxies(c KubernetesCluster, k *kubeCluster) error {
 	cluster := k.client.Cluster
 	names := append([]string{i.Service + "." + k.namespace + ".svc"}, i.DNSNames...)
 	s, err := inject.New(inject.Config{Options: inject.Options{TrustDomain: ca.td, Image: i.Image, Volume: i.Volume, HostPath: i.HostPath, SocketName: i.SocketName},
-		Cluster: cluster, Client: k.client.Typed, Namespace: k.namespace, Webhook: i.Webhook, Listen: i.Listen,
+		Cluster: cluster, Configurations: k.client.MutatingWebhookConfigurations(), Namespace: k.namespace, Webhook: i.Webhook, Listen: i.Listen,
 		Sign: func(ctx context.Context, key crypto.PublicKey) (*authority.X509SVID, error) {
 			return ca.signWebhook(ctx, cluster, names, key)
 		},

@@ -53,7 +53,7 @@ func (ca *CA) signPodCertificates(c KubernetesCluster, k *kubeCluster) {
 		return
 	}
 	cluster := k.client.Cluster
-	s := podcert.New(podcert.Config{Cluster: cluster, Client: k.client.Typed, Pods: ca.pods, TrustDomain: ca.td, Authority: ca.set, Registry: ca.reg, Audit: ca.audit,
+	s := podcert.New(podcert.Config{Cluster: cluster, Requests: func(ns string) podcert.Requests { return k.client.PodCertificateRequests(ns) }, Pods: ca.pods, TrustDomain: ca.td, Authority: ca.set, Registry: ca.reg, Audit: ca.audit,
 		TTL: c.PodCertificates.TTL, Agents: func(nodeUID string) []*registry.Node { return ca.agentsOfNode(cluster, nodeUID) },
 		Canary: ca.leaks.CanaryIssued, Issued: ca.metrics.issued, Now: ca.c.Now, Log: ca.log})
 	k.leading = append(k.leading, s.Run)

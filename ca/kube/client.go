@@ -10,10 +10,8 @@ import (
 	"net/http"
 	"net/netip"
 
-	"k8s.io/apimachinery/pkg/runtime"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -32,12 +30,12 @@ const (
 type Client struct {
 	// Cluster is the name that the configuration gives the cluster, which its agents send when they attest.
 	Cluster string
-	// Typed knows the API of Kubernetes itself, Dynamic any resource.
-	Typed   kubernetes.Interface
+	// Dynamic knows any resource. Those of Kubernetes itself that the CA works with have methods of their own.
 	Dynamic dynamic.Interface
 	// Metadata knows the metadata of any resource, and nothing else of it.
 	Metadata metadata.Interface
 
+	apis  *apis
 	guard *guard
 }
 
@@ -65,9 +63,7 @@ func Open(cluster, kubeconfig string) (*Client, error) {
 	// An API server does not redirect. Whoever it names would be sent requests of the CA, deletions too.
 	h.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	client := &Client{Cluster: cluster, guard: g}
-	binary := rest.CopyConfig(c) // what protobuf has no words for is JSON
-	binary.ContentType, binary.AcceptContentTypes = runtime.ContentTypeProtobuf, runtime.ContentTypeProtobuf+","+runtime.ContentTypeJSON
-	if client.Typed, err = kubernetes.NewForConfigAndClient(binary, h); err != nil {
+	if client.apis, err = newAPIs(c, h); err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
 	}
 	if client.Dynamic, err = dynamic.NewForConfigAndClient(c, h); err != nil {

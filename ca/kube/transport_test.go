@@ -72,7 +72,7 @@ func TestAnswersAreBounded(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
-			_, err := c.Typed.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+			_, err := c.Nodes().List(ctx, metav1.ListOptions{})
 			if err == nil || !strings.Contains(err.Error(), tt.want.Error()) {
 				t.Errorf("got %v, want %v", err, tt.want)
 			}
@@ -102,7 +102,7 @@ func TestWatchLivesByWhatItSays(t *testing.T) {
 	c.guard.timeout, c.guard.silence = 250*time.Millisecond, 400*time.Millisecond
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	w, err := c.Typed.CoreV1().Nodes().Watch(ctx, metav1.ListOptions{Watch: true})
+	w, err := c.Nodes().Watch(ctx, metav1.ListOptions{Watch: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,10 +127,10 @@ func TestEveryClientIsCounted(t *testing.T) {
 	c := open(t, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusNotFound) })
 	ctx := t.Context()
 	gvr := metav1.SchemeGroupVersion.WithResource("things")
-	_, _ = c.Typed.CoreV1().Nodes().Get(ctx, "a", metav1.GetOptions{})
+	_, _ = c.Nodes().Get(ctx, "a", metav1.GetOptions{})
 	_, _ = c.Dynamic.Resource(gvr).Get(ctx, "a", metav1.GetOptions{})
 	_, _ = c.Metadata.Resource(gvr).Get(ctx, "a", metav1.GetOptions{})
-	_ = c.Typed.CoreV1().Nodes().Delete(ctx, "a", metav1.DeleteOptions{})
+	_ = c.Nodes().Delete(ctx, "a", metav1.DeleteOptions{})
 	if r := c.Requests(); r.Reads != 3 || r.Writes != 1 {
 		t.Errorf("counted %+v, want 3 reads and a write", r)
 	}

@@ -322,7 +322,7 @@ func TestLeaderWorkEnds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lease, err := client.Typed.CoordinationV1().Leases(k.namespace).Get(ctx, "work", metav1.GetOptions{})
+	lease, err := client.Leases(k.namespace).Get(ctx, "work", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

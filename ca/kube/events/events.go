@@ -231,7 +231,7 @@ func (r *Recorder) write(ctx context.Context, p pending) error {
 	if namespace == "" { // of what is in none, the API server takes Events here
 		namespace = metav1.NamespaceDefault
 	}
-	_, err := r.client.Typed.CoreV1().Events(namespace).Create(ctx, &corev1.Event{
+	_, err := r.client.Events(namespace).Create(ctx, &corev1.Event{
 		ObjectMeta:     metav1.ObjectMeta{Name: p.name, Namespace: namespace},
 		InvolvedObject: p.event.Object,
 		Type:           kind, Reason: p.event.Reason, Message: p.event.Message,

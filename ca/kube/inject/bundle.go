@@ -20,7 +20,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/client-go/tools/cache"
+
+	"github.com/signet-id/signet/ca/kube/follow"
 )
 
 const (
@@ -63,28 +64,48 @@ func (b *bundleKeeper) trusts(root *x509.Certificate) (time.Time, bool) {
 
 // watch follows the configuration until ctx ends.
 func (b *bundleKeeper) watch(ctx context.Context) {
-	configs := b.c.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
 	ours := fields.OneTermEqualSelector("metadata.name", b.c.Webhook).String()
-	informer := cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
-		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+	follow.New(follow.Config{Name: "MutatingWebhookConfiguration " + b.c.Webhook, Store: &configStore{b: b}, Log: b.c.Log.With("cluster", b.c.Cluster),
+		List: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			o.FieldSelector = ours
-			return configs.List(ctx, o)
+			return b.c.Configurations.List(ctx, o)
 		},
-		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+		Watch: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.FieldSelector = ours
-			return configs.Watch(ctx, o)
+			return b.c.Configurations.Watch(ctx, o)
 		},
-	}, b.c.Client), &admissionregistrationv1.MutatingWebhookConfiguration{}, 0, cache.Indexers{})
-	saw := func(o any) {
-		if m, ok := o.(*admissionregistrationv1.MutatingWebhookConfiguration); ok && m.Name == b.c.Webhook {
-			b.saw(m)
-		}
+	}).Run(ctx)
+}
+
+// A configStore hands the configuration on.
+type configStore struct {
+	b     *bundleKeeper
+	there bool // in the list that is under way
+}
+
+// Begin implements follow.Store.
+func (s *configStore) Begin() { s.there = false }
+
+// Put implements follow.Store.
+func (s *configStore) Put(o metav1.Object) {
+	if m, ok := o.(*admissionregistrationv1.MutatingWebhookConfiguration); ok && m.Name == s.b.c.Webhook {
+		s.there = true
+		s.b.saw(m)
 	}
-	if _, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: saw, UpdateFunc: func(_, o any) { saw(o) }, DeleteFunc: func(any) { b.saw(nil) }}); err != nil {
-		b.c.Log.Error("the webhook's configuration cannot be followed", "cluster", b.c.Cluster, "err", err)
-		return
+}
+
+// End implements follow.Store.
+func (s *configStore) End() {
+	if !s.there {
+		s.b.saw(nil)
 	}
-	informer.RunWithContext(ctx)
+}
+
+// Delete implements follow.Store.
+func (s *configStore) Delete(o metav1.Object) {
+	if o.GetName() == s.b.c.Webhook {
+		s.b.saw(nil)
+	}
 }
 
 // saw notes the configuration as it is now; nil: there is none.
@@ -172,7 +193,7 @@ func (b *bundleKeeper) keep(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, patchTime)
 	defer cancel()
-	_, err = b.c.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Patch(ctx, b.c.Webhook, types.JSONPatchType, patch, metav1.PatchOptions{})
+	_, err = b.c.Configurations.Patch(ctx, b.c.Webhook, types.JSONPatchType, patch, metav1.PatchOptions{})
 	if apierrors.IsNotFound(err) {
 		return nil
 	}

@@ -23,8 +23,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/net/netutil"
 	admissionv1 "k8s.io/api/admission/v1"
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/signet-id/signet/ca/authority"
 )
@@ -61,12 +63,19 @@ type Options struct {
 	HostPath, SocketName string
 }
 
+// Configurations are the MutatingWebhookConfigurations of an API server.
+type Configurations interface {
+	List(ctx context.Context, o metav1.ListOptions) (*admissionregistrationv1.MutatingWebhookConfigurationList, error)
+	Watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error)
+	Patch(ctx context.Context, name string, kind types.PatchType, patch []byte, o metav1.PatchOptions, subresources ...string) (*admissionregistrationv1.MutatingWebhookConfiguration, error)
+}
+
 // Config is what a Server works with.
 type Config struct {
 	Options
-	// Cluster is the cluster's name in the CA's configuration, and Client its API server.
-	Cluster string
-	Client  kubernetes.Interface
+	// Cluster is the cluster's name in the CA's configuration, and Configurations those of its API server.
+	Cluster        string
+	Configurations Configurations
 	// Namespace is the CA's own, whose pods are left alone, and Webhook the name of the MutatingWebhookConfiguration whose
 	// caBundle is kept.
 	Namespace, Webhook string

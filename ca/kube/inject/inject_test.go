@@ -26,10 +26,13 @@ import (
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes/fake"
+	admissionregistrationclient "k8s.io/client-go/kubernetes/typed/admissionregistration/v1"
 
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/keys"
+	"github.com/signet-id/signet/ca/kube/follow/followtest"
 	"github.com/signet-id/signet/ca/store/bolt"
 )
 
@@ -79,7 +82,7 @@ func start(t *testing.T) *webhook {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.server, err = New(Config{Options: options, Cluster: "prod", Client: w.client, Namespace: "signet-system", Webhook: "signet-inject", Listen: "127.0.0.1:0",
+	w.server, err = New(Config{Options: options, Cluster: "prod", Configurations: configurations{w.client.AdmissionregistrationV1().MutatingWebhookConfigurations()}, Namespace: "signet-system", Webhook: "signet-inject", Listen: "127.0.0.1:0",
 		Sign: func(ctx context.Context, key crypto.PublicKey) (*authority.X509SVID, error) {
 			w.signed.Add(1)
 			p, err := w.set.CheckX509(authority.X509Request{ID: spiffeid.RequireFromPath(td, "/spire/signet/webhook/prod"), PublicKey: key, DNSNames: []string{dnsName}, Reserved: true})
@@ -443,6 +446,36 @@ func TestRotation(t *testing.T) {
 		t.Errorf("%d of %d admissions failed", failed.Load(), asked.Load())
 	}
 	t.Logf("%d admissions, %d certificates", asked.Load(), w.signed.Load())
+}
+
+// configurations are those of a fake clientset, which can be followed.
+type configurations struct {
+	admissionregistrationclient.MutatingWebhookConfigurationInterface
+}
+
+func (c configurations) List(ctx context.Context, o metav1.ListOptions) (*admissionregistrationv1.MutatingWebhookConfigurationList, error) {
+	list, err := c.MutatingWebhookConfigurationInterface.List(ctx, o)
+	if err == nil {
+		list.ResourceVersion = followtest.Version
+	}
+	return list, err
+}
+
+func (c configurations) Watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+	w, err := c.MutatingWebhookConfigurationInterface.Watch(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	list, err := c.List(ctx, metav1.ListOptions{})
+	if err != nil {
+		w.Stop()
+		return nil, err
+	}
+	var now []watch.Event
+	for i := range list.Items {
+		now = append(now, watch.Event{Type: watch.Added, Object: &list.Items[i]})
+	}
+	return followtest.Watch(w, now), nil
 }
 
 // TestCABundleIsKept: what an upgrade of the chart takes away is back at once.

@@ -186,7 +186,7 @@ func (s *Signer) condition(kind, reason, message string) []metav1.Condition {
 func (s *Signer) update(ctx context.Context, r *certificatesv1beta1.PodCertificateRequest, status certificatesv1beta1.PodCertificateRequestStatus) error {
 	answer := r.DeepCopy()
 	answer.Status = status
-	_, err := s.c.Client.CertificatesV1beta1().PodCertificateRequests(r.Namespace).UpdateStatus(ctx, answer, metav1.UpdateOptions{})
+	_, err := s.c.Requests(r.Namespace).UpdateStatus(ctx, answer, metav1.UpdateOptions{})
 	switch {
 	case err == nil, apierrors.IsNotFound(err):
 		return nil

@@ -27,12 +27,15 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes/fake"
+	certificatesclient "k8s.io/client-go/kubernetes/typed/certificates/v1beta1"
 	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/keys"
+	"github.com/signet-id/signet/ca/kube/follow/followtest"
 	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/store/bolt"
@@ -123,7 +126,7 @@ func newWorld(t testing.TB) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.audit.Close() })
-	w.signer = New(Config{Cluster: "prod", Client: w.client, Pods: w, TrustDomain: td, Authority: w.set, Registry: w.reg, Audit: w.audit, TTL: time.Hour,
+	w.signer = New(Config{Cluster: "prod", Requests: func(ns string) Requests { return requests{w.client.CertificatesV1beta1().PodCertificateRequests(ns)} }, Pods: w, TrustDomain: td, Authority: w.set, Registry: w.reg, Audit: w.audit, TTL: time.Hour,
 		Agents: func(uid string) []*registry.Node {
 			n, err := w.reg.Node(agentOf(uid))
 			if err != nil {
@@ -158,6 +161,36 @@ func newWorld(t testing.TB) *world {
 		running.Wait()
 	})
 	return w
+}
+
+// requests are those of a fake clientset, which can be followed.
+type requests struct {
+	certificatesclient.PodCertificateRequestInterface
+}
+
+func (r requests) List(ctx context.Context, o metav1.ListOptions) (*certificatesv1beta1.PodCertificateRequestList, error) {
+	list, err := r.PodCertificateRequestInterface.List(ctx, o)
+	if err == nil {
+		list.ResourceVersion = followtest.Version
+	}
+	return list, err
+}
+
+func (r requests) Watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+	w, err := r.PodCertificateRequestInterface.Watch(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	list, err := r.List(ctx, metav1.ListOptions{})
+	if err != nil {
+		w.Stop()
+		return nil, err
+	}
+	var now []watch.Event
+	for i := range list.Items {
+		now = append(now, watch.Event{Type: watch.Added, Object: &list.Items[i]})
+	}
+	return followtest.Watch(w, now), nil
 }
 
 func agentOf(nodeUID string) spiffeid.ID {

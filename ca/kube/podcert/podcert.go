@@ -17,19 +17,17 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	certificatesv1beta1 "k8s.io/api/certificates/v1beta1"
-	"k8s.io/apimachinery/pkg/api/meta"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/client-go/kubernetes"
-	certificateslisters "k8s.io/client-go/listers/certificates/v1beta1"
-	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/util/workqueue"
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/kube/follow"
 	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/registry"
 )
@@ -65,12 +63,20 @@ type Pods interface {
 	IsSynced(cluster string) bool
 }
 
+// Requests are the PodCertificateRequests at an API server.
+type Requests interface {
+	List(ctx context.Context, o metav1.ListOptions) (*certificatesv1beta1.PodCertificateRequestList, error)
+	Watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error)
+	UpdateStatus(ctx context.Context, r *certificatesv1beta1.PodCertificateRequest, o metav1.UpdateOptions) (*certificatesv1beta1.PodCertificateRequest, error)
+}
+
 // Config is what a Signer works with. All fields are needed but those that say otherwise.
 type Config struct {
-	// Cluster is the cluster's name in the CA's configuration, and Client its API server.
+	// Cluster is the cluster's name in the CA's configuration.
 	Cluster string
-	Client  kubernetes.Interface
-	Pods    Pods
+	// Requests are those of a namespace; of all, if it is empty.
+	Requests func(namespace string) Requests
+	Pods     Pods
 
 	TrustDomain spiffeid.TrustDomain
 	Authority   *authority.Set
@@ -96,9 +102,9 @@ type Signer struct {
 	rates *rates
 
 	// What follows is made by Run.
-	tries  atomic.Pointer[jittered]
-	queue  workqueue.TypedRateLimitingInterface[types.NamespacedName]
-	lister certificateslisters.PodCertificateRequestLister
+	tries   atomic.Pointer[jittered]
+	queue   workqueue.TypedRateLimitingInterface[types.NamespacedName]
+	waiting *waiting
 }
 
 // New returns a signer that does nothing before Run.
@@ -110,35 +116,25 @@ func (s *Signer) Run(ctx context.Context) error {
 	tries := &jittered{workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](firstRetry, maxRetry)}
 	s.tries.Store(tries)
 	s.queue = workqueue.NewTypedRateLimitingQueue[types.NamespacedName](tries)
-	requests := s.c.Client.CertificatesV1beta1().PodCertificateRequests("")
+	s.waiting = &waiting{queue: s.queue, requests: map[types.NamespacedName]*certificatesv1beta1.PodCertificateRequest{}}
 	ours := fields.OneTermEqualSelector("spec.signerName", SignerName).String()
-	informer := cache.NewSharedIndexInformer(cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
-		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+	requests := s.c.Requests("")
+	f := follow.New(follow.Config{Name: "PodCertificateRequests", Store: s.waiting, Log: s.c.Log.With("cluster", s.c.Cluster),
+		List: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			o.FieldSelector = ours
-			return requests.List(ctx, o)
+			list, err := requests.List(ctx, o)
+			if apierrors.IsNotFound(err) || apierrors.IsForbidden(err) {
+				err = fmt.Errorf("%w (is certificates.k8s.io/v1beta1 with PodCertificateRequest switched on, and may the CA list podcertificaterequests?)", err)
+			}
+			return list, err
 		},
-		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+		Watch: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.FieldSelector = ours
 			return requests.Watch(ctx, o)
 		},
-	}, s.c.Client), &certificatesv1beta1.PodCertificateRequest{}, 0, cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc})
-	if err := informer.SetTransform(strip); err != nil {
-		return fmt.Errorf("pod certificates of cluster %s: %w", s.c.Cluster, err)
-	}
-	if err := informer.SetWatchErrorHandlerWithContext(s.watchFailed()); err != nil {
-		return fmt.Errorf("pod certificates of cluster %s: %w", s.c.Cluster, err)
-	}
-	s.lister = certificateslisters.NewPodCertificateRequestLister(informer.GetIndexer())
-	enqueue := func(o any) {
-		if r, ok := o.(*certificatesv1beta1.PodCertificateRequest); ok && r.Spec.SignerName == SignerName && !answered(r) {
-			s.queue.Add(types.NamespacedName{Namespace: r.Namespace, Name: r.Name})
-		}
-	}
-	if _, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{AddFunc: enqueue, UpdateFunc: func(_, o any) { enqueue(o) }}); err != nil {
-		return fmt.Errorf("pod certificates of cluster %s: %w", s.c.Cluster, err)
-	}
+	})
 	var running sync.WaitGroup
-	running.Go(func() { informer.RunWithContext(ctx) })
+	running.Go(func() { f.Run(ctx) })
 	for range workers {
 		running.Go(func() {
 			for s.next(ctx) {
@@ -151,32 +147,6 @@ func (s *Signer) Run(ctx context.Context) error {
 	return nil
 }
 
-// watchFailed says once in a while why no requests are seen, without a line for each try.
-func (s *Signer) watchFailed() func(context.Context, *cache.Reflector, error) {
-	const quiet = 5 * time.Minute
-	var mu sync.Mutex
-	var last time.Time
-	return func(ctx context.Context, _ *cache.Reflector, err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if now := time.Now(); ctx.Err() == nil && now.Sub(last) >= quiet {
-			last = now
-			s.c.Log.Warn("requests for Pod Certificates cannot be watched (is the API certificates.k8s.io/v1beta1 with PodCertificateRequest switched on, and may the CA list podcertificaterequests?)",
-				"cluster", s.c.Cluster, "err", err)
-		}
-	}
-}
-
-// strip leaves out what is never read, so that many requests take little memory.
-func strip(o any) (any, error) {
-	if m, err := meta.Accessor(o); err == nil {
-		m.SetManagedFields(nil)
-		m.SetAnnotations(nil)
-		m.SetLabels(nil)
-	}
-	return o, nil
-}
-
 // next works on one request of the queue, and is false at the end.
 func (s *Signer) next(ctx context.Context) bool {
 	key, ended := s.queue.Get()
@@ -187,8 +157,8 @@ func (s *Signer) next(ctx context.Context) bool {
 	if ctx.Err() != nil {
 		return true
 	}
-	r, err := s.lister.PodCertificateRequests(key.Namespace).Get(key.Name)
-	if err != nil || answered(r) { // gone, or done
+	r := s.waiting.get(key)
+	if r == nil { // gone, or done
 		s.queue.Forget(key)
 		return true
 	}

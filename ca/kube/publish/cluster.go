@@ -94,7 +94,7 @@ func (p *Publisher) discover(ctx context.Context) (version string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
 	for _, v := range versions {
-		text, err := p.c.Client.Typed.Discovery().RESTClient().Get().AbsPath("/apis/"+group+"/"+v).SetHeader("Accept", "application/json").Do(ctx).Raw()
+		text, err := p.c.Client.Raw(ctx, "/apis/"+group+"/"+v)
 		if apierrors.IsNotFound(err) {
 			continue
 		}

@@ -2,12 +2,12 @@ package publish
 
 import (
 	"context"
+	"encoding/json"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	applycorev1 "k8s.io/client-go/applyconfigurations/core/v1"
 )
 
 // The ConfigMaps are written by server-side apply: it is the one way to make an object that can be allowed by its name, so
@@ -15,14 +15,13 @@ import (
 
 // create makes the ConfigMap of a namespace where none was seen.
 func (p *Publisher) create(ctx context.Context, ns string, c content) error {
-	maps := p.c.Client.Typed.CoreV1().ConfigMaps(ns)
-	if have, err := maps.Get(ctx, ConfigMap, metav1.GetOptions{}); err == nil { // the watch is behind
+	if have, err := p.c.Client.ConfigMaps(ns).Get(ctx, ConfigMap, metav1.GetOptions{}); err == nil { // the watch is behind
 		p.see(have)
 		return nil
 	} else if !apierrors.IsNotFound(err) {
 		return err
 	}
-	made, err := maps.Apply(ctx, p.configuration(ns, c), metav1.ApplyOptions{FieldManager: manager})
+	made, err := p.apply(ctx, p.configuration(ns, c), false)
 	if gone(err) {
 		return nil
 	}
@@ -32,7 +31,7 @@ func (p *Publisher) create(ctx context.Context, ns string, c content) error {
 	// Somebody may have made it in between, and then it is not ours: our part is taken out again.
 	for _, m := range made.ManagedFields {
 		if m.Manager != manager {
-			if _, err := maps.Apply(ctx, applycorev1.ConfigMap(ConfigMap, ns).WithUID(made.UID), metav1.ApplyOptions{FieldManager: manager}); err != nil && !gone(err) {
+			if _, err := p.apply(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: ConfigMap, Namespace: ns, UID: made.UID}}, false); err != nil && !gone(err) {
 				return err
 			}
 			return errTaken
@@ -42,15 +41,26 @@ func (p *Publisher) create(ctx context.Context, ns string, c content) error {
 	return nil
 }
 
-func (p *Publisher) configuration(ns string, c content) *applycorev1.ConfigMapApplyConfiguration {
-	return applycorev1.ConfigMap(ConfigMap, ns).WithLabels(map[string]string{OwnerLabel: p.owner, "app.kubernetes.io/managed-by": "signet"}).
-		WithData(map[string]string{PEMKey: c.pem, JSONKey: c.json})
+// configuration is what we say of a ConfigMap, and nothing that others may say of it.
+func (p *Publisher) configuration(ns string, c content) *corev1.ConfigMap {
+	return &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: ConfigMap, Namespace: ns, Labels: map[string]string{OwnerLabel: p.owner, "app.kubernetes.io/managed-by": "signet"}},
+		Data: map[string]string{PEMKey: c.pem, JSONKey: c.json}}
+}
+
+func (p *Publisher) apply(ctx context.Context, cm *corev1.ConfigMap, force bool) (*corev1.ConfigMap, error) {
+	cm.APIVersion, cm.Kind = "v1", "ConfigMap"
+	text, err := json.Marshal(cm) // what is empty is left out
+	if err != nil {
+		return nil, err
+	}
+	return p.c.Client.ConfigMaps(cm.Namespace).Patch(ctx, cm.Name, types.ApplyYAMLPatchType, text, metav1.PatchOptions{FieldManager: manager, Force: &force})
 }
 
 // update brings a ConfigMap of ours to what it should be, whoever changed it.
 func (p *Publisher) update(ctx context.Context, ns string, have held, c content) error {
-	maps := p.c.Client.Typed.CoreV1().ConfigMaps(ns)
-	made, err := maps.Apply(ctx, p.configuration(ns, c).WithUID(types.UID(have.uid)).WithResourceVersion(have.version), metav1.ApplyOptions{FieldManager: manager, Force: true})
+	want := p.configuration(ns, c)
+	want.UID, want.ResourceVersion = types.UID(have.uid), have.version
+	made, err := p.apply(ctx, want, true)
 	switch {
 	case gone(err):
 		return nil
@@ -69,7 +79,7 @@ func (p *Publisher) update(ctx context.Context, ns string, have held, c content)
 // remove takes a ConfigMap of ours away, if it is as it was seen.
 func (p *Publisher) remove(ctx context.Context, ns string, have held) error {
 	uid := types.UID(have.uid)
-	err := p.c.Client.Typed.CoreV1().ConfigMaps(ns).Delete(ctx, ConfigMap, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &uid, ResourceVersion: &have.version}})
+	err := p.c.Client.ConfigMaps(ns).Delete(ctx, ConfigMap, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &uid, ResourceVersion: &have.version}})
 	if err != nil && !apierrors.IsNotFound(err) {
 		return err
 	}

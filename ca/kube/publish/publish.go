@@ -178,17 +178,17 @@ func (p *Publisher) Run(ctx context.Context) error {
 	p.cluster = clusterBundle{}
 	p.mu.Unlock()
 
-	core := p.c.Client.Typed.CoreV1()
+	all := p.c.Client.ConfigMaps("")
 	f := p.c.follow
 	f.Log, f.Changed = p.c.Log, p.signal
 	f.Name, f.Store = "ConfigMaps "+ConfigMap, &mapStore{p: p}
 	f.List = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 		o.FieldSelector = "metadata.name=" + ConfigMap
-		return core.ConfigMaps("").List(ctx, o)
+		return all.List(ctx, o)
 	}
 	f.Watch = func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 		o.FieldSelector = "metadata.name=" + ConfigMap
-		return core.ConfigMaps("").Watch(ctx, o)
+		return all.Watch(ctx, o)
 	}
 	maps := follow.New(f)
 	namespaces := p.c.Client.Metadata.Resource(corev1.SchemeGroupVersion.WithResource("namespaces"))

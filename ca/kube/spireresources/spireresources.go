@@ -293,7 +293,7 @@ func follower[T any](r *Reader, gvr schema.GroupVersionResource, into *resources
 }
 
 func (r *Reader) followServices(ctx context.Context) {
-	api := r.c.Client.Typed.DiscoveryV1().EndpointSlices("")
+	api := r.c.Client.EndpointSlices("")
 	follow.New(follow.Config{Name: "endpointslices", Store: r.services, Log: r.c.Log,
 		List:  func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return api.List(ctx, o) },
 		Watch: func(ctx context.Context, o metav1.ListOptions) (kwatch.Interface, error) { return api.Watch(ctx, o) }}).Run(ctx)

@@ -65,15 +65,14 @@ func New(c Config) *Watcher {
 
 	f := c.follow
 	f.Log, f.Changed = c.Log, w.signal
-	core := c.Client.Typed.CoreV1()
 	f.Name, f.Store = "pods", &store{w, &w.known.pods}
 	f.List = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 		o.FieldSelector = podsThatRun
-		return core.Pods("").List(ctx, o)
+		return c.Client.Pods("").List(ctx, o)
 	}
 	f.Watch = func(ctx context.Context, o metav1.ListOptions) (kwatch.Interface, error) {
 		o.FieldSelector = podsThatRun
-		return core.Pods("").Watch(ctx, o)
+		return c.Client.Pods("").Watch(ctx, o)
 	}
 	w.pods = follow.New(f)
 
@@ -89,9 +88,9 @@ func New(c Config) *Watcher {
 	metadata("nodes")
 	if c.KeepObjects {
 		f.List = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-			return core.Nodes().List(ctx, o)
+			return c.Client.Nodes().List(ctx, o)
 		}
-		f.Watch = core.Nodes().Watch
+		f.Watch = c.Client.Nodes().Watch
 	}
 	w.nodes = follow.New(f)
 	return w
