@@ -13,6 +13,7 @@ SHELL = /bin/sh
 version = github.com/signet-id/signet/internal/version
 VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 COMMIT  = $(shell git rev-parse HEAD 2>/dev/null)
+TAGS = $(shell . tools/build.sh; echo $$tags)
 LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 
 # Packages whose tests start many processes or measure, and take minutes with the race detector; make check leaves
@@ -26,12 +27,12 @@ all: build
 
 build:
 	@mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/... ./examples/...
+	CGO_ENABLED=0 go build -tags '$(TAGS)' -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/... ./examples/...
 
 # The same program with cgo, linked dynamically, for keys in PKCS #11 tokens; the static one cannot load their modules.
 hsm:
 	@mkdir -p bin
-	CGO_ENABLED=1 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/signet-hsm ./cmd/signet
+	CGO_ENABLED=1 go build -tags '$(TAGS)' -trimpath -ldflags '$(LDFLAGS)' -o bin/signet-hsm ./cmd/signet
 
 demo: build
 	bin/signet demo

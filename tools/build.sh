@@ -1,5 +1,9 @@
 # build.sh is read by release.sh and image.sh: how the programs are built so that the same commit gives the same bytes.
 
+# grpcnotrace leaves out gRPC's pages for browsers: they are templates, which may call any method by its name, so that the linker could drop none
+# of what is linked. The programs are the same otherwise. [docs/decisions/0052]
+tags=grpcnotrace
+
 # build FROM TO VERSION COMMIT ARCH [PROGRAM...]: builds programs of the tree FROM, or of its examples, static, for linux/ARCH, into
 # the folder TO.
 build() {
@@ -8,7 +12,7 @@ build() {
 	for program; do
 		folder=cmd
 		[ -d "$from/cmd/$program" ] || folder=examples
-		(cd "$from" && CGO_ENABLED=0 GOOS=linux GOARCH=$arch GOFLAGS= GOWORK=off go build -trimpath -buildvcs=false \
+		(cd "$from" && CGO_ENABLED=0 GOOS=linux GOARCH=$arch GOFLAGS= GOWORK=off go build -tags "$tags" -trimpath -buildvcs=false \
 			-ldflags "-s -w -buildid= $set" -o "$to/${program}_linux_$arch" "./$folder/$program")
 	done
 }

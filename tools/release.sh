@@ -18,7 +18,7 @@ programs() { # from to
 }
 
 hsm() { # from to
-	(cd "$1" && CGO_ENABLED=1 GOFLAGS= go build -trimpath -buildvcs=false \
+	(cd "$1" && CGO_ENABLED=1 GOFLAGS= go build -tags "$tags" -trimpath -buildvcs=false \
 		-ldflags "-s -w -buildid= -X $pkg.version=$version -X $pkg.commit=$commit" \
 		-o "$2/signet-hsm_linux_$(go env GOARCH)" ./cmd/signet)
 }

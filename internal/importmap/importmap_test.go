@@ -75,6 +75,39 @@ func TestModules(t *testing.T) {
 	}
 }
 
+// TestLinkerDrops builds the slim programs as they are released, and looks for what keeps the linker from dropping methods that
+// nobody calls: templates, which call methods by their name.
+func TestLinkerDrops(t *testing.T) {
+	dependOnTree(t)
+	script, err := os.ReadFile(filepath.Join(root, "tools", "build.sh"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tags := ""
+	for _, line := range lines(script) {
+		if after, ok := strings.CutPrefix(line, "tags="); ok {
+			tags = after
+		}
+	}
+	if tags == "" {
+		t.Fatal("tools/build.sh names no tags")
+	}
+	for _, binary := range linkedSlim {
+		program := filepath.Join(t.TempDir(), binary)
+		goCommand(t, "build", "-tags", tags, "-o", program, "./cmd/"+binary)
+		symbols := string(goCommand(t, "tool", "nm", program))
+		if !strings.Contains(symbols, "main.main") {
+			t.Fatalf("%s has no symbols", binary)
+		}
+		if strings.Contains(symbols, "text/template.(*state).evalField") {
+			t.Errorf("%s can run templates, so every method of every type in it is linked; go build -ldflags=-dumpdep says who calls text/template", binary)
+		}
+	}
+}
+
+// linkedSlim are the programs in which nothing calls methods by name.
+var linkedSlim = []string{"signet-agent", "signet-proxy"}
+
 // TestCheckFinds proves that each kind of fault is found.
 func TestCheckFinds(t *testing.T) {
 	m := func(paths ...string) (out []string) {
