@@ -25,6 +25,8 @@ const (
 	burst     = 20
 	// maxPending bounds what waits to be written; the rest of a flood is counted, and written if it comes again.
 	maxPending = 500
+	// maxPendingOf bounds those of one namespace among them: who may make pods there does not keep others from hearing of theirs.
+	maxPendingOf = 100
 	// stale is when what waits is not worth writing any more.
 	stale = 10 * time.Minute
 	// again is when the same Event may be written once more: API servers forget Events after an hour.
@@ -98,7 +100,7 @@ func (r *Recorder) Record(e Event) {
 	if at, ok := r.known[name]; ok && now.Sub(at) < again {
 		return
 	}
-	if len(r.pending) >= maxPending {
+	if len(r.pending) >= maxPending || r.waiting(e.Object.Namespace) >= maxPendingOf {
 		r.stats.Dropped++
 		if now.Sub(r.loggedAt) >= logEvery {
 			r.loggedAt = now
@@ -118,6 +120,16 @@ func (r *Recorder) Record(e Event) {
 	case r.wake <- struct{}{}:
 	default:
 	}
+}
+
+// waiting is how many Events of a namespace wait. r.mu is held.
+func (r *Recorder) waiting(namespace string) (n int) {
+	for _, p := range r.pending {
+		if p.event.Object.Namespace == namespace {
+			n++
+		}
+	}
+	return n
 }
 
 // nameOf makes the same Event of any replica have the same name, so that the API server takes it once.

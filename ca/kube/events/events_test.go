@@ -223,6 +223,28 @@ func TestFlood(t *testing.T) {
 	}
 }
 
+// TestFloodOfOneNamespace: while thousands of pods of one namespace are refused, who looks at one of another hears why.
+func TestFloodOfOneNamespace(t *testing.T) {
+	s := newServer(t)
+	r := s.replica(t)
+	for i := range 5000 {
+		r.Record(refusal(i))
+	}
+	other := refusal(1)
+	other.Object.Namespace = "another"
+	r.Record(other)
+	r.limit = flowcontrol.NewFakeAlwaysRateLimiter()
+	stop := run(t, r)
+	defer stop()
+	s.wait(t, maxPendingOf+1)
+	stop()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.events["another/"+nameOf(other)] == nil {
+		t.Errorf("of %d Events none is in the other namespace", len(s.events))
+	}
+}
+
 // What the API server does not take is given up, and what it cannot take now is tried again; neither stops the others.
 func TestRefusedAndFailing(t *testing.T) {
 	s := newServer(t)
