@@ -17,7 +17,7 @@ app.kubernetes.io/part-of: signet
 {{- define "signet.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: signet-{{ index . 1 }}
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/instance: {{ quote $root.Release.Name }}
 {{- end }}
 
 {{- define "signet.tag" -}}{{ .Values.image.tag | default .Chart.AppVersion }}{{- end }}
@@ -32,7 +32,7 @@ app.kubernetes.io/instance: {{ $root.Release.Name }}
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-- name: {{ . }}
+- name: {{ quote . }}
 {{- end }}
 {{- end }}
 {{- end }}
