@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -54,18 +55,15 @@ func removeCgroups(root string) error {
 	if err != nil {
 		return err
 	}
-	deadline := time.Now().Add(10 * time.Second)
-	for {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return again(ctx, 50*time.Millisecond, func() error {
 		var errs []error
 		for _, top := range tops {
 			errs = append(errs, removeCgroup(top))
 		}
-		err := errors.Join(errs...)
-		if err == nil || time.Now().After(deadline) {
-			return err
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+		return errors.Join(errs...)
+	})
 }
 
 func removeCgroup(top string) error {

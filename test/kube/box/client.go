@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -12,19 +13,14 @@ import (
 	"time"
 )
 
-// await polls until ready succeeds.
+// await asks again and again until ready succeeds.
 func (n *node) await(what string, limit time.Duration, ready func() error) error {
-	deadline := time.Now().Add(limit)
-	for {
-		err := ready()
-		if err == nil {
-			return nil
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("waited %v for %s: %w", limit, what, err)
-		}
-		time.Sleep(100 * time.Millisecond)
+	ctx, cancel := context.WithTimeout(n.ctx, limit)
+	defer cancel()
+	if err := again(ctx, 100*time.Millisecond, ready); err != nil {
+		return fmt.Errorf("waited %v for %s: %w", limit, what, err)
 	}
+	return nil
 }
 
 // An apiClient asks the API server.

@@ -1,10 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -131,16 +131,13 @@ func eachComponent(command string, args []string, do func(dir, name string) erro
 
 // awaitPID waits until a component runs, or until it does not.
 func awaitPID(dir, name string, runs bool) error {
-	deadline := time.Now().Add(10 * time.Second)
-	for {
-		if _, err := os.Stat(filepath.Join(dir, name+".pid")); runs == !errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("waited 10s for %s", name)
-		}
-		time.Sleep(20 * time.Millisecond)
+	const limit = 10 * time.Second
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	if err := awaitFile(ctx, filepath.Join(dir, name+".pid"), runs); err != nil {
+		return fmt.Errorf("waited %v for %s: %w", limit, name, err)
 	}
+	return nil
 }
 
 // rename gives the node another name: the kubelet comes back as a node that

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -22,6 +23,7 @@ type node struct {
 	controlPlane bool // no node: etcd, the API server and the controllers, in the machine's network
 	audit        bool
 	at           addresses
+	ctx          context.Context // ends when the node is told to end
 
 	mu     sync.Mutex
 	exited map[int]chan syscall.WaitStatus // by the PID of a child
@@ -45,8 +47,9 @@ func runNode(args []string) error {
 		return errors.New(`started by "kubebox up" only`)
 	}
 
-	stop := make(chan os.Signal, 1)
-	signal.Notify(stop, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	n.ctx = ctx
 	go n.reap()
 	if n.controlPlane {
 		if err := privateProc(); err != nil {
@@ -64,7 +67,7 @@ func runNode(args []string) error {
 	select {
 	case err := <-failed:
 		return err
-	case <-stop:
+	case <-ctx.Done():
 		return nil
 	}
 }

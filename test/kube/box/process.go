@@ -1,9 +1,7 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -118,7 +116,9 @@ func (n *node) keep(name string, args func() []string) func() error {
 				fmt.Fprintf(os.Stderr, "kubebox: %s ended (exit status %d, signal %d); starting it again\n",
 					name, ws.ExitStatus(), ws.Signal())
 				for {
-					n.restWhileStopped(name)
+					if !n.restWhileStopped(name) {
+						return
+					}
 					if pid, done, err = n.start(name, args()...); err == nil {
 						break
 					}
@@ -130,14 +130,22 @@ func (n *node) keep(name string, args func() []string) func() error {
 	}
 }
 
-// restWhileStopped waits a second, or as long as a component is to be away.
-func (n *node) restWhileStopped(name string) {
-	time.Sleep(time.Second)
+// restWhileStopped waits a second, so that one that ends at once is not started all the time, or as long as a component is to
+// be away. It reports whether the node goes on.
+func (n *node) restWhileStopped(name string) bool {
 	for {
-		if _, err := os.Stat(stoppedFile(n.dir, name)); errors.Is(err, fs.ErrNotExist) {
-			return
+		second := time.NewTimer(time.Second)
+		select {
+		case <-second.C:
+		case <-n.ctx.Done():
+			second.Stop()
+			return false
 		}
-		time.Sleep(100 * time.Millisecond)
+		err := awaitFile(n.ctx, stoppedFile(n.dir, name), false)
+		if err == nil || n.ctx.Err() != nil {
+			return n.ctx.Err() == nil
+		}
+		fmt.Fprintln(os.Stderr, "kubebox:", err)
 	}
 }
 

@@ -313,18 +313,18 @@ func down(args []string) error {
 		if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
 			return err
 		}
-		deadline := time.Now().Add(30 * time.Second)
-		for alive(pid) || parent > 1 && alive(parent) {
-			if time.Now().After(deadline) {
-				return fmt.Errorf("process %d or %d does not end", pid, parent)
+		const limit = 30 * time.Second
+		if err := awaitExit(pid, limit); err != nil {
+			return err
+		}
+		if parent > 1 {
+			if err := awaitExit(parent, limit); err != nil {
+				return err
 			}
-			time.Sleep(20 * time.Millisecond)
 		}
 	}
 	return removeState(abs)
 }
-
-func alive(pid int) bool { return syscall.Kill(pid, 0) == nil }
 
 func parentPID(pid int) int {
 	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
