@@ -14,8 +14,9 @@ import (
 // Bounds of one request to an API server, whatever it answers.
 const (
 	requestTimeout = 30 * time.Second
-	// maxResponseBytes is what one answer may have. 500 pods of the largest kind in practice have a tenth of it.
-	maxResponseBytes = 64 << 20
+	// maxResponseBytes is what one answer may have. 500 pods of the largest kind in practice have a third of it; what is decoded from
+	// JSON takes up to twenty times as much. A list with more is asked for in smaller pages: package follow.
+	maxResponseBytes = 16 << 20
 	// watchSilence is how long a watch may say nothing. An API server sends a bookmark about once a minute, so a watch that
 	// says nothing for three is a connection of which only this side is left.
 	watchSilence = 3 * time.Minute
@@ -23,8 +24,17 @@ const (
 
 var (
 	errSlow  = fmt.Errorf("the API server gave no complete answer within %v", requestTimeout)
-	errLarge = fmt.Errorf("the API server answers with more than %d MiB", maxResponseBytes>>20)
+	errLarge = largeError{}
 )
+
+type largeError struct{}
+
+func (largeError) Error() string {
+	return fmt.Sprintf("the API server answers with more than %d MiB", maxResponseBytes>>20)
+}
+
+// TooLarge tells package follow what is wrong.
+func (largeError) TooLarge() bool { return true }
 
 // Requests counts what was asked of an API server.
 type Requests struct {

@@ -169,12 +169,19 @@ func (f *Follower) Run(ctx context.Context) {
 // never older than what any API server of the cluster had acknowledged before.
 func (f *Follower) list(ctx context.Context) (version string, err error) {
 	f.c.Store.Begin()
-	next := ""
+	next, size := "", int64(pageSize)
 	for range maxPages {
-		page, err := f.page(ctx, metav1.ListOptions{Limit: pageSize, Continue: next})
+		page, err := f.page(ctx, metav1.ListOptions{Limit: size, Continue: next})
+		var large interface{ TooLarge() bool }
+		if errors.As(err, &large) && large.TooLarge() && size > 1 {
+			// Somebody made objects that are as large as an API server takes them. They must not hide those of others.
+			size = max(size/8, 1)
+			continue
+		}
 		if err != nil {
 			return "", err
 		}
+		size = min(2*size, pageSize)
 		m, err := meta.ListAccessor(page)
 		if err != nil {
 			return "", fmt.Errorf("the answer is no list: %w", err)
