@@ -165,7 +165,7 @@ func TestPrivileges(t *testing.T) {
 
 // Nobody may list or watch Secrets, run commands in pods, or do everything, whatever is switched on.
 func TestNobodyReadsSecrets(t *testing.T) {
-	for name, values := range matrix {
+	for name, values := range matrix(t) {
 		rendered, err := render(t, nil, needed, values)
 		if err != nil {
 			t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"go.yaml.in/yaml/v3"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
@@ -20,40 +21,31 @@ import (
 	_ "go.step.sm/crypto/kms/awskms"
 )
 
-// matrix are values that an operator may have. Each line is laid over needed.
-var matrix = map[string]string{
-	"defaults":          "{}",
-	"tries":             "ca: {persistence: {enabled: false}}",
-	"no extras":         "networkPolicy: {enabled: false}\ncrds: {install: false}\nserviceMonitor: {enabled: false}",
-	"all the resources": "crds: {spire: true}\nserviceMonitor: {enabled: true, labels: {release: prometheus}}",
-	"seal secret":       "ca: {seal: {source: secret, secretName: signet-seal}}",
-	"seal kms":          "ca: {seal: {source: kms, kms: 'awskms:key-id=arn:aws:kms:eu-west-1:1:key/2;region=eu-west-1'}, webRootsConfigMap: roots, extraEnv: [{name: AWS_REGION, value: eu-west-1}], serviceAccount: {annotations: {role: signet}}}",
-	"agents alone":      "ca: {enabled: false}\nagent: {serverAddress: 'ca.example.org:8081', bundleConfigMap: their-bundle}",
-	"CA alone":          "agent: {enabled: false}\nca: {agentServiceAccounts: ['spire:spire-agent'], audiences: [spire-server]}",
-	"CA of none":        "agent: {enabled: false}",
-	"self-signed":       "agent: {kubelet: {certificate: selfSigned}}",
-	"skip":              "agent: {kubelet: {certificate: skip, legacyAuthorization: true}, namespaceLabels: [team], executables: true}",
-	"csi":               "agent: {socket: {directory: /run/spire/agent-sockets, name: spire-agent.sock, mount: csi}}",
-	"placed":            "ca: {nodeSelector: {pool: system}, tolerations: [{operator: Exists}], affinity: {}, topologySpreadConstraints: [{maxSkew: 1, topologyKey: zone, whenUnsatisfiable: DoNotSchedule, labelSelector: {}}], priorityClassName: ''}\nagent: {nodeSelector: {kubernetes.io/os: linux}, priorityClassName: '', seLinuxOptions: {type: spc_t}, update: {maxSurge: 3}}",
-	"labelled":          "ca: {podAnnotations: {a: b}, podLabels: {c: d}, agentNodeLabels: [topology.kubernetes.io/zone], agentPodLabels: [x], adminIDs: ['spiffe://example.org/admin'], service: {type: LoadBalancer, port: 443, annotations: {e: f}}}\nagent: {podAnnotations: {a: b}, podLabels: {c: d}, serviceAccount: {annotations: {g: h}}}",
-	"from a registry":   "image: {registry: 'images.example.org:5000/signet', tag: 1.2.3, pullPolicy: Always, pullSecrets: [one, two]}",
-	"network":           "networkPolicy: {caFrom: [{ipBlock: {cidr: 10.0.0.0/8}}], metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}]}",
-	"configured":        "log: {level: debug, format: text}\nca: {config: {ttl: {x509: 30m}, audit: {keep_files: 7}, listen: ':9000'}}\nagent: {config: {max_offline: 48h, sealed_cache: {disable: true}}}",
-	"replicas":          "ca: {replicas: 3, store: {type: etcd, etcd: {endpoints: ['https://etcd-0.etcd:2379'], tlsSecret: etcd-client}}, seal: {source: secret, secretName: signet-seal}}",
-	"replicas, by KMS":  "ca: {replicas: 2, maxUnavailable: 50%, store: {type: etcd, etcd: {endpoints: ['https://e:2379'], prefix: /s/, tlsSecret: t}}, seal: {source: kms, kms: 'awskms:key-id=arn:aws:kms:eu-west-1:1:key/2;region=eu-west-1'}}",
-	"from SPIRE":        "crds: {spire: true}\nca: {kubernetes: {spireResources: true}}",
-	"pod certificates":  "ca: {kubernetes: {podCertificates: true}}",
-	"injection":         "ca: {kubernetes: {injection: {enabled: true}}}",
-	"injection, chosen": "ca: {kubernetes: {pods: false, bundle: false, resources: false, injection: {enabled: true, failurePolicy: Fail, port: 10250, namespaceSelector: {matchLabels: {a: b}, matchExpressions: [{key: c, operator: Exists}]}}}}\nagent: {bundleConfigMap: mine, socket: {mount: csi}}\nnetworkPolicy: {injectionFrom: [{ipBlock: {cidr: 10.0.0.1/32}}]}",
-	"watches nothing":   "ca: {kubernetes: {pods: false, bundle: false}}\nagent: {bundleConfigMap: mine}",
-	"publishes nothing": "ca: {kubernetes: {bundle: false, events: false}}\nagent: {bundleConfigMap: mine}",
-	"no ClusterBundle":  "ca: {kubernetes: {clusterTrustBundle: false}}",
-	"IPv6":              "ca: {metrics: {address: '[::]', port: 1234}}\nagent: {metrics: {address: '[::]', port: 1235}}",
+// matrix returns values that an operator may have, by what they are about. Each is laid over needed.
+func matrix(t *testing.T) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile("testdata/values.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var nodes map[string]yaml.Node
+	if err := yaml.Unmarshal(data, &nodes); err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]string{}
+	for name, n := range nodes {
+		text, err := yaml.Marshal(&n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out[name] = string(text)
+	}
+	return out
 }
 
 // TestRender: whatever an operator chooses, the API server knows every field, and CA and agent take their configuration.
 func TestRender(t *testing.T) {
-	for name, values := range matrix {
+	for name, values := range matrix(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			rendered, err := render(t, nil, needed, values)
@@ -244,7 +236,7 @@ func TestRestartsForAChange(t *testing.T) {
 // With one replica there is no budget, which would only keep nodes from being drained.
 // Several have one, which lets a node be drained whatever state a replica is in.
 func TestDisruptionBudget(t *testing.T) {
-	c, _, all := configs(t, matrix["replicas"])
+	c, _, all := configs(t, matrix(t)["replicas"])
 	b, ok := find[*policyv1.PodDisruptionBudget](t, all, "signet-ca")
 	if !ok || b.Spec.MaxUnavailable.IntVal != 1 || c.Store.Etcd == nil || c.Store.Etcd.TLS.KeyFile != "/run/secrets/etcd/tls.key" || c.Seal.SystemdCredential != "seal-key" {
 		t.Errorf("three replicas have the budget %+v, store %+v and seal %+v", b, c.Store, c.Seal)
@@ -279,6 +271,26 @@ func TestCRDs(t *testing.T) {
 		}
 		if strings.Contains(string(data), "\n---\n") {
 			t.Errorf("%s holds several documents; of them only the first would be installed", f)
+		}
+	}
+}
+
+// A CA that goes from one seal key to another has both of them, and nothing else of their Secret.
+func TestPreviousSealKey(t *testing.T) {
+	for name, want := range map[string]string{"another seal key": "second seal-key", "from a Secret to a KMS": "seal-key", "seal secret": "seal-key", "seal kms": ""} {
+		c, _, all := configs(t, matrix(t)[name])
+		spec := podSpecs(all)["signet-ca"]
+		var got []string
+		for _, v := range spec.Volumes {
+			if v.Secret != nil {
+				for _, i := range v.Secret.Items {
+					got = append(got, i.Path)
+				}
+			}
+		}
+		env := slices.ContainsFunc(spec.Containers[0].Env, func(e corev1.EnvVar) bool { return e.Name == "CREDENTIALS_DIRECTORY" })
+		if strings.Join(got, " ") != want || env != (want != "") || c.Seal.Previous.SystemdCredential != "" && !slices.Contains(got, c.Seal.Previous.SystemdCredential) {
+			t.Errorf("%s: the CA has the keys %q of the Secret (%t), and names %+v", name, got, env, c.Seal)
 		}
 	}
 }

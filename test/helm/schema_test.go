@@ -43,6 +43,7 @@ func TestRefused(t *testing.T) {
 		"ca: {store: {etcd: {endpoints: [etcd]}}}":                         "/ca/store/etcd/endpoints/0",
 		"ca: {store: {etcd: {prefix: signet}}}":                            "/ca/store/etcd/prefix",
 		"ca: {seal: {source: secret}}":                                     "/ca/seal/secretName",
+		"ca: {config: {seal: {previous: {systemd_credential: old}}}}":      "ca.seal.secretName: missing",
 		"ca: {seal: {source: kms}}":                                        "/ca/seal/kms",
 		"ca: {seal: {source: password}}":                                   "/ca/seal/source",
 		"ca: {persistence: {size: big}}":                                   "/ca/persistence/size",

@@ -37,6 +37,15 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{/* The keys of the Secret with seal keys that the CA needs: the present one, and one from before. */}}
+{{- define "signet.sealKeys" -}}
+{{- $v := .Values.ca -}}
+{{- $keys := list -}}
+{{- if eq $v.seal.source "secret" }}{{ $keys = append $keys $v.seal.secretKey }}{{ end -}}
+{{- with dig "seal" "previous" "systemd_credential" "" $v.config }}{{ $keys = append $keys . }}{{ end -}}
+{{- range $i, $key := uniq $keys }}{{ if $i }}, {{ end }}{key: {{ quote $key }}, path: {{ quote $key }}}{{ end -}}
+{{- end }}
+
 {{/* Mistakes that a schema cannot see. */}}
 {{- define "signet.check" -}}
 {{- $v := .Values -}}
@@ -58,6 +67,9 @@ imagePullSecrets:
 {{- end }}
 {{- if and (eq $v.ca.store.type "etcd") (eq $v.ca.seal.source "file") }}
 {{- fail "ca.seal.source: with ca.store.type etcd all replicas need the same seal key; use secret or kms" }}
+{{- end }}
+{{- if and (dig "seal" "previous" "systemd_credential" "" $v.ca.config) (not $v.ca.seal.secretName) }}
+{{- fail "ca.seal.secretName: missing; ca.config.seal.previous.systemd_credential is a key of that Secret" }}
 {{- end }}
 {{- if and $v.agent.enabled (not $v.ca.kubernetes.bundle) (not $v.agent.bundleConfigMap) }}
 {{- fail "agent.bundleConfigMap: missing; without ca.kubernetes.bundle nobody makes signet-bundle, so name a ConfigMap with the CA's bundle as bundle.pem" }}
