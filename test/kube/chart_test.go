@@ -3,7 +3,6 @@
 package kube
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -28,14 +27,19 @@ func (k *cluster) environment() []string {
 // shell runs a script from the root of the tree, and returns what it prints.
 func (k *cluster) shell(env []string, script string) string {
 	k.t.Helper()
+	out, err := k.tryShell(env, script)
+	if err != nil {
+		k.t.Fatalf("%v\n%s\n%s", err, script, out)
+	}
+	return out
+}
+
+// tryShell is shell for what may fail.
+func (k *cluster) tryShell(env []string, script string) (string, error) {
 	cmd := exec.CommandContext(k.ctx, "bash", "-euo", "pipefail", "-c", script)
 	cmd.Dir, cmd.Env = "../..", env
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Run(); err != nil {
-		k.t.Fatalf("%v\n%s\n%s", err, script, out.String())
-	}
-	return out.String()
+	out, err := cmd.CombinedOutput()
+	return string(out), err
 }
 
 // volume gives the cluster, which has no storage, one volume for a CA, and returns its storage class.
@@ -64,7 +68,13 @@ spec:
 // chart is the first cluster with nothing of the chart in it, which is so again after the test, and what it needs as values.
 func chart(t *testing.T) (k *cluster, env []string, values string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	return chartFor(t, 8*time.Minute)
+}
+
+// chartFor is chart for a test that takes longer.
+func chartFor(t *testing.T, d time.Duration) (k *cluster, env []string, values string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
 	t.Cleanup(cancel)
 	k = first(t, ctx)
 	env, values = k.environment(), k.values()

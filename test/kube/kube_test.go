@@ -18,8 +18,10 @@
 //	                            SIGNET_KUBECONFIG_WEBHOOK a kubeconfig of an admin of it; it needs no nodes
 //	SIGNET_KUBEBOX              kubebox, if the clusters are its, and in SIGNET_KUBEBOX_DIR the state directory of the first one
 //	SPIRE_AGENT_BIN             an unmodified spire-agent, and in SPIRE_SERVER_BIN an unmodified spire-server
+//	SPIFFE_CSI_BIN              an unmodified spiffe-csi-driver, and in CSI_REGISTRAR_BIN csi-node-driver-registrar, both static
+//	SIGNET_KUBE_RENEWAL         1: wait for what takes the kubelet half an hour
 //
-// A test skips when the programs of SPIRE or kubebox are not named; everything else it cannot do without.
+// A test skips when the programs of SPIRE, of the CSI driver or kubebox are not named; everything else it cannot do without.
 package kube
 
 import (

@@ -98,7 +98,7 @@ func TestMeasurePods(t *testing.T) {
 	t.Logf("program runs → SVID in hand: %v; calls that were refused before: %d", inside, asked)
 
 	uid := k.kubectl("-n", k.namespace, "get", "pod", "-l", "app=agent", "-o", "jsonpath={.items[0].metadata.uid}")
-	pids := processesOf(t, uid)
+	pids := processesOf(t, uid, "signet")
 	if len(pids) == 0 {
 		t.Fatal("the agent's processes are not found")
 	}
@@ -157,8 +157,8 @@ func stampIn(log, want string) (time.Time, string, bool) {
 	return time.Time{}, "", false
 }
 
-// processesOf are the processes of a pod on this machine, without the one that holds its namespaces.
-func processesOf(t *testing.T, podUID string) (out []int) {
+// processesOf are the processes of a pod on this machine whose program's name begins with a word.
+func processesOf(t *testing.T, podUID, program string) (out []int) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
 	if err != nil {
@@ -170,7 +170,7 @@ func processesOf(t *testing.T, podUID string) (out []int) {
 			continue
 		}
 		pid, _ := strconv.Atoi(strings.Split(f, "/")[2])
-		if c := commOf(pid); strings.HasPrefix(c, "signet") {
+		if c := commOf(pid); strings.HasPrefix(c, program) {
 			out = append(out, pid)
 		}
 	}

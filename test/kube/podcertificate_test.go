@@ -15,6 +15,12 @@ import (
 	"github.com/signet-id/signet/test/signettest"
 )
 
+// signRules are what a CA that signs Pod Certificates may, besides what watchRules say.
+const signRules = `
+- {apiGroups: [certificates.k8s.io], resources: [podcertificaterequests], verbs: [list, watch]}
+- {apiGroups: [certificates.k8s.io], resources: [podcertificaterequests/status], verbs: [update]}
+- {apiGroups: [certificates.k8s.io], resources: [signers], resourceNames: [signet-id.github.io/x509-svid], verbs: [sign]}`
+
 // TestPodCertificateVolume: a real kubelet makes a key, gets the certificate, and puts both into the pod's volume. No agent is there.
 func TestPodCertificateVolume(t *testing.T) {
 	ctx := bounded(t)
@@ -22,10 +28,7 @@ func TestPodCertificateVolume(t *testing.T) {
 	if k.nodeRoot == "" {
 		t.Skip("SIGNET_KUBE_NODE_ROOT is not set; set it to where the file system of the node can be read")
 	}
-	k.may("sign", watchRules+`
-- {apiGroups: [certificates.k8s.io], resources: [podcertificaterequests], verbs: [list, watch]}
-- {apiGroups: [certificates.k8s.io], resources: [podcertificaterequests/status], verbs: [update]}
-- {apiGroups: [certificates.k8s.io], resources: [signers], resourceNames: [signet-id.github.io/x509-svid], verbs: [sign]}`)
+	k.may("sign", watchRules+signRules)
 	s := signettest.Start(t, signettest.Config{CA: func(c *ca.Config) {
 		c.Kubernetes = ca.Kubernetes{Clusters: map[string]ca.KubernetesCluster{"prod": {Kubeconfig: k.credentials("ca"), Namespace: k.namespace, Pods: &ca.KubernetesPods{}, PodCertificates: &ca.PodCertificates{}}}}
 	}})

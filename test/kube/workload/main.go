@@ -11,6 +11,10 @@
 //	workload serve ADDR     serves HTTPS with mutual TLS to whoever is of its trust domain, and prints "serving"
 //	workload call ADDR      calls that, over connections new and old, and asks the agent anew, all the time; prints every second
 //	                        "calls: N failed: M fetches: N failed: M", and why one failed
+//
+// With SVID_FILES, a folder, serve and call ask no agent: they read credentials.pem (key and chain) and bundle.pem there at each
+// handshake, and print "svid: " with SPIFFE ID and serial number whenever that is another.
+//
 //	workload private CMD... runs a command in a cgroup namespace of its own
 //	workload plain ADDR     serves HTTP, knowing nothing of SPIFFE
 //	workload get URL        gets that once, knowing nothing of SPIFFE, and prints "got: " with the status and what was answered

@@ -22,7 +22,7 @@ const (
 )
 
 func serve(ctx context.Context, address string) error {
-	source, err := workloadapi.NewX509Source(ctx)
+	source, err := newSource(ctx)
 	if err != nil {
 		return err
 	}
@@ -87,7 +87,7 @@ func (t *tally) String() string {
 }
 
 func call(ctx context.Context, address string) error {
-	source, err := workloadapi.NewX509Source(ctx)
+	source, err := newSource(ctx)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,9 @@ func call(ctx context.Context, address string) error {
 	}
 	again(&calls, "over a kept connection", func(ctx context.Context) error { return get(ctx, kept, address) })
 	again(&calls, "over a new connection", func(ctx context.Context) error { return get(ctx, anew, address) })
-	again(&fetches, "fetch", fetch)
+	if _, files := source.(folder); !files {
+		again(&fetches, "fetch", fetch)
+	}
 	for wait(ctx, time.Second) {
 		fmt.Printf("calls: %v fetches: %v\n", &calls, &fetches)
 	}
