@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"slices"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/signet-id/signet/ca/kube"
 	"github.com/signet-id/signet/ca/kube/events"
@@ -32,21 +29,6 @@ type kubeCluster struct {
 	events    *events.Recorder   // nil: none are written
 	watcher   *watch.Watcher     // nil unless pods are watched
 	publisher *publish.Publisher // nil unless the bundle is published
-}
-
-// lease is the name of the Lease in the CA's own namespace.
-const lease = "signet-ca"
-
-// lead runs what one replica does at a time.
-func (k *kubeCluster) lead(ctx context.Context, log *slog.Logger) error {
-	l := kube.Leader{Client: k.client, Namespace: k.namespace, Lease: lease, Log: log}
-	return l.Run(ctx, func(ctx context.Context) error {
-		g, ctx := errgroup.WithContext(ctx)
-		for _, f := range k.leading {
-			g.Go(func() error { return f(ctx) })
-		}
-		return g.Wait()
-	})
 }
 
 // openKubernetes makes what works on the clusters of the configuration. It makes no request: a cluster that is away now
@@ -82,7 +64,7 @@ func (ca *CA) openKubernetes() error {
 			if k.events != nil {
 				k.leading = append(k.leading, k.events.Run)
 			}
-			k.parts = append(k.parts, func(ctx context.Context) error { return k.lead(ctx, ca.log) })
+			k.parts = append(k.parts, func(ctx context.Context) error { return ca.lead(ctx, k) })
 		}
 	}
 	return errors.Join(errs...)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	mrand "math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	coordinationv1 "k8s.io/api/coordination/v1"
@@ -27,6 +28,9 @@ type election struct {
 
 	have    *coordinationv1.Lease // as it was written last; nil: it is not ours
 	renewed time.Time             // when the request began that wrote it
+	// confirmed is renewed, for whoever asks while the Lease is kept; nil: never.
+	confirmed atomic.Pointer[time.Time]
+
 	seen    coordinationv1.LeaseSpec
 	seenAt  time.Time // when it was first seen so; zero: never
 	silent  bool      // the last request failed, and the log says so already
@@ -74,6 +78,7 @@ func (e *election) stand(ctx context.Context) error {
 		return another(err)
 	}
 	e.renewed = began
+	e.confirmed.Store(&began)
 	return nil
 }
 
@@ -151,6 +156,7 @@ func (e *election) renew(ctx context.Context) error {
 		return another(err)
 	}
 	e.have, e.renewed = made, began
+	e.confirmed.Store(&began)
 	return nil
 }
 

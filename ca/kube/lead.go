@@ -13,8 +13,10 @@ import (
 
 // A Leader does work on one replica of the CA at a time, by a Lease at the API server of a cluster.
 //
-// A Lease is a promise by clocks, not a fence: a replica that stands still for longer than Duration, in the middle of its
-// work, can write once more when it wakes. What is written must bear that, as commits to the store do by their checks.
+// A Lease is a promise by clocks, not a fence: a replica may stand still for longer than Duration in the middle of its work. So
+// every request under the context of the work that would write is refused once the Lease may be another's, before it is sent, and
+// such a one ends the work (fence.go). What was sent already must bear to come late: what is written at the API server names the
+// version that it builds on, and commits to the store those of the term (registry.Term).
 type Leader struct {
 	Client *Client
 	// Namespace and Lease name the Lease. The namespace must exist; the Lease is made if it is missing.
@@ -96,7 +98,7 @@ func (l *Leader) term(ctx context.Context, work func(context.Context) error, e *
 	}()
 
 	e.log.Info("this replica leads")
-	err = work(working)
+	err = work(context.WithValue(working, tenureKey{}, &tenure{e, stopWorking}))
 	ownWill := working.Err() == nil
 	stopRenewing()
 	<-ended // nobody renews any more

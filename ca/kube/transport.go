@@ -64,6 +64,12 @@ func (g *guard) RoundTrip(req *http.Request) (*http.Response, error) {
 	watch := false
 	switch w := req.URL.Query().Get("watch"); {
 	case req.Method != http.MethodGet:
+		if err := mayWrite(req.Context()); err != nil {
+			if req.Body != nil {
+				_ = req.Body.Close()
+			}
+			return nil, err
+		}
 		g.writes.Add(1)
 	case w == "true" || w == "1":
 		watch = true

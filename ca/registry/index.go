@@ -48,6 +48,8 @@ type index struct {
 
 	templated   map[EntryID]*Entry // templated Identities
 	templatedAt store.Revision     // of their last change
+
+	terms map[string]store.Revision // of leaders, by their key
 }
 
 type nodeGroup struct {
@@ -62,6 +64,7 @@ func newIndex() *index {
 		tokens: map[string]*Token{}, policies: map[string]*Policy{}, services: newPolicyIndex(), bundles: map[spiffeid.TrustDomain]*Bundle{}, federations: map[spiffeid.TrustDomain]*Federation{},
 		revocations: newRevocations(), crls: map[string]*CRL{},
 		issuers: newUserIssuers(), rollouts: newRollouts(), hints: newHints(), templates: templates{}, derived: newDerived(), templated: map[EntryID]*Entry{},
+		terms: map[string]store.Revision{},
 	}
 }
 
@@ -143,6 +146,10 @@ func (ix *index) apply(td spiffeid.TrustDomain, ev store.Event, ch *changes) err
 	if name, ok := strings.CutPrefix(ev.Key, rolloutPrefix); ok {
 		ch.policySide = true
 		return ix.rollouts.apply(name, ev)
+	}
+	if strings.HasPrefix(ev.Key, termPrefix) {
+		ix.terms[ev.Key] = ev.Modified
+		return nil
 	}
 	if ev.Key == rolloutGuard {
 		ix.rollouts.guard = ev.Modified

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -324,9 +325,16 @@ func (r *Registry) Barrier(ctx context.Context) (store.Revision, error) {
 
 // commit writes and waits until the index shows it, so that whoever got the answer finds what it wrote.
 func (r *Registry) commit(ctx context.Context, checks []store.Check, writes []store.Write) (store.Revision, error) {
+	fence, fenced := store.Fence(ctx)
+	if fenced {
+		checks = append(slices.Clip(checks), fence)
+	}
 	rev, err := r.c.Store.Commit(ctx, checks, writes)
 	if err != nil {
-		if _, ok := errors.AsType[*store.ConflictError](err); ok {
+		if c, ok := errors.AsType[*store.ConflictError](err); ok {
+			if fenced && c.Key == fence.Key {
+				err = ErrTermOver
+			}
 			return 0, fmt.Errorf("%w: %w", ErrConflict, err)
 		}
 		return 0, err

@@ -130,3 +130,17 @@ func UsesReserve(ctx context.Context) bool {
 	on, _ := ctx.Value(reserveKey{}).(bool)
 	return on
 }
+
+type fenceKey struct{}
+
+// WithFence makes commits under the returned context build on one more check, which only the caller's own term fulfils: what a
+// former leader still commits when it wakes up is a conflict. Who commits for others, such as the registry, adds it by Fence.
+func WithFence(ctx context.Context, c Check) context.Context {
+	return context.WithValue(ctx, fenceKey{}, c)
+}
+
+// Fence returns the check of WithFence, if there is one.
+func Fence(ctx context.Context) (Check, bool) {
+	c, ok := ctx.Value(fenceKey{}).(Check)
+	return c, ok
+}

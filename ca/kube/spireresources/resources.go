@@ -38,7 +38,8 @@ type resources[T any] struct {
 type held[T any] struct {
 	version string // of the spec
 	value   T
-	status  any // as it was seen last
+	status  any    // as it was seen last
+	at      string // the resource version of that
 }
 
 func newResources[T any](kind string, log *slog.Logger, parse func(*unstructured.Unstructured) T, changed func()) *resources[T] {
@@ -62,11 +63,16 @@ func (s *resources[T]) one(name string) (T, bool) {
 	return x.value, ok
 }
 
-// status returns the status of one as it was seen last.
-func (s *resources[T]) status(name string) any {
+// status returns the status of one as it was seen last, and the resource version of that.
+func (s *resources[T]) status(name string) seenStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.byName[name].status
+	return seenStatus{s.byName[name].status, s.byName[name].at}
+}
+
+type seenStatus struct {
+	status any
+	at     string
 }
 
 // absent tells that the API server does not know the kind.
@@ -120,7 +126,7 @@ func (s *resources[T]) Put(o metav1.Object) {
 		s.listed[name] = true
 	}
 	was, there := s.byName[name]
-	was.status = u.Object["status"]
+	was.status, was.at = u.Object["status"], u.GetResourceVersion()
 	switch {
 	case there && was.version == version:
 		s.byName[name] = was
@@ -135,7 +141,7 @@ func (s *resources[T]) Put(o metav1.Object) {
 		}
 		return
 	}
-	s.byName[name] = held[T]{version, s.parse(u), was.status}
+	s.byName[name] = held[T]{version, s.parse(u), was.status, was.at}
 	s.serial++
 	s.mu.Unlock()
 	s.changed()

@@ -135,23 +135,30 @@ func (w *statusWriter) writeStats(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// patch writes a status that is not what was seen last.
-func (w *statusWriter) patch(ctx context.Context, gvr schema.GroupVersionResource, name string, seen, status any) error {
+// patch writes a status that is not what was seen last, unless the resource was written since: another replica may lead by now.
+func (w *statusWriter) patch(ctx context.Context, gvr schema.GroupVersionResource, name string, seen seenStatus, status any) error {
 	now, err := json.Marshal(status)
 	if err != nil {
 		return err
 	}
-	was, err := json.Marshal(seen)
+	was, err := json.Marshal(seen.status)
 	if err != nil || sameJSON(was, now) {
 		return err
 	}
-	body, err := json.Marshal(map[string]json.RawMessage{"status": now})
+	body, err := json.Marshal(map[string]any{"metadata": map[string]any{"resourceVersion": seen.at}, "status": json.RawMessage(now)})
 	if err != nil {
 		return err
 	}
 	_, err = w.r.c.Client.Dynamic.Resource(gvr).Patch(ctx, name, types.MergePatchType, body, metav1.PatchOptions{}, "status")
 	if apierrors.IsNotFound(err) {
 		return nil // it went meanwhile
+	}
+	if apierrors.IsConflict(err) { // the watch brings what it is now
+		w.r.mu.Lock()
+		w.r.dirty = true
+		w.r.mu.Unlock()
+		notify(w.r.leading)
+		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("status of %s %s: %w", gvr.Resource, name, err)
