@@ -90,6 +90,8 @@ func (ca *CA) readSPIREResources(c KubernetesCluster, k *kubeCluster) {
 			_, _, err := ca.admin.ApplySource(ctx, adminapi.Source{Name: "kubernetes/" + k.client.Cluster, Actor: actor}, docs, o, true)
 			return err
 		},
+		Telling:  func(p map[string]uint64) { ca.reg.Telling(k.client.Cluster, p) },
+		Followed: func(p map[string]uint64) { ca.reg.Followed(k.client.Cluster, p) },
 		Audit: func(ctx context.Context, records ...auditlog.Record) error {
 			return ca.audit.Append(ctx, auditlog.New, records...)
 		}})

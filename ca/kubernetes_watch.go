@@ -1,6 +1,8 @@
 package ca
 
 import (
+	"context"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/signet-id/signet/ca/kube/events"
@@ -25,8 +27,11 @@ func (ca *CA) watchPods(c KubernetesCluster, k *kubeCluster) {
 			refused(r)
 		}
 	})
-	k.watcher = watch.New(watch.Config{Client: k.client, Expander: ca.pods, Refused: refused, KeepObjects: keepObjects(c), Log: log})
-	k.parts = append(k.parts, k.watcher.Run)
+	cluster := k.client.Cluster
+	k.watcher = watch.New(watch.Config{Client: k.client, Expander: ca.pods, Refused: refused, KeepObjects: keepObjects(c), Log: log,
+		Telling:  func(p map[string]uint64) { ca.reg.Telling(cluster, p) },
+		Followed: func(p map[string]uint64) { ca.reg.Followed(cluster, p) }})
+	k.parts = append(k.parts, k.watcher.Run, func(ctx context.Context) error { return ca.checkClaims(ctx, k) })
 	k.ails = append(k.ails, func() []string {
 		if p := k.watcher.Problem(); p != "" {
 			return []string{p}

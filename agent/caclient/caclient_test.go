@@ -35,6 +35,7 @@ type follower struct {
 	mu       sync.Mutex
 	epoch    string
 	revision int64
+	position *nodev1.Position
 	applied  []*nodev1.FollowResponse
 	refuse   error
 	news     chan *nodev1.FollowResponse
@@ -48,6 +49,12 @@ func (f *follower) Held() (string, int64) {
 	return f.epoch, f.revision
 }
 
+func (f *follower) Position() *nodev1.Position {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.position
+}
+
 func (f *follower) Apply(m *nodev1.FollowResponse) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -57,6 +64,9 @@ func (f *follower) Apply(m *nodev1.FollowResponse) error {
 		return err
 	}
 	f.epoch, f.revision = m.GetEpoch(), m.GetTo()
+	if m.Position != nil {
+		f.position = m.Position
+	}
 	f.applied = append(f.applied, m)
 	f.news <- m
 	return nil

@@ -51,6 +51,9 @@ type Follower interface {
 	// Held says what is held: the epoch and the revision, or zero values for nothing.
 	Held() (epoch string, revision int64)
 
+	// Position is the newest one of the node's cluster that was applied, nil if there was none.
+	Position() *nodev1.Position
+
 	// Apply takes over one message: a whole snapshot, which replaces everything, or the differences to what is held.
 	// After an error nothing has changed, and the client asks for a snapshot.
 	Apply(*nodev1.FollowResponse) error

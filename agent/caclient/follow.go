@@ -74,7 +74,7 @@ func (c *Client) follow(ctx context.Context, s *session, fresh bool) error {
 }
 
 func (c *Client) hello(ctx context.Context, s *session, fresh bool) (nodev1.Node_FollowClient, error) {
-	hello := &nodev1.FollowRequest_Hello{Format: Format, AgentVersion: c.config.Version}
+	hello := &nodev1.FollowRequest_Hello{Format: Format, AgentVersion: c.config.Version, Position: c.config.Follower.Position()}
 	if !fresh {
 		hello.Epoch, hello.Revision = c.config.Follower.Held()
 	}
@@ -199,6 +199,9 @@ func (s *snapshot) add(m *nodev1.FollowResponse) (*nodev1.FollowResponse, error)
 		p.UnknownEntryPrefixes = append(p.UnknownEntryPrefixes, m.GetUnknownEntryPrefixes()...)
 		if m.PolicyDefaults != nil {
 			p.PolicyDefaults = m.PolicyDefaults
+		}
+		if m.Position != nil {
+			p.Position = m.Position
 		}
 		p.Complete = m.GetComplete()
 	}

@@ -5,11 +5,13 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/proto"
+
+	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 )
 
 // FuzzRecords feeds frames as if they had been opened: what is taken can be written again and gives the same.
 func FuzzRecords(f *testing.F) {
-	changes, _, err := fold(snapshot(3, "a", "b"), nil)
+	changes, _, err := fold(snapshot(3, "a", "b"), nil, &nodev1.Position{Cluster: "prod", Versions: map[string]uint64{"pods": 7}})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -49,7 +51,7 @@ func FuzzRecords(f *testing.F) {
 				t.Fatalf("SVID %v became %v, %v", s, back, err)
 			}
 		}
-		changes, _, err := fold(state, state.PolicyDefaults)
+		changes, _, err := fold(state, state.PolicyDefaults, state.Position)
 		if err != nil {
 			t.Fatal(err)
 		}

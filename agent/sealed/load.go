@@ -112,7 +112,7 @@ func (s *Store) read(ctx context.Context, data []byte) (*Contents, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.held, s.defaults = held, state.PolicyDefaults
+	s.held, s.defaults, s.position = held, state.PolicyDefaults, state.Position
 	s.last, s.seen = h.contact, latest
 	for _, svid := range svids {
 		s.svids[svid.EntryID] = svid.Used

@@ -21,7 +21,7 @@ type recordKey struct {
 // The kinds of records. Those of the CA are messages as it sent them, with the fields that this program does not know. A
 // program that meets a kind it does not know refuses the cache as a whole: what it cannot read may be a revocation.
 const (
-	kindState  = 'm' // a FollowResponse that has epoch, revision and defaults only
+	kindState  = 'm' // a FollowResponse that has epoch, revision, defaults and position only
 	kindEntry  = 'e' // by entry id
 	kindPolicy = 'p' // by name
 	kindBundle = 'b' // by trust domain
@@ -140,9 +140,9 @@ func decodeSVID(entryID string, value []byte) (SVID, error) {
 var deterministic = proto.MarshalOptions{Deterministic: true}
 
 // fold brings what a message of Follow says into records: the whole of a snapshot, which replaces what was there, or
-// differences. defaults are the policies' defaults after it, of which a message is silent that does not change them. weighty
+// differences. defaults and position are those after it, of which a message is silent that does not change them. weighty
 // says that it is more than another revision.
-func fold(m *nodev1.FollowResponse, defaults *policyv1.DefaultsMode) (changes records, weighty bool, err error) {
+func fold(m *nodev1.FollowResponse, defaults *policyv1.DefaultsMode, position *nodev1.Position) (changes records, weighty bool, err error) {
 	changes = make(records)
 	put := func(kind byte, id string, m proto.Message) {
 		value, marshalErr := deterministic.Marshal(m)
@@ -195,7 +195,7 @@ func fold(m *nodev1.FollowResponse, defaults *policyv1.DefaultsMode) (changes re
 		put(kindUserIssuer, u.GetName(), u)
 	}
 	weighty = len(changes) > 0 || m.GetSnapshot() || m.PolicyDefaults != nil
-	put(kindState, "", &nodev1.FollowResponse{Format: m.GetFormat(), Epoch: m.GetEpoch(), To: m.GetTo(), PolicyDefaults: defaults})
+	put(kindState, "", &nodev1.FollowResponse{Format: m.GetFormat(), Epoch: m.GetEpoch(), To: m.GetTo(), PolicyDefaults: defaults, Position: position})
 	return changes, weighty, err
 }
 
@@ -209,7 +209,7 @@ func (r records) unfold() (*nodev1.FollowResponse, []SVID, error) {
 	if err := proto.Unmarshal(state, m); err != nil {
 		return nil, nil, fmt.Errorf("the state: %w", err)
 	}
-	m = &nodev1.FollowResponse{Format: m.GetFormat(), Epoch: m.GetEpoch(), To: m.GetTo(), PolicyDefaults: m.PolicyDefaults, Snapshot: true, Complete: true}
+	m = &nodev1.FollowResponse{Format: m.GetFormat(), Epoch: m.GetEpoch(), To: m.GetTo(), PolicyDefaults: m.PolicyDefaults, Position: m.Position, Snapshot: true, Complete: true}
 	var svids []SVID
 	for k, value := range r {
 		var err error

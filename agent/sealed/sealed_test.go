@@ -208,7 +208,7 @@ func TestKeepsUnknownFields(t *testing.T) {
 func TestFoldKnowsAllOfFollow(t *testing.T) {
 	// unknown_entry_prefixes never comes here: svidcache completes such a snapshot by what it holds, and tells that.
 	known := []string{"unknown_entry_prefixes", "format", "epoch", "from", "to", "snapshot", "complete", "sync_ids", "entries", "removed_entry_ids", "policies", "removed_policies",
-		"policy_defaults", "bundles", "removed_bundles", "revocations", "removed_revocations", "crls", "removed_crls", "user_issuers", "removed_user_issuers"}
+		"policy_defaults", "bundles", "removed_bundles", "revocations", "removed_revocations", "crls", "removed_crls", "user_issuers", "removed_user_issuers", "position"}
 	fields := (&nodev1.FollowResponse{}).ProtoReflect().Descriptor().Fields()
 	for i := range fields.Len() {
 		if name := string(fields.Get(i).Name()); !slices.Contains(known, name) {

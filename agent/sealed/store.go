@@ -93,6 +93,7 @@ type Store struct {
 	writing  time.Time       // of the first in what is being written
 	svids    map[string]bool // those held, and whether they were used
 	defaults *policyv1.DefaultsMode
+	position *nodev1.Position // the newest
 	owner    spiffeid.ID
 	contact  bool
 	last     time.Time // contact, while there is none now
@@ -143,7 +144,10 @@ func (s *Store) Applied(m *nodev1.FollowResponse) {
 	if m.GetSnapshot() || m.PolicyDefaults != nil {
 		s.defaults = m.PolicyDefaults
 	}
-	changes, weighty, err := fold(m, s.defaults)
+	if m.Position != nil {
+		s.position = m.Position
+	}
+	changes, weighty, err := fold(m, s.defaults, s.position)
 	if err != nil {
 		s.config.Log.Error("the sealed cache cannot keep what the CA sent", "err", err)
 	}

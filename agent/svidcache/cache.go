@@ -287,6 +287,9 @@ func (c *Cache) Held() (epoch string, revision int64) {
 	return s.epoch, s.revision
 }
 
+// Position is the newest one of the node's cluster that was applied, nil if there was none.
+func (c *Cache) Position() *nodev1.Position { return c.state.Load().position }
+
 // Ready is closed when the CA's state was applied for the first time.
 func (c *Cache) Ready() <-chan struct{} { return c.synced }
 

@@ -18,6 +18,7 @@ import (
 type state struct {
 	epoch    string
 	revision int64
+	position *nodev1.Position // of the node's cluster, the newest that was sent
 	entries  *table[string, *entry]
 	index    *table[spiffe.Selector, []*entry]
 	bundles  map[spiffeid.TrustDomain]*bundle
@@ -53,7 +54,10 @@ func (s *state) next(td spiffeid.TrustDomain, m *nodev1.FollowResponse) (*state,
 	if m.GetSnapshot() {
 		base = newState()
 	}
-	n := &state{epoch: m.GetEpoch(), revision: m.GetTo()}
+	n := &state{epoch: m.GetEpoch(), revision: m.GetTo(), position: s.position}
+	if m.Position != nil {
+		n.position = m.Position
+	}
 	var skipped []error
 
 	touched := n.takeEntries(td, base, m, &skipped)

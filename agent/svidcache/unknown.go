@@ -33,7 +33,7 @@ func (s *state) withKept(td spiffeid.TrustDomain, matches func(pattern string, i
 	})
 	out := &nodev1.FollowResponse{Format: m.Format, Epoch: m.Epoch, From: m.From, To: m.To, Snapshot: true, Complete: m.Complete, SyncIds: m.SyncIds,
 		Entries: slices.Clone(m.Entries), Policies: slices.Clone(m.Policies), PolicyDefaults: m.PolicyDefaults, Bundles: slices.Clone(m.Bundles),
-		Revocations: m.Revocations, Crls: m.Crls, UserIssuers: slices.Clone(m.UserIssuers)}
+		Revocations: m.Revocations, Crls: m.Crls, UserIssuers: slices.Clone(m.UserIssuers), Position: m.Position}
 	for _, e := range kept {
 		out.Entries = append(out.Entries, e.message())
 		for _, foreign := range e.federatesWith {

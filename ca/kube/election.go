@@ -31,9 +31,9 @@ type election struct {
 	// confirmed is renewed, for whoever asks while the Lease is kept; nil: never.
 	confirmed atomic.Pointer[time.Time]
 
-	seen    coordinationv1.LeaseSpec
-	seenAt  time.Time // when it was first seen so; zero: never
-	silent  bool      // the last request failed, and the log says so already
+	seen   coordinationv1.LeaseSpec
+	seenAt time.Time // when it was first seen so; zero: never
+	silent bool      // the last request failed, and the log says so already
 }
 
 // errNotOurs tells that somebody else holds the Lease, or deleted it.

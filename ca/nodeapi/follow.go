@@ -105,9 +105,9 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 		return status.Errorf(codes.FailedPrecondition, "format %d is older than this CA speaks (%d); upgrade the agent", hello.Format, FollowFormat)
 	}
 	// An agent that comes from another replica may know more than this one has seen: sent a snapshot now, it would drop that.
-	if hello.Epoch == a.c.Epoch && store.Revision(hello.Revision) > a.c.Registry.Revision() {
+	if hello.Epoch == a.c.Epoch {
 		bctx, bcancel := context.WithTimeout(ctx, maxCatchUp)
-		_, err := a.c.Registry.Barrier(bctx)
+		err := a.awaitHeld(bctx, store.Revision(hello.Revision))
 		bcancel()
 		if err != nil {
 			return a.toStatus(err)
@@ -120,7 +120,11 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 	a.enter(c.ID, st)
 	defer a.leave(c.ID, st)
 
-	f := a.c.Registry.Follow(c.ID, store.Revision(hello.Revision), hello.Epoch == a.c.Epoch)
+	claim, err := claimOf(hello.Position)
+	if err != nil {
+		return err
+	}
+	f := a.c.Registry.Follow(c.ID, store.Revision(hello.Revision), hello.Epoch == a.c.Epoch, claim)
 
 	syncs := make(chan uint64, maxSyncs)
 	recvErr := make(chan error, 1)
@@ -131,6 +135,36 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 		pushErr <- a.push(ctx, s, c, f, st, syncs, recvErr)
 	}()
 	return a.supervise(ctx, c, pushErr)
+}
+
+// awaitHeld returns when everything up to a revision that an agent holds is in memory, with the entries that pods have by it.
+func (a *API) awaitHeld(ctx context.Context, rev store.Revision) error {
+	if rev <= a.c.Registry.Revision() {
+		return a.c.Registry.WaitFor(ctx, rev)
+	}
+	_, err := a.c.Registry.Barrier(ctx)
+	return err
+}
+
+// Bounds of the position that an agent says.
+const maxPositions, maxPositionName = 16, 64
+
+// claimOf reads the position that an agent says it was told.
+func claimOf(p *nodev1.Position) (registry.Claim, error) {
+	if p == nil {
+		return registry.Claim{}, nil
+	}
+	if len(p.Versions) > maxPositions {
+		return registry.Claim{}, status.Errorf(codes.InvalidArgument, "hello.position has %d versions, at most %d", len(p.Versions), maxPositions)
+	}
+	c := registry.Claim{Cluster: p.Cluster, Position: make(registry.Position, len(p.Versions))}
+	for of, version := range p.Versions {
+		if len(of) > maxPositionName {
+			return registry.Claim{}, status.Errorf(codes.InvalidArgument, "hello.position: %q… is no kind of object", clip(of[:maxPositionName]))
+		}
+		c.Position[of] = version
+	}
+	return c, nil
 }
 
 // maxCatchUp bounds the wait of an agent for what this replica has not seen yet.
@@ -308,6 +342,9 @@ func (a *API) send(s nodev1.Node_FollowServer, d *registry.Delta, f *registry.Fo
 		part.RemovedEntryIds = append(part.RemovedEntryIds, string(id))
 	}
 	part.UnknownEntryPrefixes = d.UnknownPrefixes
+	if d.Position != nil {
+		part.Position = &nodev1.Position{Cluster: d.Position.Cluster, Versions: d.Position.Position}
+	}
 	part.RemovedPolicies = d.RemovedPolicies
 	part.RemovedRevocations = d.RemovedRevocations
 	part.RemovedCrls = d.RemovedCRLs

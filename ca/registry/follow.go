@@ -39,6 +39,8 @@ type Delta struct {
 	RemovedBundles  []spiffeid.TrustDomain
 	// UnknownPrefixes, in a snapshot, begin the IDs of entries of which it is not known what there is.
 	UnknownPrefixes []string
+	// Position is how far the cluster of the agent's node was followed; nil: nothing is said of it.
+	Position *Claim
 	// Every agent gets all revocations.
 	Revocations        []*policyv1.Revocation
 	RemovedRevocations []string
@@ -95,9 +97,13 @@ type followers struct {
 	byRoot  map[spiffeid.ID]map[*Follower]struct{}
 	byAgent map[spiffeid.ID]map[*Follower]struct{}
 	kept    map[spiffeid.ID]*held
+	// behind are those whose agents were told more of a cluster, by another replica, than is known here.
+	behind        map[*Follower]string
+	behindChanged map[string]chan struct{} // by cluster; one slot: there is one more
 }
 
 func (f *followers) init() {
+	f.behind, f.behindChanged = map[*Follower]string{}, map[string]chan struct{}{}
 	f.active = map[*Follower]struct{}{}
 	f.byRoot = map[spiffeid.ID]map[*Follower]struct{}{}
 	f.byAgent = map[spiffeid.ID]map[*Follower]struct{}{}
@@ -110,6 +116,7 @@ type Follower struct {
 	agent spiffeid.ID
 	held  *held
 	wake  chan struct{} // one slot: look again
+	claim Position      // what the agent says that it was told of its cluster
 	// sides names the roll-outs whose policies concern the agent, with whether it has the new versions.
 	sides atomic.Pointer[map[string]bool]
 
@@ -127,15 +134,20 @@ type Follower struct {
 
 // Follow begins to follow for an agent that holds revision rev of epoch; rev 0, or a revision that the history does
 // not reach, begins with a snapshot. Close must be called. Only one follower of an agent continues its history: a
-// second one begins with a snapshot.
-func (r *Registry) Follow(agent spiffeid.ID, rev store.Revision, sameEpoch bool) *Follower {
+// second one begins with a snapshot. claim is what it was told of its node's cluster.
+func (r *Registry) Follow(agent spiffeid.ID, rev store.Revision, sameEpoch bool, claim Claim) *Follower {
 	f := &Follower{r: r, agent: agent, wake: make(chan struct{}, 1), full: true, own: true, policy: true, bundles: true, revoked: true}
 	fs := &r.follow
 	r.mu.RLock()
 	roots := r.ix.roots(r.c.TrustDomain, agent, r.c.Now())
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	_, onPodNode := podNode(r.ix.nodes[agent])
+	on, onPodNode := podNode(r.ix.nodes[agent])
+	if _, watched := r.ix.derived.clusters[on.cluster]; onPodNode && watched && claim.Cluster == on.cluster && r.ix.derived.followed[on.cluster].behind(claim.Position) {
+		f.claim = claim.Position
+		fs.behind[f] = on.cluster
+		notify(fs.behindOf(on.cluster))
+	}
 	r.mu.RUnlock()
 	now := r.c.Now()
 	for id, h := range fs.kept {
@@ -199,6 +211,7 @@ func (f *Follower) Close() {
 	defer fs.mu.Unlock()
 	f.setRoots(nil)
 	delete(fs.active, f)
+	delete(fs.behind, f)
 	drop(fs.byAgent, f.agent, f)
 	if f.held != nil {
 		f.held.detached = f.r.c.Now()
@@ -326,13 +339,14 @@ func (fs *followers) mark(ix *index, ch *changes) {
 func (f *Follower) take() (m struct {
 	dirty                                     map[EntryID]struct{}
 	full, policy, bundles, own, node, revoked bool
-	known                                     bool
+	known, behind                             bool
 }) {
 	fs := &f.r.follow
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	m.dirty, m.full, m.policy, m.bundles, m.own, m.node, m.revoked = f.dirty, f.full, f.policy, f.bundles, f.own, f.node, f.revoked
 	m.known, f.known = f.known, false
+	_, m.behind = fs.behind[f]
 	f.dirty, f.full, f.policy, f.bundles, f.own, f.node, f.revoked = nil, false, false, false, false, false, false
 	return m
 }
@@ -358,6 +372,9 @@ func (f *Follower) Next(force bool) *Delta {
 			feds: map[spiffeid.TrustDomain]int{}, entries: map[EntryID]*Entry{}, defaults: -1}
 		f.held, d.Snapshot, m.full, m.own, m.revoked = h, true, true, true, true
 		d.UnknownPrefixes = ix.unknownOf(f.agent)
+		if on, ok := podNode(ix.nodes[f.agent]); ok && m.behind && len(d.UnknownPrefixes) == 0 {
+			d.UnknownPrefixes = []string{PodEntryPrefix(on.cluster)}
+		}
 		h.unknown = len(d.UnknownPrefixes) > 0
 	}
 	d.From = h.at
@@ -378,7 +395,11 @@ func (f *Follower) Next(force bool) *Delta {
 		f.setRoots(roots)
 		f.r.follow.mu.Unlock()
 		scope := map[EntryID]*Entry{}
-		ix.descend(roots, now, func(e *Entry) { scope[e.ID] = e })
+		ix.descend(roots, now, func(e *Entry) {
+			if e.Pod == nil || !m.behind { // the agent keeps those that it has, and one that is gone does not come back to it
+				scope[e.ID] = e
+			}
+		})
 		for id := range h.entries {
 			if scope[id] == nil {
 				f.dropEntry(h, d, id)
@@ -395,6 +416,9 @@ func (f *Follower) Next(force bool) *Delta {
 	} else {
 		for id := range m.dirty {
 			e := ix.entry(id)
+			if e != nil && e.Pod != nil && m.behind {
+				continue
+			}
 			if e != nil && !e.alias() && !e.Expired(now) && f.inScope(ix, e, now) && (e.Pod == nil || ix.takenBy(e) == nil) {
 				f.holdEntry(h, d, e)
 			} else {
@@ -430,6 +454,11 @@ func (f *Follower) Next(force bool) *Delta {
 		h.removed = slices.Clone(h.removed[n:])
 	}
 	slices.SortFunc(d.Entries, func(a, b *Entry) int { return a.CreatedAt.Compare(b.CreatedAt) })
+	if d.Snapshot && !h.unknown || len(d.Entries)+len(d.RemovedEntries) > 0 && !m.behind {
+		if on, ok := podNode(ix.nodes[f.agent]); ok && ix.derived.clusters[on.cluster] && len(ix.derived.told[on.cluster]) > 0 {
+			d.Position = &Claim{on.cluster, ix.derived.told[on.cluster]}
+		}
+	}
 	return d
 }
 

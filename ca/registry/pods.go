@@ -153,11 +153,14 @@ type derived struct {
 	ending map[EntryID]*Entry
 	// clusters are those that are watched; false: what pods one has is not known yet, or not any more.
 	clusters map[string]bool
+	// told is how new what is here is at most, followed up to where it is whole.
+	told, followed map[string]Position
 }
 
 func newDerived() *derived {
 	return &derived{entries: map[EntryID]*Entry{}, byRoot: map[spiffeid.ID]map[EntryID]*Entry{}, byID: map[spiffeid.ID]map[EntryID]*Entry{},
-		groups: map[podNodeKey]map[spiffeid.ID]*nodeGroup{}, rules: map[string]int{}, beside: map[spiffeid.ID]int{}, ending: map[EntryID]*Entry{}, clusters: map[string]bool{}}
+		groups: map[podNodeKey]map[spiffeid.ID]*nodeGroup{}, rules: map[string]int{}, beside: map[spiffeid.ID]int{}, ending: map[EntryID]*Entry{}, clusters: map[string]bool{},
+		told: map[string]Position{}, followed: map[string]Position{}}
 }
 
 // podRoots adds to roots what the node has by its pods: the place of its own pods always, so that its followers are found
@@ -398,7 +401,7 @@ func (r *Registry) PodsUnknown(agent spiffeid.ID) bool {
 }
 
 // Missing is the reason why an agent may not have an entry: ErrNotFound, or ErrNotReady as long as the entry may be one of
-// a pod that the CA has not heard of yet.
+// a pod that the CA, or this replica of it, has not heard of yet.
 func (r *Registry) Missing(agent spiffeid.ID, id EntryID) error {
 	if !strings.HasPrefix(string(id), podEntryPrefix) {
 		return ErrNotFound
@@ -409,6 +412,9 @@ func (r *Registry) Missing(agent spiffeid.ID, id EntryID) error {
 		if strings.HasPrefix(string(id), p) {
 			return ErrNotReady
 		}
+	}
+	if k, ok := podNode(r.ix.nodes[agent]); ok && strings.HasPrefix(string(id), PodEntryPrefix(k.cluster)) && r.follow.isBehind(agent) {
+		return ErrNotReady
 	}
 	return ErrNotFound
 }

@@ -56,6 +56,12 @@ type Store interface {
 	Delete(metav1.Object)
 }
 
+// A Placed Store is told, besides, up to which resource version it was told everything: after a list, after each event, and when
+// nothing happened for a while. Versions of one kind can be compared: newer ones are larger.
+type Placed interface {
+	At(version uint64)
+}
+
 // Config says what a Follower follows.
 type Config struct {
 	// Name says what the objects are, such as "pods".
@@ -203,6 +209,7 @@ func (f *Follower) list(ctx context.Context) (version string, err error) {
 				return "", errors.New("the list has no resource version")
 			}
 			f.c.Store.End()
+			f.at(version)
 			return version, nil
 		}
 		if next == was {
@@ -216,6 +223,23 @@ func (f *Follower) page(ctx context.Context, o metav1.ListOptions) (runtime.Obje
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	return f.c.List(ctx, o)
+}
+
+// Now asks the API server for the resource version of the newest state, and shows the Store nothing.
+func (f *Follower) Now(ctx context.Context) (uint64, error) {
+	page, err := f.page(ctx, metav1.ListOptions{Limit: 1})
+	if err != nil {
+		return 0, fmt.Errorf("asking how new %s are: %w", f.c.Name, err)
+	}
+	m, err := meta.ListAccessor(page)
+	if err != nil {
+		return 0, fmt.Errorf("asking how new %s are: the answer is no list: %w", f.c.Name, err)
+	}
+	version, err := strconv.ParseUint(m.GetResourceVersion(), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("asking how new %s are: %w", f.c.Name, clip(err))
+	}
+	return version, nil
 }
 
 // watch shows the Store what changes after version, until the watch ends, and returns the version to go on from.
@@ -288,6 +312,7 @@ func (f *Follower) take(e watch.Event, version string) (string, error) {
 	}
 	if v := o.GetResourceVersion(); v != "" && v != "0" {
 		version = v
+		f.at(version)
 	}
 	return version, nil
 }
@@ -311,6 +336,15 @@ func (f *Follower) fix(err error) error {
 		return fmt.Errorf("the cluster does not know them; install their definitions, or have them not read: %w", err)
 	}
 	return err
+}
+
+// at tells the Store how far it is. A version that is no number can be compared with nothing.
+func (f *Follower) at(version string) {
+	if placed, ok := f.c.Store.(Placed); ok {
+		if n, err := strconv.ParseUint(version, 10, 64); err == nil {
+			placed.At(n)
+		}
+	}
 }
 
 func expired(err error) bool { return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) }

@@ -21,6 +21,7 @@ const absentFor = time.Minute
 
 // resources are those of one kind, each in the form that parse makes of it. They implement follow.Store.
 type resources[T any] struct {
+	place
 	kind    string
 	log     *slog.Logger
 	parse   func(*unstructured.Unstructured) T
@@ -43,7 +44,7 @@ type held[T any] struct {
 }
 
 func newResources[T any](kind string, log *slog.Logger, parse func(*unstructured.Unstructured) T, changed func()) *resources[T] {
-	return &resources[T]{kind: kind, log: log, parse: parse, changed: changed, byName: map[string]held[T]{}}
+	return &resources[T]{place: place{moved: func() {}}, kind: kind, log: log, parse: parse, changed: changed, byName: map[string]held[T]{}}
 }
 
 // all returns them in order of name, with a number that rises whenever one changes, and whether that is all there are.
@@ -119,6 +120,7 @@ func (s *resources[T]) Put(o metav1.Object) {
 	if !ok {
 		return
 	}
+	s.saw(o)
 	name := u.GetName()
 	version := fmt.Sprint(u.GetUID(), "/", u.GetGeneration(), "/", u.GetDeletionTimestamp())
 	s.mu.Lock()
@@ -163,6 +165,7 @@ func (s *resources[T]) End() {
 
 // Delete implements follow.Store.
 func (s *resources[T]) Delete(o metav1.Object) {
+	s.saw(o)
 	s.mu.Lock()
 	if _, there := s.byName[o.GetName()]; there {
 		delete(s.byName, o.GetName())

@@ -17,6 +17,7 @@ const (
 
 // services know behind which Services each pod is, by EndpointSlices. They implement follow.Store.
 type services struct {
+	place
 	changed func()
 
 	mu     sync.Mutex
@@ -35,7 +36,7 @@ type slice struct {
 }
 
 func newServices(changed func()) *services {
-	return &services{changed: changed, slices: map[string]slice{}, byPod: map[string]map[string]struct{}{}, moved: map[string]bool{}}
+	return &services{place: place{moved: changed}, changed: changed, slices: map[string]slice{}, byPod: map[string]map[string]struct{}{}, moved: map[string]bool{}}
 }
 
 // known tells whether all were listed once.
@@ -107,6 +108,7 @@ func (s *services) Put(o metav1.Object) {
 	if !ok {
 		return
 	}
+	s.saw(o)
 	now := slice{namespace: x.Namespace, service: x.Labels[discoveryv1.LabelServiceName]}
 	for i, e := range x.Endpoints {
 		if i < maxSliceMembers && e.TargetRef != nil && e.TargetRef.Kind == "Pod" && e.TargetRef.UID != "" {
@@ -141,6 +143,7 @@ func (s *services) Put(o metav1.Object) {
 
 // Delete implements follow.Store.
 func (s *services) Delete(o metav1.Object) {
+	s.saw(o)
 	s.mu.Lock()
 	s.drop(o.GetNamespace() + "/" + o.GetName())
 	s.mu.Unlock()

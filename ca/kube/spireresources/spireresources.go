@@ -79,6 +79,9 @@ type Config struct {
 	// IgnoreNamespaces are namespaces whose pods get nothing by ClusterSPIFFEIDs: whose names these match anywhere.
 	IgnoreNamespaces []*regexp.Regexp
 
+	// Telling is told, before the Expander is, how new the newest change is that it is told of, and Followed, after it, up to where it
+	// was told everything: resource versions by resource. Nil: nobody is.
+	Telling, Followed func(map[string]uint64)
 	// CheckTTL refuses TTLs that the authorities could not honour; nil allows all.
 	CheckTTL func(x509, jwt time.Duration) error
 	// Apply makes documents hold and deletes those that o says, as one commit, with its records in the audit log. actor says for
@@ -154,6 +157,12 @@ func New(c Config) *Reader {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	if c.Telling == nil {
+		c.Telling = func(map[string]uint64) {}
+	}
+	if c.Followed == nil {
+		c.Followed = func(map[string]uint64) {}
+	}
 	if c.StatusEvery == 0 {
 		c.StatusEvery = statusEvery
 	}
@@ -162,6 +171,7 @@ func New(c Config) *Reader {
 	r.ids = newResources(KindClusterSPIFFEID, c.Log, c.compile, changed)
 	r.entries = newResources(KindClusterStaticEntry, c.Log, c.readStaticEntry, changed)
 	r.domains = newResources(KindClusterFederatedTrustDomain, c.Log, readFederatedTrustDomain, changed)
+	r.ids.moved = func() { notify(r.wake) }
 	r.services = newServices(func() { notify(r.wake) })
 	if c.reads(KindClusterSPIFFEID) {
 		c.Expander.Expect(r.origin)
@@ -229,6 +239,7 @@ func (r *Reader) Run(ctx context.Context) error {
 		if !pause(ctx, settle) {
 			return nil
 		}
+		_, followed := r.places()
 		all, serial, known := r.ids.all()
 		if !known {
 			continue
@@ -240,8 +251,26 @@ func (r *Reader) Run(ctx context.Context) error {
 		if needed && !r.services.known() {
 			continue // names of Services would come and go
 		}
+		newest, _ := r.places()
+		r.c.Telling(newest)
 		r.tell(all, serial)
+		r.c.Followed(followed)
 	}
+}
+
+// places are how far what rules are made of was followed, by resource.
+func (r *Reader) places() (newest, followed map[string]uint64) {
+	newest, followed = map[string]uint64{}, map[string]uint64{}
+	for resource, p := range map[string]*place{clusterSPIFFEIDs.Resource: &r.ids.place, "endpointslices": &r.services.place} {
+		n, f := p.get()
+		if n > 0 {
+			newest[resource] = n
+		}
+		if f > 0 {
+			followed[resource] = f
+		}
+	}
+	return newest, followed
 }
 
 // tell gives the Expander the rules if they changed, and has it look again at pods that are behind other Services.

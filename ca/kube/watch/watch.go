@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -36,7 +38,10 @@ type Config struct {
 	Refused func(pods.Refusal)
 	// KeepObjects asks for Pod.Object and Pod.Node: metadata and spec of the pod and its node.
 	KeepObjects bool
-	Log         *slog.Logger
+	// Telling is told, before the Expander is, how new the newest change is that it is told of, and Followed, after it, up to where it
+	// was told everything: resource versions by resource. Nil: nobody is.
+	Telling, Followed func(map[string]uint64)
+	Log               *slog.Logger
 
 	follow follow.Config // times, for tests
 }
@@ -47,9 +52,10 @@ type Watcher struct {
 	pods, nodes, namespaces *follow.Follower
 	wake                    chan struct{}
 
-	mu            sync.Mutex
-	known         *known
-	begun, synced bool
+	mu               sync.Mutex
+	known            *known
+	begun, synced    bool
+	newest, followed map[string]uint64 // versions by resource: of the objects that were seen, and of the last that was heard
 }
 
 // Of pods without a node there is nothing to know yet, and of those that have ended nothing any more.
@@ -60,12 +66,18 @@ func New(c Config) *Watcher {
 	if c.Refused == nil {
 		c.Refused = func(pods.Refusal) {}
 	}
-	w := &Watcher{c: c, wake: make(chan struct{}, 1), known: newKnown(c.Client.Cluster, c.KeepObjects)}
+	if c.Telling == nil {
+		c.Telling = func(map[string]uint64) {}
+	}
+	if c.Followed == nil {
+		c.Followed = func(map[string]uint64) {}
+	}
+	w := &Watcher{c: c, wake: make(chan struct{}, 1), known: newKnown(c.Client.Cluster, c.KeepObjects), newest: map[string]uint64{}, followed: map[string]uint64{}}
 	c.Expander.Synced(c.Client.Cluster, false)
 
 	f := c.follow
 	f.Log, f.Changed = c.Log, w.signal
-	f.Name, f.Store = "pods", &store{w, &w.known.pods}
+	f.Name, f.Store = "pods", &store{w, "pods", &w.known.pods}
 	f.List = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 		o.FieldSelector = podsThatRun
 		return c.Client.Pods("").List(ctx, o)
@@ -81,10 +93,10 @@ func New(c Config) *Watcher {
 		f.List = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return r.List(ctx, o) }
 		f.Watch = r.Watch
 	}
-	f.Name, f.Store = "namespaces", &store{w, &w.known.namespaces}
+	f.Name, f.Store = "namespaces", &store{w, "namespaces", &w.known.namespaces}
 	metadata("namespaces")
 	w.namespaces = follow.New(f)
-	f.Name, f.Store = "nodes", &store{w, &w.known.nodes}
+	f.Name, f.Store = "nodes", &store{w, "nodes", &w.known.nodes}
 	metadata("nodes")
 	if c.KeepObjects {
 		f.List = func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
@@ -133,9 +145,12 @@ func (w *Watcher) tell() {
 		return
 	}
 	changed, gone, misplaced := w.known.take()
+	newest, followed := maps.Clone(w.newest), maps.Clone(w.followed)
 	synced := w.synced
 	w.synced = known
 	w.mu.Unlock()
+	w.c.Telling(newest)
+	defer w.c.Followed(followed)
 
 	cluster := w.c.Client.Cluster
 	if !known && synced {
@@ -211,8 +226,9 @@ func (w *Watcher) Problem() string {
 
 // A store hands what one Follower sees to what is known, under the lock.
 type store struct {
-	w  *Watcher
-	of interface {
+	w        *Watcher
+	resource string
+	of       interface {
 		begin()
 		put(metav1.Object)
 		end()
@@ -231,10 +247,33 @@ func (s *store) do(f func()) {
 func (s *store) Begin() { s.do(s.of.begin) }
 
 // Put implements follow.Store.
-func (s *store) Put(o metav1.Object) { s.do(func() { s.of.put(o) }) }
+func (s *store) Put(o metav1.Object) { s.do(func() { s.saw(o); s.of.put(o) }) }
 
 // End implements follow.Store.
 func (s *store) End() { s.do(s.of.end) }
 
 // Delete implements follow.Store.
-func (s *store) Delete(o metav1.Object) { s.do(func() { s.of.remove(o) }) }
+func (s *store) Delete(o metav1.Object) { s.do(func() { s.saw(o); s.of.remove(o) }) }
+
+// At implements follow.Placed.
+func (s *store) At(version uint64) { s.do(func() { s.w.followed[s.resource] = version }) }
+
+// saw notes how new an object is. Replicas that saw the same changes have the same newest one; where a list or a watch ended differs.
+func (s *store) saw(o metav1.Object) {
+	if n, err := strconv.ParseUint(o.GetResourceVersion(), 10, 64); err == nil {
+		s.w.newest[s.resource] = max(s.w.newest[s.resource], n)
+	}
+}
+
+// Now asks the API server where it is now: the resource versions of lists that are as new as anything it has ever acknowledged.
+func (w *Watcher) Now(ctx context.Context) (map[string]uint64, error) {
+	out := map[string]uint64{}
+	for resource, f := range map[string]*follow.Follower{"pods": w.pods, "nodes": w.nodes, "namespaces": w.namespaces} {
+		version, err := f.Now(ctx)
+		if err != nil {
+			return nil, err
+		}
+		out[resource] = version
+	}
+	return out, nil
+}

@@ -479,8 +479,11 @@ type FollowResponse struct {
 	// In the last part of a snapshot: beginnings of entry ids of which the CA does not know yet what there is, since it has not
 	// heard from the cluster that they come from. What the agent holds of them it keeps; another snapshot follows.
 	UnknownEntryPrefixes []string `protobuf:"bytes,21,rep,name=unknown_entry_prefixes,json=unknownEntryPrefixes,proto3" json:"unknown_entry_prefixes,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// How far the CA has followed the cluster of the agent's node; absent: as before. The agent says it to the next CA that it
+	// follows: one that has not come as far takes nothing from it and gives nothing back.
+	Position      *Position `protobuf:"bytes,22,opt,name=position,proto3" json:"position,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FollowResponse) Reset() {
@@ -660,6 +663,67 @@ func (x *FollowResponse) GetUnknownEntryPrefixes() []string {
 	return nil
 }
 
+func (x *FollowResponse) GetPosition() *Position {
+	if x != nil {
+		return x.Position
+	}
+	return nil
+}
+
+// A Position is a place in the history of a cluster, which is not that of the CA's revisions.
+type Position struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Cluster string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// Resource versions by what they are of, such as pods.
+	Versions      map[string]uint64 `protobuf:"bytes,2,rep,name=versions,proto3" json:"versions,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Position) Reset() {
+	*x = Position{}
+	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Position) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Position) ProtoMessage() {}
+
+func (x *Position) ProtoReflect() protoreflect.Message {
+	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Position.ProtoReflect.Descriptor instead.
+func (*Position) Descriptor() ([]byte, []int) {
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Position) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *Position) GetVersions() map[string]uint64 {
+	if x != nil {
+		return x.Versions
+	}
+	return nil
+}
+
 // A CRL lists the revoked X509-SVIDs of one authority. [RFC 5280 §5]
 type CRL struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -675,7 +739,7 @@ type CRL struct {
 
 func (x *CRL) Reset() {
 	*x = CRL{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	mi := &file_signet_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +751,7 @@ func (x *CRL) String() string {
 func (*CRL) ProtoMessage() {}
 
 func (x *CRL) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[8]
+	mi := &file_signet_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +764,7 @@ func (x *CRL) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CRL.ProtoReflect.Descriptor instead.
 func (*CRL) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CRL) GetAuthorityId() string {
@@ -756,7 +820,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[9]
+	mi := &file_signet_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -768,7 +832,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[9]
+	mi := &file_signet_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -781,7 +845,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Entry) GetId() string {
@@ -887,7 +951,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[10]
+	mi := &file_signet_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -899,7 +963,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[10]
+	mi := &file_signet_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -912,7 +976,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -984,7 +1048,7 @@ type X509Authority struct {
 
 func (x *X509Authority) Reset() {
 	*x = X509Authority{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[11]
+	mi := &file_signet_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1060,7 @@ func (x *X509Authority) String() string {
 func (*X509Authority) ProtoMessage() {}
 
 func (x *X509Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[11]
+	mi := &file_signet_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1073,7 @@ func (x *X509Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Authority.ProtoReflect.Descriptor instead.
 func (*X509Authority) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *X509Authority) GetCertificate() []byte {
@@ -1047,7 +1111,7 @@ type JWTAuthority struct {
 
 func (x *JWTAuthority) Reset() {
 	*x = JWTAuthority{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[12]
+	mi := &file_signet_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1059,7 +1123,7 @@ func (x *JWTAuthority) String() string {
 func (*JWTAuthority) ProtoMessage() {}
 
 func (x *JWTAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[12]
+	mi := &file_signet_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1072,7 +1136,7 @@ func (x *JWTAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTAuthority.ProtoReflect.Descriptor instead.
 func (*JWTAuthority) Descriptor() ([]byte, []int) {
-	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_signet_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *JWTAuthority) GetKeyId() string {
@@ -1114,7 +1178,7 @@ type IssueX509SVIDsRequest_Item struct {
 
 func (x *IssueX509SVIDsRequest_Item) Reset() {
 	*x = IssueX509SVIDsRequest_Item{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[13]
+	mi := &file_signet_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1126,7 +1190,7 @@ func (x *IssueX509SVIDsRequest_Item) String() string {
 func (*IssueX509SVIDsRequest_Item) ProtoMessage() {}
 
 func (x *IssueX509SVIDsRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[13]
+	mi := &file_signet_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1238,7 @@ type IssueX509SVIDsResponse_Result struct {
 
 func (x *IssueX509SVIDsResponse_Result) Reset() {
 	*x = IssueX509SVIDsResponse_Result{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[14]
+	mi := &file_signet_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1250,7 @@ func (x *IssueX509SVIDsResponse_Result) String() string {
 func (*IssueX509SVIDsResponse_Result) ProtoMessage() {}
 
 func (x *IssueX509SVIDsResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[14]
+	mi := &file_signet_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1255,7 +1319,7 @@ type IssueJWTSVIDsRequest_Item struct {
 
 func (x *IssueJWTSVIDsRequest_Item) Reset() {
 	*x = IssueJWTSVIDsRequest_Item{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[15]
+	mi := &file_signet_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1267,7 +1331,7 @@ func (x *IssueJWTSVIDsRequest_Item) String() string {
 func (*IssueJWTSVIDsRequest_Item) ProtoMessage() {}
 
 func (x *IssueJWTSVIDsRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[15]
+	mi := &file_signet_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1313,7 +1377,7 @@ type IssueJWTSVIDsResponse_Result struct {
 
 func (x *IssueJWTSVIDsResponse_Result) Reset() {
 	*x = IssueJWTSVIDsResponse_Result{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[16]
+	mi := &file_signet_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1325,7 +1389,7 @@ func (x *IssueJWTSVIDsResponse_Result) String() string {
 func (*IssueJWTSVIDsResponse_Result) ProtoMessage() {}
 
 func (x *IssueJWTSVIDsResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[16]
+	mi := &file_signet_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,17 +1444,19 @@ func (x *IssueJWTSVIDsResponse_Result) GetExpiresAt() int64 {
 type FollowRequest_Hello struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Newest FollowResponse format the agent reads.
-	Format        uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	Epoch         string `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Revision      int64  `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
-	AgentVersion  string `protobuf:"bytes,4,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	Format       uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Epoch        string `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Revision     int64  `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	AgentVersion string `protobuf:"bytes,4,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	// The newest position that it was sent; absent: none ever.
+	Position      *Position `protobuf:"bytes,5,opt,name=position,proto3" json:"position,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FollowRequest_Hello) Reset() {
 	*x = FollowRequest_Hello{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[17]
+	mi := &file_signet_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1402,7 +1468,7 @@ func (x *FollowRequest_Hello) String() string {
 func (*FollowRequest_Hello) ProtoMessage() {}
 
 func (x *FollowRequest_Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[17]
+	mi := &file_signet_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,6 +1512,13 @@ func (x *FollowRequest_Hello) GetAgentVersion() string {
 	return ""
 }
 
+func (x *FollowRequest_Hello) GetPosition() *Position {
+	if x != nil {
+		return x.Position
+	}
+	return nil
+}
+
 // The agent has applied everything up to revision.
 type FollowRequest_Ack struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -1461,7 +1534,7 @@ type FollowRequest_Ack struct {
 
 func (x *FollowRequest_Ack) Reset() {
 	*x = FollowRequest_Ack{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[18]
+	mi := &file_signet_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1546,7 @@ func (x *FollowRequest_Ack) String() string {
 func (*FollowRequest_Ack) ProtoMessage() {}
 
 func (x *FollowRequest_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[18]
+	mi := &file_signet_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1521,7 +1594,7 @@ type FollowRequest_Sync struct {
 
 func (x *FollowRequest_Sync) Reset() {
 	*x = FollowRequest_Sync{}
-	mi := &file_signet_node_v1_node_proto_msgTypes[19]
+	mi := &file_signet_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1606,7 @@ func (x *FollowRequest_Sync) String() string {
 func (*FollowRequest_Sync) ProtoMessage() {}
 
 func (x *FollowRequest_Sync) ProtoReflect() protoreflect.Message {
-	mi := &file_signet_node_v1_node_proto_msgTypes[19]
+	mi := &file_signet_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1595,23 +1668,24 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\x05token\x18\x03 \x01(\tR\x05token\x12\x1b\n" +
 	"\tissued_at\x18\x04 \x01(\x03R\bissuedAt\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\x05 \x01(\x03R\texpiresAt\"\xde\x03\n" +
+	"expires_at\x18\x05 \x01(\x03R\texpiresAt\"\x95\x04\n" +
 	"\rFollowRequest\x12;\n" +
 	"\x05hello\x18\x01 \x01(\v2#.signet.node.v1.FollowRequest.HelloH\x00R\x05hello\x125\n" +
 	"\x03ack\x18\x02 \x01(\v2!.signet.node.v1.FollowRequest.AckH\x00R\x03ack\x128\n" +
-	"\x04sync\x18\x03 \x01(\v2\".signet.node.v1.FollowRequest.SyncH\x00R\x04sync\x1av\n" +
+	"\x04sync\x18\x03 \x01(\v2\".signet.node.v1.FollowRequest.SyncH\x00R\x04sync\x1a\xac\x01\n" +
 	"\x05Hello\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x03R\brevision\x12#\n" +
-	"\ragent_version\x18\x04 \x01(\tR\fagentVersion\x1a\x83\x01\n" +
+	"\ragent_version\x18\x04 \x01(\tR\fagentVersion\x124\n" +
+	"\bposition\x18\x05 \x01(\v2\x18.signet.node.v1.PositionR\bposition\x1a\x83\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x122\n" +
 	"\x15authorities_handed_on\x18\x02 \x03(\tR\x13authoritiesHandedOn\x12,\n" +
 	"\x12authorities_in_use\x18\x03 \x03(\tR\x10authoritiesInUse\x1a\x16\n" +
 	"\x04Sync\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02idB\t\n" +
-	"\amessage\"\x96\a\n" +
+	"\amessage\"\xcc\a\n" +
 	"\x0eFollowResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x12\n" +
@@ -1634,8 +1708,15 @@ const file_signet_node_v1_node_proto_rawDesc = "" +
 	"\fremoved_crls\x18\x12 \x03(\tR\vremovedCrls\x12?\n" +
 	"\fuser_issuers\x18\x13 \x03(\v2\x1c.signet.policy.v1.UserIssuerR\vuserIssuers\x120\n" +
 	"\x14removed_user_issuers\x18\x14 \x03(\tR\x12removedUserIssuers\x124\n" +
-	"\x16unknown_entry_prefixes\x18\x15 \x03(\tR\x14unknownEntryPrefixesB\x12\n" +
-	"\x10_policy_defaults\"w\n" +
+	"\x16unknown_entry_prefixes\x18\x15 \x03(\tR\x14unknownEntryPrefixes\x124\n" +
+	"\bposition\x18\x16 \x01(\v2\x18.signet.node.v1.PositionR\bpositionB\x12\n" +
+	"\x10_policy_defaults\"\xa5\x01\n" +
+	"\bPosition\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12B\n" +
+	"\bversions\x18\x02 \x03(\v2&.signet.node.v1.Position.VersionsEntryR\bversions\x1a;\n" +
+	"\rVersionsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"w\n" +
 	"\x03CRL\x12!\n" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x10\n" +
@@ -1705,7 +1786,7 @@ func file_signet_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_signet_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_signet_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_signet_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_signet_node_v1_node_proto_goTypes = []any{
 	(AuthorityState)(0),                   // 0: signet.node.v1.AuthorityState
 	(*ReportObservationsRequest)(nil),     // 1: signet.node.v1.ReportObservationsRequest
@@ -1716,58 +1797,63 @@ var file_signet_node_v1_node_proto_goTypes = []any{
 	(*IssueJWTSVIDsResponse)(nil),         // 6: signet.node.v1.IssueJWTSVIDsResponse
 	(*FollowRequest)(nil),                 // 7: signet.node.v1.FollowRequest
 	(*FollowResponse)(nil),                // 8: signet.node.v1.FollowResponse
-	(*CRL)(nil),                           // 9: signet.node.v1.CRL
-	(*Entry)(nil),                         // 10: signet.node.v1.Entry
-	(*Bundle)(nil),                        // 11: signet.node.v1.Bundle
-	(*X509Authority)(nil),                 // 12: signet.node.v1.X509Authority
-	(*JWTAuthority)(nil),                  // 13: signet.node.v1.JWTAuthority
-	(*IssueX509SVIDsRequest_Item)(nil),    // 14: signet.node.v1.IssueX509SVIDsRequest.Item
-	(*IssueX509SVIDsResponse_Result)(nil), // 15: signet.node.v1.IssueX509SVIDsResponse.Result
-	(*IssueJWTSVIDsRequest_Item)(nil),     // 16: signet.node.v1.IssueJWTSVIDsRequest.Item
-	(*IssueJWTSVIDsResponse_Result)(nil),  // 17: signet.node.v1.IssueJWTSVIDsResponse.Result
-	(*FollowRequest_Hello)(nil),           // 18: signet.node.v1.FollowRequest.Hello
-	(*FollowRequest_Ack)(nil),             // 19: signet.node.v1.FollowRequest.Ack
-	(*FollowRequest_Sync)(nil),            // 20: signet.node.v1.FollowRequest.Sync
-	(*v1.Observation)(nil),                // 21: signet.policy.v1.Observation
-	(*v1.Policy)(nil),                     // 22: signet.policy.v1.Policy
-	(v1.DefaultsMode)(0),                  // 23: signet.policy.v1.DefaultsMode
-	(*v1.Revocation)(nil),                 // 24: signet.policy.v1.Revocation
-	(*v1.UserIssuer)(nil),                 // 25: signet.policy.v1.UserIssuer
+	(*Position)(nil),                      // 9: signet.node.v1.Position
+	(*CRL)(nil),                           // 10: signet.node.v1.CRL
+	(*Entry)(nil),                         // 11: signet.node.v1.Entry
+	(*Bundle)(nil),                        // 12: signet.node.v1.Bundle
+	(*X509Authority)(nil),                 // 13: signet.node.v1.X509Authority
+	(*JWTAuthority)(nil),                  // 14: signet.node.v1.JWTAuthority
+	(*IssueX509SVIDsRequest_Item)(nil),    // 15: signet.node.v1.IssueX509SVIDsRequest.Item
+	(*IssueX509SVIDsResponse_Result)(nil), // 16: signet.node.v1.IssueX509SVIDsResponse.Result
+	(*IssueJWTSVIDsRequest_Item)(nil),     // 17: signet.node.v1.IssueJWTSVIDsRequest.Item
+	(*IssueJWTSVIDsResponse_Result)(nil),  // 18: signet.node.v1.IssueJWTSVIDsResponse.Result
+	(*FollowRequest_Hello)(nil),           // 19: signet.node.v1.FollowRequest.Hello
+	(*FollowRequest_Ack)(nil),             // 20: signet.node.v1.FollowRequest.Ack
+	(*FollowRequest_Sync)(nil),            // 21: signet.node.v1.FollowRequest.Sync
+	nil,                                   // 22: signet.node.v1.Position.VersionsEntry
+	(*v1.Observation)(nil),                // 23: signet.policy.v1.Observation
+	(*v1.Policy)(nil),                     // 24: signet.policy.v1.Policy
+	(v1.DefaultsMode)(0),                  // 25: signet.policy.v1.DefaultsMode
+	(*v1.Revocation)(nil),                 // 26: signet.policy.v1.Revocation
+	(*v1.UserIssuer)(nil),                 // 27: signet.policy.v1.UserIssuer
 }
 var file_signet_node_v1_node_proto_depIdxs = []int32{
-	21, // 0: signet.node.v1.ReportObservationsRequest.observations:type_name -> signet.policy.v1.Observation
-	14, // 1: signet.node.v1.IssueX509SVIDsRequest.items:type_name -> signet.node.v1.IssueX509SVIDsRequest.Item
-	15, // 2: signet.node.v1.IssueX509SVIDsResponse.results:type_name -> signet.node.v1.IssueX509SVIDsResponse.Result
-	16, // 3: signet.node.v1.IssueJWTSVIDsRequest.items:type_name -> signet.node.v1.IssueJWTSVIDsRequest.Item
-	17, // 4: signet.node.v1.IssueJWTSVIDsResponse.results:type_name -> signet.node.v1.IssueJWTSVIDsResponse.Result
-	18, // 5: signet.node.v1.FollowRequest.hello:type_name -> signet.node.v1.FollowRequest.Hello
-	19, // 6: signet.node.v1.FollowRequest.ack:type_name -> signet.node.v1.FollowRequest.Ack
-	20, // 7: signet.node.v1.FollowRequest.sync:type_name -> signet.node.v1.FollowRequest.Sync
-	10, // 8: signet.node.v1.FollowResponse.entries:type_name -> signet.node.v1.Entry
-	22, // 9: signet.node.v1.FollowResponse.policies:type_name -> signet.policy.v1.Policy
-	23, // 10: signet.node.v1.FollowResponse.policy_defaults:type_name -> signet.policy.v1.DefaultsMode
-	11, // 11: signet.node.v1.FollowResponse.bundles:type_name -> signet.node.v1.Bundle
-	24, // 12: signet.node.v1.FollowResponse.revocations:type_name -> signet.policy.v1.Revocation
-	9,  // 13: signet.node.v1.FollowResponse.crls:type_name -> signet.node.v1.CRL
-	25, // 14: signet.node.v1.FollowResponse.user_issuers:type_name -> signet.policy.v1.UserIssuer
-	12, // 15: signet.node.v1.Bundle.x509_authorities:type_name -> signet.node.v1.X509Authority
-	13, // 16: signet.node.v1.Bundle.jwt_authorities:type_name -> signet.node.v1.JWTAuthority
-	13, // 17: signet.node.v1.Bundle.wit_authorities:type_name -> signet.node.v1.JWTAuthority
-	0,  // 18: signet.node.v1.X509Authority.state:type_name -> signet.node.v1.AuthorityState
-	0,  // 19: signet.node.v1.JWTAuthority.state:type_name -> signet.node.v1.AuthorityState
-	3,  // 20: signet.node.v1.Node.IssueX509SVIDs:input_type -> signet.node.v1.IssueX509SVIDsRequest
-	5,  // 21: signet.node.v1.Node.IssueJWTSVIDs:input_type -> signet.node.v1.IssueJWTSVIDsRequest
-	7,  // 22: signet.node.v1.Node.Follow:input_type -> signet.node.v1.FollowRequest
-	1,  // 23: signet.node.v1.Node.ReportObservations:input_type -> signet.node.v1.ReportObservationsRequest
-	4,  // 24: signet.node.v1.Node.IssueX509SVIDs:output_type -> signet.node.v1.IssueX509SVIDsResponse
-	6,  // 25: signet.node.v1.Node.IssueJWTSVIDs:output_type -> signet.node.v1.IssueJWTSVIDsResponse
-	8,  // 26: signet.node.v1.Node.Follow:output_type -> signet.node.v1.FollowResponse
-	2,  // 27: signet.node.v1.Node.ReportObservations:output_type -> signet.node.v1.ReportObservationsResponse
-	24, // [24:28] is the sub-list for method output_type
-	20, // [20:24] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	23, // 0: signet.node.v1.ReportObservationsRequest.observations:type_name -> signet.policy.v1.Observation
+	15, // 1: signet.node.v1.IssueX509SVIDsRequest.items:type_name -> signet.node.v1.IssueX509SVIDsRequest.Item
+	16, // 2: signet.node.v1.IssueX509SVIDsResponse.results:type_name -> signet.node.v1.IssueX509SVIDsResponse.Result
+	17, // 3: signet.node.v1.IssueJWTSVIDsRequest.items:type_name -> signet.node.v1.IssueJWTSVIDsRequest.Item
+	18, // 4: signet.node.v1.IssueJWTSVIDsResponse.results:type_name -> signet.node.v1.IssueJWTSVIDsResponse.Result
+	19, // 5: signet.node.v1.FollowRequest.hello:type_name -> signet.node.v1.FollowRequest.Hello
+	20, // 6: signet.node.v1.FollowRequest.ack:type_name -> signet.node.v1.FollowRequest.Ack
+	21, // 7: signet.node.v1.FollowRequest.sync:type_name -> signet.node.v1.FollowRequest.Sync
+	11, // 8: signet.node.v1.FollowResponse.entries:type_name -> signet.node.v1.Entry
+	24, // 9: signet.node.v1.FollowResponse.policies:type_name -> signet.policy.v1.Policy
+	25, // 10: signet.node.v1.FollowResponse.policy_defaults:type_name -> signet.policy.v1.DefaultsMode
+	12, // 11: signet.node.v1.FollowResponse.bundles:type_name -> signet.node.v1.Bundle
+	26, // 12: signet.node.v1.FollowResponse.revocations:type_name -> signet.policy.v1.Revocation
+	10, // 13: signet.node.v1.FollowResponse.crls:type_name -> signet.node.v1.CRL
+	27, // 14: signet.node.v1.FollowResponse.user_issuers:type_name -> signet.policy.v1.UserIssuer
+	9,  // 15: signet.node.v1.FollowResponse.position:type_name -> signet.node.v1.Position
+	22, // 16: signet.node.v1.Position.versions:type_name -> signet.node.v1.Position.VersionsEntry
+	13, // 17: signet.node.v1.Bundle.x509_authorities:type_name -> signet.node.v1.X509Authority
+	14, // 18: signet.node.v1.Bundle.jwt_authorities:type_name -> signet.node.v1.JWTAuthority
+	14, // 19: signet.node.v1.Bundle.wit_authorities:type_name -> signet.node.v1.JWTAuthority
+	0,  // 20: signet.node.v1.X509Authority.state:type_name -> signet.node.v1.AuthorityState
+	0,  // 21: signet.node.v1.JWTAuthority.state:type_name -> signet.node.v1.AuthorityState
+	9,  // 22: signet.node.v1.FollowRequest.Hello.position:type_name -> signet.node.v1.Position
+	3,  // 23: signet.node.v1.Node.IssueX509SVIDs:input_type -> signet.node.v1.IssueX509SVIDsRequest
+	5,  // 24: signet.node.v1.Node.IssueJWTSVIDs:input_type -> signet.node.v1.IssueJWTSVIDsRequest
+	7,  // 25: signet.node.v1.Node.Follow:input_type -> signet.node.v1.FollowRequest
+	1,  // 26: signet.node.v1.Node.ReportObservations:input_type -> signet.node.v1.ReportObservationsRequest
+	4,  // 27: signet.node.v1.Node.IssueX509SVIDs:output_type -> signet.node.v1.IssueX509SVIDsResponse
+	6,  // 28: signet.node.v1.Node.IssueJWTSVIDs:output_type -> signet.node.v1.IssueJWTSVIDsResponse
+	8,  // 29: signet.node.v1.Node.Follow:output_type -> signet.node.v1.FollowResponse
+	2,  // 30: signet.node.v1.Node.ReportObservations:output_type -> signet.node.v1.ReportObservationsResponse
+	27, // [27:31] is the sub-list for method output_type
+	23, // [23:27] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_signet_node_v1_node_proto_init() }
@@ -1787,7 +1873,7 @@ func file_signet_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_signet_node_v1_node_proto_rawDesc), len(file_signet_node_v1_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   20,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
