@@ -48,7 +48,7 @@ func wait(ctx context.Context, d time.Duration) {
 // try makes a change at replicas, any that answers, until one acknowledges it.
 func (f *fleet) try(ctx context.Context, rnd *rand.Rand, what string, change func(*replica) error) bool {
 	for ctx.Err() == nil {
-		err := change(f.replicas[rnd.IntN(len(f.replicas))])
+		err := change(f.Replicas[rnd.IntN(len(f.Replicas))])
 		switch status.Code(err) {
 		case codes.OK:
 			return true
@@ -71,10 +71,10 @@ func TestKilledAtRandomMoments(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	cluster := etcdtest.Start(t, etcdtest.Config{Members: 3})
 	f := newFleet(t, cluster, 3, "authorities: {rotate: manual}\nttl: {x509: 1m, agent: 1m}\n")
-	f.replicas[0].apply(identity())
+	f.Replicas[0].Apply(identity())
 	var nodes []*node
 	for i := range 3 {
-		nodes = append(nodes, f.node(f.front.addr(), f.replicas[i].token()))
+		nodes = append(nodes, f.node(f.Front.Addr(), f.Replicas[i].Token()))
 	}
 	stop := f.traffic(nodes)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -91,7 +91,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 				return f.try(ctx, rnd, "apply", func(r *replica) error {
 					rctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 					defer cancel()
-					_, err := r.admin.Apply(rctx, &adminv1.ApplyRequest{Yes: true, Documents: []*adminv1.Document{{Content: []byte(doc), File: "t.yaml"}}})
+					_, err := r.Admin.Apply(rctx, &adminv1.ApplyRequest{Yes: true, Documents: []*adminv1.Document{{Content: []byte(doc), File: "t.yaml"}}})
 					return err
 				})
 			}
@@ -115,16 +115,16 @@ func TestKilledAtRandomMoments(t *testing.T) {
 		rnd := rand.New(rand.NewPCG(seed, 2))
 		for ctx.Err() == nil {
 			for _, kind := range []adminv1.AuthorityType{adminv1.AuthorityType_AUTHORITY_TYPE_X509, adminv1.AuthorityType_AUTHORITY_TYPE_JWT} {
-				r := f.replicas[rnd.IntN(3)]
+				r := f.Replicas[rnd.IntN(3)]
 				rctx, rcancel := context.WithTimeout(ctx, 20*time.Second)
-				_, _ = r.admin.PrepareAuthority(rctx, &adminv1.PrepareAuthorityRequest{Type: kind})
-				list, err := f.replicas[rnd.IntN(3)].admin.ListAuthorities(rctx, &adminv1.ListAuthoritiesRequest{Type: kind})
+				_, _ = r.Admin.PrepareAuthority(rctx, &adminv1.PrepareAuthorityRequest{Type: kind})
+				list, err := f.Replicas[rnd.IntN(3)].Admin.ListAuthorities(rctx, &adminv1.ListAuthoritiesRequest{Type: kind})
 				if err == nil {
 					for _, a := range list.Authorities {
 						if a.State != "prepared" {
 							continue
 						}
-						stream, err := f.replicas[rnd.IntN(3)].admin.ActivateAuthority(rctx, &adminv1.ActivateAuthorityRequest{Type: kind, Id: a.Id, Wait: true})
+						stream, err := f.Replicas[rnd.IntN(3)].Admin.ActivateAuthority(rctx, &adminv1.ActivateAuthorityRequest{Type: kind, Id: a.Id, Wait: true})
 						for err == nil {
 							_, err = stream.Recv()
 						}
@@ -149,7 +149,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 		if !f.try(ctx, rnd, "token", func(r *replica) (err error) {
 			rctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 			defer cancel()
-			token, err = r.admin.CreateJoinToken(rctx, &adminv1.CreateJoinTokenRequest{})
+			token, err = r.Admin.CreateJoinToken(rctx, &adminv1.CreateJoinTokenRequest{})
 			return err
 		}) {
 			return
@@ -157,7 +157,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 		tokens = append(tokens, token.Token)
 		first := rnd.IntN(3)
 		for i := range 2 {
-			a := f.newAgent(f.replicas[(first+i)%3].addr, nodeattest.Secret(token.Token))
+			a := f.newAgent(f.Replicas[(first+i)%3].Addr, nodeattest.Secret(token.Token))
 			operators.Go(func() {
 				done := make(chan error, 1)
 				go func() { done <- a.Run(ctx) }()
@@ -182,17 +182,17 @@ func TestKilledAtRandomMoments(t *testing.T) {
 			m.Start(t)
 			m.WaitHealthy(t)
 		case 1: // as an upgrade does it
-			for _, r := range f.replicas {
-				r.end(syscall.SIGTERM)
-				r.start()
-				r.answers()
+			for _, r := range f.Replicas {
+				r.End(syscall.SIGTERM)
+				r.Start()
+				r.Answers()
 			}
 		default:
-			r := f.replicas[victim]
-			r.end(syscall.SIGKILL)
+			r := f.Replicas[victim]
+			r.End(syscall.SIGKILL)
 			wait(ctx, time.Duration(rnd.IntN(1000))*time.Millisecond)
-			r.start()
-			r.answers()
+			r.Start()
+			r.Answers()
 		}
 	}
 	wait(ctx, 2*time.Second)
@@ -210,13 +210,13 @@ func TestKilledAtRandomMoments(t *testing.T) {
 		}
 	}
 	var states []string
-	for _, r := range f.replicas {
+	for _, r := range f.Replicas {
 		for _, kind := range []string{"Identity", "Revocation"} {
 			want := acked
 			if kind == "Revocation" {
 				want = revoked
 			}
-			got, err := r.admin.GetResources(t.Context(), &adminv1.GetResourcesRequest{Kind: kind})
+			got, err := r.Admin.GetResources(t.Context(), &adminv1.GetResourcesRequest{Kind: kind})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -226,15 +226,15 @@ func TestKilledAtRandomMoments(t *testing.T) {
 			}
 			for name := range want {
 				if !have[name] {
-					t.Errorf("%s lost the %s %s, which was acknowledged", r.name, kind, name)
+					t.Errorf("%s lost the %s %s, which was acknowledged", r.Name, kind, name)
 				}
 			}
 		}
-		list, err := r.admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
+		list, err := r.Admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		agents, err := agentv1.NewAgentClient(r.conn).ListAgents(t.Context(), &agentv1.ListAgentsRequest{})
+		agents, err := agentv1.NewAgentClient(r.Conn).ListAgents(t.Context(), &agentv1.ListAgentsRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -245,7 +245,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 		slices.Sort(all)
 		states = append(states, fmt.Sprint(strings.Join(all, ","), len(agents.Agents)))
 		if n := len(agents.Agents); n > len(nodes)+len(tokens) {
-			t.Errorf("%s has %d agents, from %d tokens", r.name, n, len(nodes)+len(tokens))
+			t.Errorf("%s has %d agents, from %d tokens", r.Name, n, len(nodes)+len(tokens))
 		}
 	}
 	if states[0] != states[1] || states[1] != states[2] {
@@ -264,11 +264,11 @@ func TestKilledAtRandomMoments(t *testing.T) {
 func TestWithoutEtcd(t *testing.T) {
 	cluster := etcdtest.Start(t, etcdtest.Config{})
 	f := newFleet(t, cluster, 2, "")
-	f.replicas[0].apply(identity())
-	f.replicas[0].apply(fmt.Sprintf("kind: Identity\nname: before\nspiffeID: /before\nmatch: [%q]\n", fmt.Sprint("unix:uid:", os.Getuid())))
-	nodes := []*node{f.node(f.front.addr(), f.replicas[0].token()), f.node(f.front.addr(), f.replicas[1].token())}
+	f.Replicas[0].Apply(identity())
+	f.Replicas[0].Apply(fmt.Sprintf("kind: Identity\nname: before\nspiffeID: /before\nmatch: [%q]\n", fmt.Sprint("unix:uid:", os.Getuid())))
+	nodes := []*node{f.node(f.Front.Addr(), f.Replicas[0].Token()), f.node(f.Front.Addr(), f.Replicas[1].Token())}
 	snapshot := cluster.Snapshot(t)
-	f.replicas[1].apply(fmt.Sprintf("kind: Identity\nname: after\nspiffeID: /after\nmatch: [%q]\n", fmt.Sprint("unix:uid:", os.Getuid())))
+	f.Replicas[1].Apply(fmt.Sprintf("kind: Identity\nname: after\nspiffeID: /after\nmatch: [%q]\n", fmt.Sprint("unix:uid:", os.Getuid())))
 	for _, n := range nodes {
 		eventually(t, "the later identity", func() error {
 			ids, err := n.ids(t.Context())
@@ -288,25 +288,25 @@ func TestWithoutEtcd(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	if _, err := f.replicas[0].admin.CreateJoinToken(ctx, &adminv1.CreateJoinTokenRequest{}); status.Code(err) != codes.Unavailable {
+	if _, err := f.Replicas[0].Admin.CreateJoinToken(ctx, &adminv1.CreateJoinTokenRequest{}); status.Code(err) != codes.Unavailable {
 		t.Errorf("a token without etcd = %v, want Unavailable", err)
 	}
-	if list, err := f.replicas[0].admin.GetResources(ctx, &adminv1.GetResourcesRequest{Kind: "Identity"}); err != nil || len(list.Resources) != 3 {
+	if list, err := f.Replicas[0].Admin.GetResources(ctx, &adminv1.GetResourcesRequest{Kind: "Identity"}); err != nil || len(list.Resources) != 3 {
 		t.Errorf("an operator who looks without etcd gets %v, %v", list, err)
 	}
 	cluster.Restore(t, snapshot)
 	// Both end by themselves, for they know better, and are started again as a service manager does.
-	for _, r := range f.replicas {
-		r.ended()
-		if s := r.out.String(); !strings.Contains(s, "etcd went back to an earlier state") {
-			t.Errorf("%s ended without saying that etcd was restored", r.name)
+	for _, r := range f.Replicas {
+		r.Ended()
+		if s := r.Out.String(); !strings.Contains(s, "etcd went back to an earlier state") {
+			t.Errorf("%s ended without saying that etcd was restored", r.Name)
 		}
 	}
-	for _, r := range f.replicas {
-		r.start()
+	for _, r := range f.Replicas {
+		r.Start()
 	}
-	for _, r := range f.replicas {
-		r.answers()
+	for _, r := range f.Replicas {
+		r.Answers()
 	}
 	for _, n := range nodes {
 		eventually(t, "the state of the snapshot", func() error {
@@ -318,22 +318,5 @@ func TestWithoutEtcd(t *testing.T) {
 		})
 	}
 	stop()
-	f.replicas[1].apply("kind: Identity\nname: again\nspiffeID: /again\nmatch: [\"unix:uid:4000000000\"]\n")
-}
-
-// ended waits until the process has ended by itself.
-func (r *replica) ended() {
-	r.t.Helper()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	gone := make(chan struct{})
-	go func() { _ = r.cmd.Wait(); close(gone) }()
-	select {
-	case <-gone:
-	case <-time.After(patience):
-		_ = r.cmd.Process.Kill()
-		<-gone
-		r.t.Errorf("%s goes on", r.name)
-	}
-	r.cmd = nil
+	f.Replicas[1].Apply("kind: Identity\nname: again\nspiffeID: /again\nmatch: [\"unix:uid:4000000000\"]\n")
 }

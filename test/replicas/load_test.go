@@ -24,11 +24,11 @@ import (
 )
 
 // cpu is the processor time that a replica has used.
-func (r *replica) cpu() time.Duration {
-	r.t.Helper()
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.cmd.Process.Pid))
+func cpu(t *testing.T, r *replica) time.Duration {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.PID()))
 	if err != nil {
-		r.t.Fatal(err)
+		t.Fatal(err)
 	}
 	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+2:]))
 	user, _ := strconv.Atoi(fields[11])
@@ -75,17 +75,17 @@ func load(t *testing.T, f *fleet, n int) loadResult {
 	csr := csrFor(t, "spiffe://example.org/load")
 	out := loadResult{n: n}
 	var before []time.Duration
-	for _, r := range f.replicas {
-		before = append(before, r.cpu())
+	for _, r := range f.Replicas {
+		before = append(before, cpu(t, r))
 	}
 	began := time.Now()
 	share(t, f, n, func(ctx context.Context, r *replica, _ int64) error {
-		_, err := svidv1.NewSVIDClient(r.conn).MintX509SVID(ctx, &svidv1.MintX509SVIDRequest{Csr: csr})
+		_, err := svidv1.NewSVIDClient(r.Conn).MintX509SVID(ctx, &svidv1.MintX509SVIDRequest{Csr: csr})
 		return err
 	})
 	out.mints = time.Since(began)
-	for i, r := range f.replicas {
-		out.cpu = append(out.cpu, r.cpu()-before[i])
+	for i, r := range f.Replicas {
+		out.cpu = append(out.cpu, cpu(t, r)-before[i])
 	}
 	began = time.Now()
 	share(t, f, n/10, func(ctx context.Context, r *replica, i int64) error {
@@ -94,7 +94,7 @@ func load(t *testing.T, f *fleet, n int) loadResult {
 			batch = append(batch, &types.Entry{SpiffeId: &types.SPIFFEID{TrustDomain: "example.org", Path: fmt.Sprintf("/load/%d", i)}, ParentId: &types.SPIFFEID{TrustDomain: "example.org", Path: "/nowhere"},
 				Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprintf("uid:%d", 1000+i*10+int64(j))}}})
 		}
-		_, err := entryv1.NewEntryClient(r.conn).BatchCreateEntry(ctx, &entryv1.BatchCreateEntryRequest{Entries: batch})
+		_, err := entryv1.NewEntryClient(r.Conn).BatchCreateEntry(ctx, &entryv1.BatchCreateEntryRequest{Entries: batch})
 		return err
 	})
 	out.entries = time.Since(began)
@@ -109,7 +109,7 @@ func share(t *testing.T, f *fleet, n int, call func(context.Context, *replica, i
 	for range 16 {
 		wg.Go(func() {
 			for i := next.Add(1); i <= int64(n); i = next.Add(1) {
-				if err := call(t.Context(), f.replicas[int(i)%len(f.replicas)], i); err != nil {
+				if err := call(t.Context(), f.Replicas[int(i)%len(f.Replicas)], i); err != nil {
 					t.Error(err)
 					return
 				}

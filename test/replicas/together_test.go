@@ -27,9 +27,9 @@ import (
 // TestReplicas has three replicas be one CA: what is done at one holds at all.
 func TestReplicas(t *testing.T) {
 	f := newFleet(t, etcdtest.Start(t, etcdtest.Config{}), 3, "crl: {enabled: true}\nauthorities: {rotate: manual}\n")
-	a, b, c := f.replicas[0], f.replicas[1], f.replicas[2]
-	a.apply(identity())
-	nodes := []*node{f.node(a.addr, c.token()), f.node(b.addr, a.token()), f.node(c.addr, b.token())}
+	a, b, c := f.Replicas[0], f.Replicas[1], f.Replicas[2]
+	a.Apply(identity())
+	nodes := []*node{f.node(a.Addr, c.Token()), f.node(b.Addr, a.Token()), f.node(c.Addr, b.Token())}
 	stop := f.traffic(nodes)
 	defer stop()
 
@@ -38,13 +38,13 @@ func TestReplicas(t *testing.T) {
 	t.Run("EntriesReachAgentsOfOthers", func(t *testing.T) {
 		for i := range 5 {
 			began := time.Now()
-			f.replicas[i%3].apply(fmt.Sprintf("kind: Identity\nname: n%d\nspiffeID: /n%d\nmatch: [%q]\n", i, i, fmt.Sprint("unix:uid:", os.Getuid())))
+			f.Replicas[i%3].Apply(fmt.Sprintf("kind: Identity\nname: n%d\nspiffeID: /n%d\nmatch: [%q]\n", i, i, fmt.Sprint("unix:uid:", os.Getuid())))
 			n := nodes[(i+1)%3]
 			ids, err := n.ids(t.Context())
 			if err != nil || !ids[fmt.Sprintf("/n%d", i)] {
 				t.Errorf("a call after the apply was acknowledged has %v, %v", ids, err)
 			}
-			t.Logf("apply at %s to the SVID at an agent of another replica: %v", f.replicas[i%3].name, time.Since(began).Round(time.Millisecond))
+			t.Logf("apply at %s to the SVID at an agent of another replica: %v", f.Replicas[i%3].Name, time.Since(began).Round(time.Millisecond))
 		}
 	})
 	t.Run("TokenAtTwoReplicasAtOnce", func(t *testing.T) { tokenAtTwo(t, f) })
@@ -53,7 +53,7 @@ func TestReplicas(t *testing.T) {
 		for i, n := range nodes {
 			name := fmt.Sprintf("n%d", i)
 			began := time.Now()
-			f.replicas[(i+1)%3].apply(fmt.Sprintf("kind: Revocation\nname: %s\nid: /%s\nreason: test\n", name, name))
+			f.Replicas[(i+1)%3].Apply(fmt.Sprintf("kind: Revocation\nname: %s\nid: /%s\nreason: test\n", name, name))
 			eventually(t, "the revocation", func() error {
 				ids, err := n.ids(t.Context())
 				if err == nil && ids["/"+name] {
@@ -61,7 +61,7 @@ func TestReplicas(t *testing.T) {
 				}
 				return err
 			})
-			t.Logf("revocation at %s to an agent of another replica: %v", f.replicas[(i+1)%3].name, time.Since(began).Round(time.Millisecond))
+			t.Logf("revocation at %s to an agent of another replica: %v", f.Replicas[(i+1)%3].Name, time.Since(began).Round(time.Millisecond))
 		}
 	})
 	t.Run("BanEndsFollowAtOthers", func(t *testing.T) { ban(t, f, nodes) })
@@ -69,8 +69,8 @@ func TestReplicas(t *testing.T) {
 
 func oneBundle(t *testing.T, f *fleet) {
 	var ids []string
-	for _, r := range f.replicas {
-		list, err := r.admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
+	for _, r := range f.Replicas {
+		list, err := r.Admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -88,22 +88,22 @@ func oneBundle(t *testing.T, f *fleet) {
 // readsSeeWrites: an operator who wrote at one replica finds it at any other at once, whichever API is used.
 func readsSeeWrites(t *testing.T, f *fleet) {
 	for i := range 60 {
-		at, then := f.replicas[i%3], f.replicas[(i+1)%3]
-		made, err := entryv1.NewEntryClient(at.conn).BatchCreateEntry(t.Context(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{{SpiffeId: &types.SPIFFEID{TrustDomain: "example.org", Path: fmt.Sprintf("/read/%d", i)},
+		at, then := f.Replicas[i%3], f.Replicas[(i+1)%3]
+		made, err := entryv1.NewEntryClient(at.Conn).BatchCreateEntry(t.Context(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{{SpiffeId: &types.SPIFFEID{TrustDomain: "example.org", Path: fmt.Sprintf("/read/%d", i)},
 			ParentId: &types.SPIFFEID{TrustDomain: "example.org", Path: "/nowhere"}, Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprint("uid:", 100_000+i)}}}}})
 		if err != nil || made.Results[0].Status.Code != int32(codes.OK) {
-			t.Fatalf("creating an entry at %s: %v, %v", at.name, made, err)
+			t.Fatalf("creating an entry at %s: %v, %v", at.Name, made, err)
 		}
 		id := made.Results[0].Entry.Id
-		if _, err := entryv1.NewEntryClient(then.conn).GetEntry(t.Context(), &entryv1.GetEntryRequest{Id: id}); err != nil {
-			t.Errorf("%s does not have what %s just acknowledged: %v", then.name, at.name, err)
+		if _, err := entryv1.NewEntryClient(then.Conn).GetEntry(t.Context(), &entryv1.GetEntryRequest{Id: id}); err != nil {
+			t.Errorf("%s does not have what %s just acknowledged: %v", then.Name, at.Name, err)
 		}
-		gone, err := entryv1.NewEntryClient(then.conn).BatchDeleteEntry(t.Context(), &entryv1.BatchDeleteEntryRequest{Ids: []string{id}})
+		gone, err := entryv1.NewEntryClient(then.Conn).BatchDeleteEntry(t.Context(), &entryv1.BatchDeleteEntryRequest{Ids: []string{id}})
 		if err != nil || gone.Results[0].Status.Code != int32(codes.OK) {
-			t.Fatalf("deleting it at %s: %v, %v", then.name, gone, err)
+			t.Fatalf("deleting it at %s: %v, %v", then.Name, gone, err)
 		}
-		if _, err := entryv1.NewEntryClient(at.conn).GetEntry(t.Context(), &entryv1.GetEntryRequest{Id: id}); status.Code(err) != codes.NotFound {
-			t.Errorf("%s still has what %s deleted: %v", at.name, then.name, err)
+		if _, err := entryv1.NewEntryClient(at.Conn).GetEntry(t.Context(), &entryv1.GetEntryRequest{Id: id}); status.Code(err) != codes.NotFound {
+			t.Errorf("%s still has what %s deleted: %v", at.Name, then.Name, err)
 		}
 	}
 }
@@ -111,13 +111,13 @@ func readsSeeWrites(t *testing.T, f *fleet) {
 // tokenAtTwo: of two nodes that show one token to two replicas at the same moment, exactly one is let in.
 func tokenAtTwo(t *testing.T, f *fleet) {
 	for round := range 6 {
-		token := f.replicas[round%3].token()
+		token := f.Replicas[round%3].Token()
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		var in atomic.Int64
 		decided := make(chan struct{}, 2)
 		for i := range 2 {
-			a := f.newAgent(f.replicas[(round+i)%3].addr, token)
+			a := f.newAgent(f.Replicas[(round+i)%3].Addr, token)
 			wg.Go(func() {
 				done := make(chan error, 1)
 				go func() { done <- a.Run(ctx) }()
@@ -145,7 +145,7 @@ func tokenAtTwo(t *testing.T, f *fleet) {
 			t.Errorf("round %d: %d nodes got in with one token", round, n)
 		}
 	}
-	list, err := agentv1.NewAgentClient(f.replicas[0].conn).ListAgents(t.Context(), &agentv1.ListAgentsRequest{})
+	list, err := agentv1.NewAgentClient(f.Replicas[0].Conn).ListAgents(t.Context(), &agentv1.ListAgentsRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,8 +161,8 @@ func forget(t *testing.T, f *fleet, left int) {
 	eventually(t, "the agents that have ended to be gone", func() error {
 		connected := map[string]bool{}
 		all := map[string]bool{}
-		for _, r := range f.replicas {
-			list, err := r.admin.ListAgentStatus(t.Context(), &adminv1.ListAgentStatusRequest{})
+		for _, r := range f.Replicas {
+			list, err := r.Admin.ListAgentStatus(t.Context(), &adminv1.ListAgentStatusRequest{})
 			if err != nil {
 				return err
 			}
@@ -182,7 +182,7 @@ func forget(t *testing.T, f *fleet, left int) {
 		}
 		for id := range all {
 			if !connected[id] {
-				if _, err := agentv1.NewAgentClient(f.replicas[0].conn).DeleteAgent(t.Context(), &agentv1.DeleteAgentRequest{Id: &types.SPIFFEID{TrustDomain: "example.org", Path: spiffeid.RequireFromString(id).Path()}}); err != nil && status.Code(err) != codes.NotFound {
+				if _, err := agentv1.NewAgentClient(f.Replicas[0].Conn).DeleteAgent(t.Context(), &agentv1.DeleteAgentRequest{Id: &types.SPIFFEID{TrustDomain: "example.org", Path: spiffeid.RequireFromString(id).Path()}}); err != nil && status.Code(err) != codes.NotFound {
 					return err
 				}
 			}
@@ -195,26 +195,26 @@ func forget(t *testing.T, f *fleet, left int) {
 // the agents of all of them have handed it on; and then the old one is tainted, replaced everywhere and revoked.
 func rotation(t *testing.T, f *fleet) {
 	for _, kind := range []adminv1.AuthorityType{adminv1.AuthorityType_AUTHORITY_TYPE_X509, adminv1.AuthorityType_AUTHORITY_TYPE_JWT} {
-		before := authorities(t, f.replicas[0], kind, "active")
+		before := authorities(t, f.Replicas[0], kind, "active")
 		if len(before) != 1 {
 			t.Fatalf("%d active authorities", len(before))
 		}
 		var wg sync.WaitGroup
-		for _, r := range f.replicas {
+		for _, r := range f.Replicas {
 			wg.Go(func() {
-				_, err := r.admin.PrepareAuthority(t.Context(), &adminv1.PrepareAuthorityRequest{Type: kind})
+				_, err := r.Admin.PrepareAuthority(t.Context(), &adminv1.PrepareAuthorityRequest{Type: kind})
 				if code := status.Code(err); err != nil && code != codes.Aborted && code != codes.FailedPrecondition && code != codes.AlreadyExists && code != codes.Unavailable {
-					t.Errorf("preparing at %s: %v", r.name, err)
+					t.Errorf("preparing at %s: %v", r.Name, err)
 				}
 			})
 		}
 		wg.Wait()
-		prepared := authorities(t, f.replicas[1], kind, "prepared")
+		prepared := authorities(t, f.Replicas[1], kind, "prepared")
 		if len(prepared) != 1 {
 			t.Fatalf("three replicas that prepared at once prepared %d authorities", len(prepared))
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
-		stream, err := f.replicas[2].admin.ActivateAuthority(ctx, &adminv1.ActivateAuthorityRequest{Type: kind, Id: prepared[0].Id, Wait: true})
+		stream, err := f.Replicas[2].Admin.ActivateAuthority(ctx, &adminv1.ActivateAuthorityRequest{Type: kind, Id: prepared[0].Id, Wait: true})
 		for err == nil {
 			_, err = stream.Recv()
 		}
@@ -222,17 +222,17 @@ func rotation(t *testing.T, f *fleet) {
 		if !errors.Is(err, io.EOF) {
 			t.Fatalf("activating: %v", err)
 		}
-		for _, r := range f.replicas {
+		for _, r := range f.Replicas {
 			if now := authorities(t, r, kind, "active"); len(now) != 1 || now[0].Id != prepared[0].Id {
-				t.Errorf("%s has %v active, want %s", r.name, now, prepared[0].Id)
+				t.Errorf("%s has %v active, want %s", r.Name, now, prepared[0].Id)
 			}
 		}
-		if _, err := f.replicas[0].admin.TaintAuthority(t.Context(), &adminv1.EndAuthorityRequest{Type: kind, Id: before[0].Id}); err != nil {
+		if _, err := f.Replicas[0].Admin.TaintAuthority(t.Context(), &adminv1.EndAuthorityRequest{Type: kind, Id: before[0].Id}); err != nil {
 			t.Fatalf("tainting: %v", err)
 		}
 		eventually(t, "the wave", func() error {
 			using := int64(0)
-			for _, r := range f.replicas {
+			for _, r := range f.Replicas {
 				for _, a := range authorities(t, r, kind, "tainted") {
 					using += int64(a.AgentsUsing)
 				}
@@ -249,7 +249,7 @@ func rotation(t *testing.T, f *fleet) {
 
 func authorities(t *testing.T, r *replica, kind adminv1.AuthorityType, state string) []*adminv1.Authority {
 	t.Helper()
-	list, err := r.admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{Type: kind})
+	list, err := r.Admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{Type: kind})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -264,10 +264,10 @@ func authorities(t *testing.T, r *replica, kind adminv1.AuthorityType, state str
 
 // ban: an agent that follows one replica is banned at another, and learns it there and everywhere.
 func ban(t *testing.T, f *fleet, nodes []*node) {
-	token := f.replicas[1].token()
+	token := f.Replicas[1].Token()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	a := f.newAgent(f.replicas[1].addr, token)
+	a := f.newAgent(f.Replicas[1].Addr, token)
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()
 	select {
@@ -280,7 +280,7 @@ func ban(t *testing.T, f *fleet, nodes []*node) {
 	defer func() { cancel(); <-done }()
 	id := "/spire/agent/join_token/" + tokenID(token)
 	following := func(r *replica) (bool, error) {
-		list, err := r.admin.ListAgentStatus(t.Context(), &adminv1.ListAgentStatusRequest{})
+		list, err := r.Admin.ListAgentStatus(t.Context(), &adminv1.ListAgentStatusRequest{})
 		if err != nil {
 			return false, err
 		}
@@ -292,18 +292,18 @@ func ban(t *testing.T, f *fleet, nodes []*node) {
 		return false, fmt.Errorf("no agent %s", id)
 	}
 	eventually(t, "the agent to follow", func() error {
-		is, err := following(f.replicas[1])
+		is, err := following(f.Replicas[1])
 		if err == nil && !is {
 			err = errors.New("it does not")
 		}
 		return err
 	})
 	began := time.Now()
-	if _, err := agentv1.NewAgentClient(f.replicas[0].conn).BanAgent(t.Context(), &agentv1.BanAgentRequest{Id: &types.SPIFFEID{TrustDomain: "example.org", Path: id}}); err != nil {
+	if _, err := agentv1.NewAgentClient(f.Replicas[0].Conn).BanAgent(t.Context(), &agentv1.BanAgentRequest{Id: &types.SPIFFEID{TrustDomain: "example.org", Path: id}}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the ban to end the stream at another replica", func() error {
-		is, err := following(f.replicas[1])
+		is, err := following(f.Replicas[1])
 		if err == nil && is {
 			err = errors.New("it still follows")
 		}

@@ -4,12 +4,10 @@ package rotation
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -20,7 +18,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -30,6 +27,7 @@ import (
 	"github.com/signet-id/signet/agent/nodeattest"
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	"github.com/signet-id/signet/ca"
+	"github.com/signet-id/signet/test/replicatest"
 	"github.com/signet-id/signet/test/signettest"
 )
 
@@ -70,36 +68,7 @@ func (w *workload) authorityID() string {
 
 // call makes one mTLS connection from w to peer, with a byte each way, and has peer validate a JWT-SVID of w.
 func (w *workload) call(ctx context.Context, peer *workload) error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	served := make(chan error, 1)
-	go func() {
-		raw, err := l.Accept()
-		if err != nil {
-			served <- err
-			return
-		}
-		defer raw.Close()
-		conn := tls.Server(raw, tlsconfig.MTLSServerConfig(peer.x509, peer.x509, tlsconfig.AuthorizeAny()))
-		_, err = io.CopyN(conn, conn, 1)
-		served <- err
-	}()
-	raw, err := (&net.Dialer{}).DialContext(ctx, "tcp", l.Addr().String())
-	if err != nil {
-		l.Close()
-		<-served
-		return err
-	}
-	conn := tls.Client(raw, tlsconfig.MTLSClientConfig(w.x509, w.x509, tlsconfig.AuthorizeAny()))
-	_, err = conn.Write([]byte{7})
-	if err == nil {
-		_, err = io.ReadFull(conn, make([]byte, 1))
-	}
-	raw.Close()
-	if err := errors.Join(err, <-served); err != nil {
+	if err := replicatest.Call(ctx, w.x509, peer.x509); err != nil {
 		return fmt.Errorf("mTLS: %w", err)
 	}
 	w.handshakes.Add(1)
