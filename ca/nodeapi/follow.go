@@ -125,6 +125,9 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 		return err
 	}
 	f := a.c.Registry.Follow(c.ID, store.Revision(hello.Revision), hello.Epoch == a.c.Epoch, claim)
+	if f.Waits() {
+		a.c.Log.Info("the agent was told more of its cluster than is known here; until it is, the agent keeps what it holds of pods", "node_id", c.ID.String(), "cluster", claim.Cluster)
+	}
 
 	syncs := make(chan uint64, maxSyncs)
 	recvErr := make(chan error, 1)

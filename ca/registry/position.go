@@ -70,6 +70,14 @@ func (fs *followers) caughtUp(cluster string, done func(*Follower) bool) {
 	}
 }
 
+// Waits tells whether the agent was told more of its cluster than is known here.
+func (f *Follower) Waits() bool {
+	f.r.follow.mu.Lock()
+	defer f.r.follow.mu.Unlock()
+	_, waits := f.r.follow.behind[f]
+	return waits
+}
+
 // Waiting returns the followers that wait until this replica has come as far in a cluster as the one that told them last.
 func (r *Registry) Waiting(cluster string) []*Follower {
 	r.follow.mu.Lock()

@@ -273,6 +273,7 @@ type Front struct {
 	l       net.Listener
 	targets []*Replica
 	next    atomic.Int64
+	only    atomic.Pointer[Replica]
 	wg      sync.WaitGroup
 	mu      sync.Mutex // guards conns and closed
 	conns   map[net.Conn]struct{}
@@ -324,6 +325,9 @@ func (f *Front) serve(c net.Conn) {
 	defer f.drop(c)
 	for range f.targets {
 		target := f.targets[int(f.next.Add(1))%len(f.targets)]
+		if only := f.only.Load(); only != nil {
+			target = only
+		}
 		up, err := net.DialTimeout("tcp", target.Addr, time.Second)
 		if err != nil {
 			continue
@@ -337,6 +341,21 @@ func (f *Front) serve(c net.Conn) {
 		both.Wait()
 		return
 	}
+}
+
+// Cut breaks all connections, so that whoever had one comes again, to the next replica.
+func (f *Front) Cut() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for c := range f.conns {
+		c.Close()
+	}
+}
+
+// To has new connections go to r alone, and breaks those that there are.
+func (f *Front) To(r *Replica) {
+	f.only.Store(r)
+	f.Cut()
 }
 
 func (f *Front) close() {
