@@ -124,7 +124,7 @@ func (a *API) Follow(s nodev1.Node_FollowServer) error {
 	if err != nil {
 		return err
 	}
-	f := a.c.Registry.Follow(c.ID, store.Revision(hello.Revision), hello.Epoch == a.c.Epoch, claim)
+	f := a.c.Registry.FollowOn(c.ID, store.Revision(hello.Revision), hello.Epoch == a.c.Epoch, claim)
 	if f.Waits() {
 		a.c.Log.Info("the agent was told more of its cluster than is known here; until it is, the agent keeps what it holds of pods", "node_id", c.ID.String(), "cluster", claim.Cluster)
 	}

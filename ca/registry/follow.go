@@ -134,8 +134,13 @@ type Follower struct {
 
 // Follow begins to follow for an agent that holds revision rev of epoch; rev 0, or a revision that the history does
 // not reach, begins with a snapshot. Close must be called. Only one follower of an agent continues its history: a
-// second one begins with a snapshot. claim is what it was told of its node's cluster.
-func (r *Registry) Follow(agent spiffeid.ID, rev store.Revision, sameEpoch bool, claim Claim) *Follower {
+// second one begins with a snapshot.
+func (r *Registry) Follow(agent spiffeid.ID, rev store.Revision, sameEpoch bool) *Follower {
+	return r.FollowOn(agent, rev, sameEpoch, Claim{})
+}
+
+// FollowOn is Follow for an agent that was told of its node's cluster as claim says, maybe by another replica.
+func (r *Registry) FollowOn(agent spiffeid.ID, rev store.Revision, sameEpoch bool, claim Claim) *Follower {
 	f := &Follower{r: r, agent: agent, wake: make(chan struct{}, 1), full: true, own: true, policy: true, bundles: true, revoked: true}
 	fs := &r.follow
 	r.mu.RLock()

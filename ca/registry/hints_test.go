@@ -52,7 +52,7 @@ func TestPeerHintsGoWithThePoliciesThatAskForThem(t *testing.T) {
 	apply(t, r, web+identityWith("a", "/jobs/a", "batch", "")+identityWith("b", "/jobs/b", "live", "")+identityWith("b2", "/jobs/b", "live", "")+
 		identityWith("c", "/jobs/c", "one", "")+identityWith("c2", "/jobs/c", "two", "")+identityWith("d", "/elsewhere", "batch", ""))
 	asking(t, r, "kind: CallPolicy\nname: p\nservice: /web\nallow: [{from: [/jobs/**, /nobody]}, {from: [/elsewhere]}]\n")
-	f := r.Follow(agent, 0, false, Claim{})
+	f := r.Follow(agent, 0, false)
 	defer f.Close()
 	if got := hintsIn(f.Next(true).Policies[0]); got != "/jobs/a=batch /jobs/b=live" {
 		t.Errorf("hints %q", got)

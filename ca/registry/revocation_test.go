@@ -55,7 +55,7 @@ func TestRevocationHistory(t *testing.T) {
 	agent := spiffeid.RequireFromString("spiffe://example.org/spire/agent/test/one")
 	holds := map[store.Revision]map[string]int64{} // by revision: what the agent held then
 	held, at, shots := map[string]int64{}, store.Revision(0), 0
-	f := r.Follow(agent, 0, true, Claim{})
+	f := r.Follow(agent, 0, true)
 	read := func() {
 		d := f.Next(true)
 		if d.Snapshot {
@@ -97,7 +97,7 @@ func TestRevocationHistory(t *testing.T) {
 				f.Close()
 				revs := slices.Sorted(maps.Keys(holds))
 				back := revs[max(0, len(revs)-1-rnd.IntN(3))]
-				f = r.Follow(agent, back, true, Claim{})
+				f = r.Follow(agent, back, true)
 				held, at = maps.Clone(holds[back]), back
 			}
 			if rnd.IntN(2) == 0 {

@@ -125,7 +125,7 @@ func twoSides(t testing.TB, r *Registry, name string, percent int) (first, last 
 // holds returns the policies that a new follower is sent, by name.
 func holds(t testing.TB, r *Registry, agent spiffeid.ID) map[string]*policyv1.Policy {
 	t.Helper()
-	f := r.Follow(agent, 0, false, Claim{})
+	f := r.Follow(agent, 0, false)
 	defer f.Close()
 	out := map[string]*policyv1.Policy{}
 	for _, p := range f.Next(true).Policies {
@@ -185,7 +185,7 @@ func TestARolloutHasTwoSidesUntilItIsDone(t *testing.T) {
 	}
 
 	// An agent that follows all the time is told of each side's changes, one that was away of those it missed.
-	f := r.Follow(first, 0, false, Claim{})
+	f := r.Follow(first, 0, false)
 	defer f.Close()
 	f.Next(true)
 	if concerned, in := r.RolloutAgents("v2"); concerned != 1 || len(in) != 1 || in[0] != first {
@@ -209,7 +209,7 @@ func TestARolloutHasTwoSidesUntilItIsDone(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("at 100 %", r, begun, begun)
-	away := r.Follow(last, 0, false, Claim{})
+	away := r.Follow(last, 0, false)
 	awayAt := away.Next(true).To
 	away.Close()
 	c.move(time.Minute)
@@ -224,7 +224,7 @@ func TestARolloutHasTwoSidesUntilItIsDone(t *testing.T) {
 	if d := f.Next(false); d == nil || len(d.Policies) != 2 || d.Policies[0].Rollout != nil {
 		t.Errorf("who had it is sent %v", d)
 	}
-	back := r.Follow(last, awayAt, true, Claim{})
+	back := r.Follow(last, awayAt, true)
 	defer back.Close()
 	if d := back.Next(false); d == nil || d.Snapshot || len(d.Policies) != 2 || d.Policies[0].Rollout != nil {
 		t.Errorf("who was away is sent %+v", d)

@@ -192,7 +192,7 @@ func follows(t *testing.T, rnd *rand.Rand) {
 	f := make([]*Follower, len(agents))
 	for i, a := range agents {
 		held[i] = &holding{}
-		f[i] = r.Follow(a, 0, false, Claim{})
+		f[i] = r.Follow(a, 0, false)
 		defer func() { f[i].Close() }()
 	}
 	paths := []string{"/a", "/b", "/c", "/d/x", "/d/y"}
@@ -267,7 +267,7 @@ func follows(t *testing.T, rnd *rand.Rand) {
 				if n := len(old[i]); n > 0 && rnd.IntN(2) == 0 {
 					held[i] = old[i][rnd.IntN(n)].clone()
 				}
-				f[i] = r.Follow(a, held[i].rev, true, Claim{})
+				f[i] = r.Follow(a, held[i].rev, true)
 			}
 			if d := f[i].Next(rnd.IntN(5) == 0); d != nil {
 				held[i].apply(t, d)

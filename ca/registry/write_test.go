@@ -137,7 +137,7 @@ func TestSweepRemovesAllThatHasEnded(t *testing.T) {
 	if err := r.PutNode(ctx, &Node{ID: agent, Serial: "1", Active: true}, nil); err != nil {
 		t.Fatal(err)
 	}
-	f := r.Follow(agent, 0, false, Claim{})
+	f := r.Follow(agent, 0, false)
 	defer f.Close()
 	before := len(f.Next(true).Entries)
 	offset.Store(int64(time.Hour))
@@ -213,7 +213,7 @@ func TestRelistShowsTheOwnBundleToFollowers(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- r.Run(ctx) }()
 	defer func() { cancel(); <-done }()
-	f := r.Follow(spiffeid.RequireFromPath(td, "/spire/agent/x/1"), 0, true, Claim{})
+	f := r.Follow(spiffeid.RequireFromPath(td, "/spire/agent/x/1"), 0, true)
 	defer f.Close()
 	<-f.Wake()
 	f.Next(false)

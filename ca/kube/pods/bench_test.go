@@ -66,7 +66,7 @@ func BenchmarkOnePod(b *testing.B) {
 	x := New(Config{Registry: r})
 	x.Update("prod", cluster(10_000, 500), nil)
 	agent := node(b, r, "prod", "00000001-node")
-	f := r.Follow(agent, 0, false, registry.Claim{})
+	f := r.Follow(agent, 0, false)
 	defer f.Close()
 	<-f.Wake()
 	f.Next(false)
@@ -154,7 +154,7 @@ func BenchmarkManyAtOnce(b *testing.B) {
 	x := New(Config{Registry: r})
 	followers := make([]*registry.Follower, nodes)
 	for i, a := range agents {
-		followers[i] = r.Follow(a, 0, false, registry.Claim{})
+		followers[i] = r.Follow(a, 0, false)
 		defer followers[i].Close()
 		<-followers[i].Wake()
 		followers[i].Next(false)

@@ -217,7 +217,7 @@ func TestARegisteredIDIsNoPods(t *testing.T) {
 	p := pod("1", "node-a", "shop", "web")
 	p.Labels = map[string]string{"app": "payments"}
 	x.Update("prod", []*Pod{p}, nil)
-	f := r.Follow(agent, 0, false, registry.Claim{})
+	f := r.Follow(agent, 0, false)
 	defer f.Close()
 	held := map[registry.EntryID]string{}
 	look := func() []string {
@@ -401,7 +401,7 @@ func TestUnknownUntilAllIsTold(t *testing.T) {
 	x.Expect(OriginIdentities, "spire:prod")
 	x.Synced("prod", false)
 	agent, other := node(t, r, "prod", "node-a"), node(t, r, "test", "node-a")
-	f, g := r.Follow(agent, 0, false, registry.Claim{}), r.Follow(other, 0, false, registry.Claim{})
+	f, g := r.Follow(agent, 0, false), r.Follow(other, 0, false)
 	defer f.Close()
 	defer g.Close()
 	prefix := registry.PodEntryPrefix("prod")
@@ -449,12 +449,12 @@ func TestAnAgentNeverContinuesAnOldHistory(t *testing.T) {
 	x.SetRules(OriginIdentities, []Rule{&rule{name: "Identity all", path: nsSA, revision: 1}})
 	x.Synced("prod", true)
 	agent := node(t, r, "prod", "node-a")
-	f := r.Follow(agent, 0, false, registry.Claim{})
+	f := r.Follow(agent, 0, false)
 	x.Update("prod", []*Pod{pod("1", "node-a", "shop", "web")}, nil)
 	d := f.Next(true)
 	f.Close()
 	x.Update("prod", nil, []string{"1"})
-	f = r.Follow(agent, d.To, true, registry.Claim{})
+	f = r.Follow(agent, d.To, true)
 	defer f.Close()
 	if d = f.Next(false); d == nil || !d.Snapshot || len(d.Entries) != 0 {
 		t.Errorf("it continues with %+v", d)
@@ -469,7 +469,7 @@ func TestOnlyTheAgentConcernedIsWoken(t *testing.T) {
 	a, b := node(t, r, "prod", "node-a", on.String()), node(t, r, "prod", "node-b", on.String())
 	for _, selectors := range [][]spiffe.Selector{nil, {on}} {
 		x.SetRules(OriginIdentities, []Rule{onRule{&rule{name: "Identity all", path: nsSA, revision: 1}, selectors}})
-		f, g := r.Follow(a, 0, false, registry.Claim{}), r.Follow(b, 0, false, registry.Claim{})
+		f, g := r.Follow(a, 0, false), r.Follow(b, 0, false)
 		for _, f := range []*registry.Follower{f, g} {
 			<-f.Wake()
 			f.Next(false)

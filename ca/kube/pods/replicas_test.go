@@ -68,7 +68,7 @@ func (a *told) to(s *site) {
 	if a.f != nil {
 		a.f.Close()
 	}
-	a.f = s.r.Follow(a.agent, 0, false, a.claim)
+	a.f = s.r.FollowOn(a.agent, 0, false, a.claim)
 	a.read()
 }
 
@@ -184,7 +184,7 @@ func TestAClaimGivesNothing(t *testing.T) {
 		"of another cluster":   {Cluster: "test", Position: registry.Position{"pods": 1 << 63}},
 		"of no cluster at all": {Position: registry.Position{"pods": 1 << 63}},
 	} {
-		f := x.r.Follow(agent, 0, false, claim)
+		f := x.r.FollowOn(agent, 0, false, claim)
 		d := f.Next(false)
 		if name == "from the future" {
 			if len(d.Entries) != 0 || len(d.UnknownPrefixes) != 1 || d.Position != nil {
