@@ -6,8 +6,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +14,7 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
+	"github.com/signet-id/signet/test/kubetest"
 )
 
 // An API server that is away, or takes connections and says nothing, keeps no CA from starting, serving and ending, and
@@ -62,11 +61,7 @@ func TestAPIServerAway(t *testing.T) {
 				}
 			})
 			dir := t.TempDir()
-			kubeconfig := filepath.Join(dir, "kubeconfig")
-			text := "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{name: x, context: {cluster: x, user: x}}]\nusers: [{name: x, user: {token: very-secret}}]\nclusters: [{name: x, cluster: {server: \"http://" + l.Addr().String() + "\"}}]\n"
-			if err := os.WriteFile(kubeconfig, []byte(text), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			kubeconfig := kubetest.Kubeconfig(t, "http://"+l.Addr().String())
 			c := config(dir)
 			c.Metrics.Listen = "127.0.0.1:0"
 			c.Kubernetes.Clusters = map[string]KubernetesCluster{"prod": {Kubeconfig: kubeconfig, Pods: &KubernetesPods{}, Bundle: &KubernetesBundle{}}}
@@ -94,7 +89,7 @@ func TestAPIServerAway(t *testing.T) {
 				}
 				return r.StatusCode, string(body)
 			}
-			if code, body := get("ready"); code != http.StatusOK || !strings.Contains(body, "warning: cluster prod: its pods are not known") || strings.Contains(body, "very-secret") {
+			if code, body := get("ready"); code != http.StatusOK || !strings.Contains(body, "warning: cluster prod: its pods are not known") || strings.Contains(body, kubetest.Token) {
 				t.Errorf("/ready: %d %q", code, body)
 			}
 			if _, body := get("metrics"); !strings.Contains(body, `signet_ca_kubernetes_synced{cluster="prod"} 0`) || !strings.Contains(body, "signet_ca_healthy 1") {

@@ -12,7 +12,6 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -32,6 +31,7 @@ import (
 	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/kube/publish"
 	"github.com/signet-id/signet/ca/kube/watch"
+	"github.com/signet-id/signet/test/kubetest"
 	"github.com/signet-id/signet/test/signettest"
 )
 
@@ -39,28 +39,19 @@ import (
 type told struct {
 	namespace string
 
-	mu      sync.Mutex
+	kubetest.State
 	pods    map[string]*pods.Pod // by name
 	names   map[string]string    // by UID
 	synced  bool
 	refused []pods.Refusal
-	changed chan struct{}
 }
 
 func newTold(namespace string) *told {
-	return &told{namespace: namespace, pods: map[string]*pods.Pod{}, names: map[string]string{}, changed: make(chan struct{})}
-}
-
-func (c *told) do(f func()) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	f()
-	close(c.changed)
-	c.changed = make(chan struct{})
+	return &told{namespace: namespace, pods: map[string]*pods.Pod{}, names: map[string]string{}}
 }
 
 func (c *told) Update(_ string, changed []*pods.Pod, gone []string) {
-	c.do(func() {
+	c.Change(func() {
 		for _, uid := range gone {
 			delete(c.pods, c.names[uid])
 			delete(c.names, uid)
@@ -73,24 +64,14 @@ func (c *told) Update(_ string, changed []*pods.Pod, gone []string) {
 	})
 }
 
-func (c *told) Synced(_ string, synced bool) { c.do(func() { c.synced = synced }) }
+func (c *told) Synced(_ string, synced bool) { c.Change(func() { c.synced = synced }) }
 
-func (c *told) refuse(r pods.Refusal) { c.do(func() { c.refused = append(c.refused, r) }) }
+func (c *told) refuse(r pods.Refusal) { c.Change(func() { c.refused = append(c.refused, r) }) }
 
 func (c *told) until(t *testing.T, ctx context.Context, what string, f func() bool) {
 	t.Helper()
-	for {
-		c.mu.Lock()
-		ok, changed := f(), c.changed
-		c.mu.Unlock()
-		if ok {
-			return
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			t.Fatalf("it never comes that %s; told of %v", what, slices.Sorted(maps.Keys(c.pods)))
-		}
+	if !c.Await(ctx, f) {
+		c.Look(func() { t.Fatalf("it never comes that %s; told of %v", what, slices.Sorted(maps.Keys(c.pods))) })
 	}
 }
 
@@ -182,7 +163,9 @@ func TestWatchedPods(t *testing.T) {
 	line := newWire(t, k.credentials("ca"))
 	c, w, _ := watched(t, line.kubeconfig, k.namespace)
 	c.until(t, ctx, "a is on its node", c.on("a", uid))
-	if p := c.pods["a"]; p.ServiceAccount != "web" || p.Labels["app"] != "simulated" || p.NamespaceLabels["kubernetes.io/metadata.name"] != k.namespace {
+	var p *pods.Pod
+	c.Look(func() { p = c.pods["a"] })
+	if p.ServiceAccount != "web" || p.Labels["app"] != "simulated" || p.NamespaceLabels["kubernetes.io/metadata.name"] != k.namespace {
 		t.Errorf("a is told as %+v", p)
 	}
 	k.kubectl("label", "namespace", k.namespace, "team=shop")
@@ -195,9 +178,11 @@ func TestWatchedPods(t *testing.T) {
 	again := k.simulatedNode(name)
 	k.simulate("b", name)
 	c.until(t, ctx, "a new pod is on the new node", c.on("b", again))
-	if !c.on("a", "")() {
-		t.Error("a pod of the former node is on the new one")
-	}
+	c.Look(func() {
+		if !c.on("a", "")() {
+			t.Error("a pod of the former node is on the new one")
+		}
+	})
 	c.until(t, ctx, "it is said why", func() bool { return len(c.refused) == 1 && c.refused[0].Pod.Name == "a" })
 
 	// The API server is away.
@@ -207,9 +192,11 @@ func TestWatchedPods(t *testing.T) {
 	for w.Status().Err == nil {
 		pause(t, ctx)
 	}
-	if c.pods["b"] == nil || !c.synced || c.pods["c"] != nil {
-		t.Error("what is known has changed while the API server is away")
-	}
+	c.Look(func() {
+		if c.pods["b"] == nil || !c.synced || c.pods["c"] != nil {
+			t.Error("what is known has changed while the API server is away")
+		}
+	})
 	line.setCut(false)
 	c.until(t, ctx, "what was missed is put right", func() bool { return c.pods["b"] == nil && c.on("c", again)() })
 
@@ -283,12 +270,7 @@ func (k *cluster) meddler(f func(r *http.Request)) (kubeconfig string) {
 		srv.CloseClientConnections()
 		srv.Close()
 	})
-	file := filepath.Join(k.t.TempDir(), "kubeconfig")
-	text := "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{name: x, context: {cluster: x, user: x}}]\nusers: [{name: x}]\nclusters: [{name: x, cluster: {server: \"" + srv.URL + "\"}}]\n"
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		k.t.Fatal(err)
-	}
-	return file
+	return kubetest.Kubeconfig(k.t, srv.URL)
 }
 
 // Somebody makes a ConfigMap of the bundle's name between the CA's look and its writing: it stays theirs, whole.
@@ -400,16 +382,10 @@ func TestManyPods(t *testing.T) {
 		}
 		close(next)
 	}()
-	wg.Go(func() { c.until(t, ctx, "all are told", func() bool { return len(c.pods) == n }) })
-	for !func() bool { c.mu.Lock(); defer c.mu.Unlock(); return look() }() {
-		if ctx.Err() != nil {
-			t.Fatal("they are never all told")
-		}
-		pauseFor(t, ctx, 5*time.Millisecond)
-	}
+	c.until(t, ctx, "all are told", look)
 	wg.Wait()
 	slices.Sort(delays)
 	s := w.Status()
-	t.Logf("%d pods made in %v; told after the API server acknowledged them, as seen every 5 ms: p50 %v, p99 %v, max %v; counted as %d bytes a pod; requests %+v", n, time.Since(began).Round(time.Millisecond),
+	t.Logf("%d pods made in %v; told after the API server acknowledged them, p50 %v, p99 %v, max %v; counted as %d bytes a pod; requests %+v", n, time.Since(began).Round(time.Millisecond),
 		delays[len(delays)/2].Round(time.Millisecond), delays[len(delays)*99/100].Round(time.Millisecond), delays[len(delays)-1].Round(time.Millisecond), s.Bytes/int64(s.Pods), client.Requests())
 }

@@ -8,8 +8,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -21,6 +19,7 @@ import (
 	"k8s.io/client-go/util/flowcontrol"
 
 	"github.com/signet-id/signet/ca/kube"
+	"github.com/signet-id/signet/test/kubetest"
 )
 
 // A server takes Events as an API server does: each name once.
@@ -78,12 +77,7 @@ func status(w http.ResponseWriter, code int, reason string) {
 // replica is a Recorder, which writes once it is run.
 func (s *server) replica(t *testing.T) *Recorder {
 	t.Helper()
-	file := filepath.Join(t.TempDir(), "kubeconfig")
-	text := "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{name: x, context: {cluster: x, user: x}}]\nusers: [{name: x}]\nclusters: [{name: x, cluster: {server: \"" + s.url + "\"}}]\n"
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c, err := kube.Open("prod", file)
+	c, err := kube.Open("prod", kubetest.Kubeconfig(t, s.url))
 	if err != nil {
 		t.Fatal(err)
 	}

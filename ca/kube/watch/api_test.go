@@ -2,6 +2,7 @@ package watch
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -9,8 +10,6 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +20,7 @@ import (
 	"github.com/signet-id/signet/ca/kube"
 	"github.com/signet-id/signet/ca/kube/follow"
 	"github.com/signet-id/signet/ca/kube/pods"
+	"github.com/signet-id/signet/test/kubetest"
 )
 
 type object = map[string]any
@@ -54,17 +54,6 @@ func newAPI(t *testing.T) *api {
 		a.srv.Close()
 	})
 	return a
-}
-
-// kubeconfig writes one for the address.
-func kubeconfig(t *testing.T, address string) string {
-	t.Helper()
-	file := filepath.Join(t.TempDir(), "kubeconfig")
-	text := "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{name: x, context: {cluster: x, user: x}}]\nusers: [{name: x, user: {token: very-secret}}]\nclusters: [{name: x, cluster: {server: \"" + address + "\"}}]\n"
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return file
 }
 
 func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -257,24 +246,15 @@ func pod(ns, name, uid, node string, created time.Duration, labels object) objec
 
 // A cluster is what a Watcher has told, as an Expander would hold it.
 type cluster struct {
-	mu      sync.Mutex
+	kubetest.State
 	pods    map[string]*pods.Pod
 	told    int
 	synced  bool
 	refused []pods.Refusal
-	changed chan struct{}
-}
-
-func (c *cluster) do(f func()) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	f()
-	close(c.changed)
-	c.changed = make(chan struct{})
 }
 
 func (c *cluster) Update(_ string, changed []*pods.Pod, gone []string) {
-	c.do(func() {
+	c.Change(func() {
 		for _, uid := range gone {
 			delete(c.pods, uid)
 		}
@@ -285,29 +265,19 @@ func (c *cluster) Update(_ string, changed []*pods.Pod, gone []string) {
 	})
 }
 
-func (c *cluster) Synced(_ string, synced bool) { c.do(func() { c.synced = synced }) }
+func (c *cluster) Synced(_ string, synced bool) { c.Change(func() { c.synced = synced }) }
 
-func (c *cluster) refuse(r pods.Refusal) { c.do(func() { c.refused = append(c.refused, r) }) }
+func (c *cluster) refuse(r pods.Refusal) { c.Change(func() { c.refused = append(c.refused, r) }) }
 
 // until waits until f holds of what was told.
 func (c *cluster) until(t *testing.T, what string, f func() bool) {
 	t.Helper()
-	bound := time.NewTimer(time.Minute)
-	defer bound.Stop()
-	for {
-		c.mu.Lock()
-		ok, changed := f(), c.changed
-		c.mu.Unlock()
-		if ok {
-			return
-		}
-		select {
-		case <-changed:
-		case <-bound.C:
-			c.mu.Lock()
-			defer c.mu.Unlock()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if !c.Await(ctx, f) {
+		c.Look(func() {
 			t.Fatalf("it never comes that %s; told of %v, synced %t", what, slices.Sorted(maps.Keys(c.pods)), c.synced)
-		}
+		})
 	}
 }
 
@@ -341,11 +311,11 @@ func (l *lines) String() string {
 
 func start(t *testing.T, address string, change ...func(*Config)) *harness {
 	t.Helper()
-	client, err := kube.Open("prod", kubeconfig(t, address))
+	client, err := kube.Open("prod", kubetest.Kubeconfig(t, address))
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &harness{cluster: &cluster{pods: map[string]*pods.Pod{}, changed: make(chan struct{})}, log: &lines{}}
+	h := &harness{cluster: &cluster{pods: map[string]*pods.Pod{}}, log: &lines{}}
 	c := Config{Client: client, Expander: h.cluster, Refused: h.refuse, Log: slog.New(slog.NewTextHandler(io.MultiWriter(h.log, t.Output()), nil)),
 		follow: follow.Config{MinDelay: time.Millisecond, MaxDelay: 20 * time.Millisecond}}
 	for _, f := range change {
