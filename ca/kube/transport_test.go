@@ -6,13 +6,13 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/signet-id/signet/test/kubetest"
 )
 
 // open returns a client of an API server that answers as h does.
@@ -21,12 +21,7 @@ func open(t *testing.T, h http.HandlerFunc) *Client {
 	srv := httptest.NewServer(h)
 	t.Cleanup(srv.CloseClientConnections)
 	t.Cleanup(srv.Close)
-	file := filepath.Join(t.TempDir(), "kubeconfig")
-	text := "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{name: x, context: {cluster: x, user: x}}]\nusers: [{name: x, user: {token: very-secret}}]\nclusters: [{name: x, cluster: {server: \"" + srv.URL + "\"}}]\n"
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c, err := Open("prod", file)
+	c, err := Open("prod", kubetest.Kubeconfig(t, srv.URL))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +71,7 @@ func TestAnswersAreBounded(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), tt.want.Error()) {
 				t.Errorf("got %v, want %v", err, tt.want)
 			}
-			if err != nil && strings.Contains(err.Error(), "very-secret") {
+			if err != nil && strings.Contains(err.Error(), kubetest.Token) {
 				t.Error("the error holds the token")
 			}
 		})
@@ -140,7 +135,7 @@ func TestEveryClientIsCounted(t *testing.T) {
 func TestRedirectsAreNotFollowed(t *testing.T) {
 	asked := make(chan string, 16)
 	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-		asked <- r.Method + " " + r.URL.Path + " with authorization " + strings.ReplaceAll(r.Header.Get("Authorization"), "very-secret", "of the CA")
+		asked <- r.Method + " " + r.URL.Path + " with authorization " + strings.ReplaceAll(r.Header.Get("Authorization"), kubetest.Token, "of the CA")
 	}))
 	defer elsewhere.Close()
 	for _, status := range []int{http.StatusMovedPermanently, http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect} {
@@ -169,12 +164,7 @@ func TestPlainHTTPIsForLoopbackOnly(t *testing.T) {
 		"https://api.example.org": true, "http://127.0.0.1:1": true, "http://[::1]:1": true, "http://localhost:1": true,
 		"http://api.example.org": false, "http://192.0.2.1:8080": false, "api.example.org:8080": false, "http://localhost.example.org": false,
 	} {
-		file := filepath.Join(t.TempDir(), "kubeconfig")
-		text := "apiVersion: v1\nkind: Config\ncurrent-context: x\ncontexts: [{name: x, context: {cluster: x, user: x}}]\nusers: [{name: x, user: {token: very-secret}}]\nclusters: [{name: x, cluster: {server: \"" + server + "\"}}]\n"
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := Open("prod", file); (err == nil) != want || err != nil && (!strings.Contains(err.Error(), "not https") || strings.Contains(err.Error(), "very-secret")) {
+		if _, err := Open("prod", kubetest.Kubeconfig(t, server)); (err == nil) != want || err != nil && (!strings.Contains(err.Error(), "not https") || strings.Contains(err.Error(), kubetest.Token)) {
 			t.Errorf("%s: %v", server, err)
 		}
 	}

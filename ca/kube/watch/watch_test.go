@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/signet-id/signet/ca/kube/pods"
+	"github.com/signet-id/signet/test/kubetest"
 )
 
 func contextOf(t *testing.T) (context.Context, context.CancelFunc) {
@@ -205,7 +206,7 @@ func TestAwayForLong(t *testing.T) {
 	if n := strings.Count(h.log.String(), "level=WARN"); n > 12 {
 		t.Errorf("%d warnings about one outage:\n%s", n, h.log)
 	}
-	if strings.Contains(h.log.String(), "very-secret") {
+	if strings.Contains(h.log.String(), kubetest.Token) {
 		t.Error("the log holds the token")
 	}
 }
