@@ -253,11 +253,14 @@ func (r *run) reconcile(ctx context.Context) error {
 func (r *run) list(k *watched, present map[types.UID]bool) (all []*wanted, known bool) {
 	objects, known := k.kept.all()
 	now := map[types.UID]*wanted{}
-	for _, obj := range objects {
+	for _, h := range objects {
+		obj := h.obj
 		present[obj.GetUID()] = true
 		w := k.read[obj.GetUID()]
 		if w == nil || w.obj.GetResourceVersion() != obj.GetResourceVersion() {
-			w = read(r.c.Client.Cluster, &k.Kind, obj)
+			if w = read(r.c.Client.Cluster, &k.Kind, obj); h.wrong != nil {
+				w.err = h.wrong
+			}
 		}
 		now[obj.GetUID()] = w
 		all = append(all, w)

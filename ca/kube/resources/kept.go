@@ -15,32 +15,122 @@ import (
 	"github.com/signet-id/signet/ca/kube/follow"
 )
 
-// maxKept bounds how many resources of one kind are read, the first that are seen. It is above what one store of policies takes.
-const maxKept = 20_000
+const (
+	// maxKept bounds how many resources of one kind are read, the first that are seen. It is above what one store of policies takes.
+	maxKept = 20_000
+	// maxKeptBytes bounds the memory that they take, as weigh estimates it.
+	maxKeptBytes = 256 << 20
+	// namespaceShare is the part of both that those of one namespace may take: who may write there takes no room from the others.
+	namespaceShare = 4
+	// bytesPerNode is about what a key or a value takes besides its text, with the document that is made of it.
+	bytesPerNode = 250
+)
+
+// A held resource is one as the API server has it, without what of it is too much.
+type held struct {
+	obj  *unstructured.Unstructured
+	size int64
+	// wrong is why its spec was not kept.
+	wrong error
+}
+
+// A share is what some take.
+type share struct {
+	n     int
+	bytes int64
+}
 
 // kept are the resources of one kind as the API server has them. It implements follow.Store.
 type kept struct {
 	changed func() // something came, went or is another
 
 	mu     sync.Mutex
-	byName map[types.NamespacedName]*unstructured.Unstructured
+	byName map[types.NamespacedName]held
+	taken  share
+	shares map[string]share                  // by namespace; of what is of none there is none
 	listed map[types.NamespacedName]struct{} // while a list is under way: what it held until now
 	whole  bool                              // a list has come to its end, once
-	left   map[types.NamespacedName]struct{} // what is over maxKept
+	left   map[types.NamespacedName]struct{} // for which there is no room
 }
 
 func newKept(changed func()) *kept {
-	return &kept{changed: changed, byName: map[types.NamespacedName]*unstructured.Unstructured{}, left: map[types.NamespacedName]struct{}{}}
+	return &kept{changed: changed, byName: map[types.NamespacedName]held{}, shares: map[string]share{}, left: map[types.NamespacedName]struct{}{}}
 }
 
 // all returns what is there, and whether that is known.
-func (k *kept) all() (out []*unstructured.Unstructured, known bool) {
+func (k *kept) all() (out []held, known bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, o := range k.byName {
 		out = append(out, o)
 	}
 	return out, k.whole
+}
+
+// fits tells whether there is room for n more in a namespace, which take more bytes. k.mu is held.
+func (k *kept) fits(namespace string, n int, more int64) bool {
+	has := k.shares[namespace]
+	return k.taken.n+n <= maxKept && k.taken.bytes+more <= maxKeptBytes &&
+		(namespace == "" || has.n+n <= maxKept/namespaceShare && has.bytes+more <= maxKeptBytes/namespaceShare)
+}
+
+// set keeps a resource, or none, in the place of what is there. k.mu is held.
+func (k *kept) set(name types.NamespacedName, h held) {
+	n, more := 0, h.size
+	if was, there := k.byName[name]; there {
+		n, more = n-1, more-was.size
+		delete(k.byName, name)
+	}
+	if h.obj != nil {
+		n++
+		k.byName[name] = h
+	}
+	k.taken.n, k.taken.bytes = k.taken.n+n, k.taken.bytes+more
+	if name.Namespace == "" {
+		return
+	}
+	has := k.shares[name.Namespace]
+	has.n, has.bytes = has.n+n, has.bytes+more
+	if k.shares[name.Namespace] = has; has.n == 0 {
+		delete(k.shares, name.Namespace)
+	}
+}
+
+// hold takes off what nobody looks at, and a spec that is too large for a document.
+func hold(u *unstructured.Unstructured) held {
+	u.SetManagedFields(nil)
+	h := held{obj: u}
+	if spec, ok := u.Object["spec"].(map[string]any); ok {
+		if h.wrong = check(spec); h.wrong != nil {
+			u.Object["spec"] = map[string]any{}
+		}
+	}
+	nodes, text := weigh(u.Object)
+	h.size = bytesPerNode*int64(nodes) + int64(text)
+	return h
+}
+
+// weigh counts the keys and values of an object, and the bytes of their text.
+func weigh(v any) (nodes, text int) {
+	nodes = 1
+	add := func(x any) {
+		n, t := weigh(x)
+		nodes, text = nodes+n, text+t
+	}
+	switch v := v.(type) {
+	case string:
+		text = len(v)
+	case map[string]any:
+		for k, x := range v {
+			nodes, text = nodes+1, text+len(k)
+			add(x)
+		}
+	case []any:
+		for _, x := range v {
+			add(x)
+		}
+	}
+	return nodes, text
 }
 
 // leftOut returns how many are over what is read.
@@ -67,25 +157,31 @@ func (k *kept) Put(o metav1.Object) {
 	if !ok || u.GetName() == "" || u.GetUID() == "" {
 		return
 	}
-	u.SetManagedFields(nil) // nobody looks at them
-	name := nameOf(u)
+	h, name := hold(u), nameOf(u)
 	k.mu.Lock()
 	if k.listed != nil {
 		k.listed[name] = struct{}{}
 	}
-	was := k.byName[name]
-	switch {
-	case was == nil && len(k.byName) >= maxKept:
+	was, there := k.byName[name]
+	if there && was.obj.GetUID() == u.GetUID() && was.obj.GetResourceVersion() == u.GetResourceVersion() {
+		k.mu.Unlock()
+		return
+	}
+	n := 1
+	if there {
+		n = 0
+	}
+	if k.fits(name.Namespace, n, h.size-was.size) {
+		k.set(name, h)
+		delete(k.left, name)
+	} else {
+		k.set(name, held{})
 		if len(k.left) < maxKept {
 			k.left[name] = struct{}{}
 		}
-	case was == nil || was.GetUID() != u.GetUID() || was.GetResourceVersion() != u.GetResourceVersion():
-		k.byName[name] = u
-		k.mu.Unlock()
-		k.changed()
-		return
 	}
 	k.mu.Unlock()
+	k.changed()
 }
 
 // End implements follow.Store.
@@ -93,7 +189,7 @@ func (k *kept) End() {
 	k.mu.Lock()
 	for name := range k.byName {
 		if _, there := k.listed[name]; !there {
-			delete(k.byName, name)
+			k.set(name, held{})
 		}
 	}
 	for name := range k.left {
@@ -111,12 +207,12 @@ func (k *kept) Delete(o metav1.Object) {
 	name := nameOf(o)
 	k.mu.Lock()
 	delete(k.left, name)
-	was := k.byName[name]
-	if was == nil || o.GetUID() != "" && was.GetUID() != o.GetUID() { // it is the one before the one that is there
+	was, there := k.byName[name]
+	if !there || o.GetUID() != "" && was.obj.GetUID() != o.GetUID() { // it is the one before the one that is there
 		k.mu.Unlock()
 		return
 	}
-	delete(k.byName, name)
+	k.set(name, held{})
 	k.mu.Unlock()
 	k.changed()
 }
@@ -140,7 +236,8 @@ func (c *Controller) Problems() (out []string) {
 			out = append(out, fmt.Sprintf("cluster %s: changes of custom resources are not seen: %v", c.c.Client.Cluster, err))
 		}
 		if n := k.kept.leftOut(); n > 0 {
-			out = append(out, fmt.Sprintf("cluster %s: %d %s are over the %d that are read", c.c.Client.Cluster, n, k.name(), maxKept))
+			out = append(out, fmt.Sprintf("cluster %s: there is no room for %d %s, which are not read (%d in all and %d MiB, of which one namespace has a quarter)",
+				c.c.Client.Cluster, n, k.name(), maxKept, maxKeptBytes>>20))
 		}
 	}
 	if failure != "" {

@@ -134,7 +134,8 @@ func (r *run) report(ctx context.Context) error {
 	g.SetLimit(statusWriters)
 	for _, k := range r.kinds {
 		objects, _ := k.kept.all()
-		for _, obj := range objects {
+		for _, h := range objects {
+			obj := h.obj
 			v, ok := r.judged[obj.GetUID()]
 			if !ok || v.generation != obj.GetGeneration() {
 				continue
