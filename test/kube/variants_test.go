@@ -68,6 +68,9 @@ serviceMonitor: {interval: 15s, labels: {release: prometheus}}
 func TestChartWhole(t *testing.T) {
 	i := newInstaller(t, 8*time.Minute)
 	i.monitored()
+	const away = "kubectl delete -f deploy/helm/signet/files/crds-spire --ignore-not-found"
+	i.shell(i.env, away) // as chart does with signet's own
+	i.afterwards(func() { i.shell(i.env, away) })
 	i.apply("apiVersion: scheduling.k8s.io/v1\nkind: PriorityClass\nmetadata: {name: signet-test}\nvalue: 1000\n")
 	i.atEnd("delete", "priorityclass", "signet-test")
 	pki := filepath.Join(optional(t, "SIGNET_KUBEBOX_DIR", "the state directory of the first cluster, if it is kubebox's"), "pki")
