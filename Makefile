@@ -106,7 +106,8 @@ scale:
 	go test -tags scale -count=1 -timeout 30m -v -p 1 ./test/scale ./test/node
 
 # Kubernetes, real: two clusters are started, tried and removed, which takes root. The first time builds Kubernetes, for ten minutes.
-# E2E='-run TestName' runs one test; SPIRE_AGENT_BIN and SPIRE_SERVER_BIN name SPIRE's programs, whose tests skip without them.
+# E2E='-run TestName' runs one test; SPIRE_AGENT_BIN and SPIRE_SERVER_BIN name SPIRE's programs, SPIFFE_CSI_BIN and CSI_REGISTRAR_BIN
+# those of the SPIFFE CSI driver, whose tests skip without them.
 E2E = -v
 e2e-kube:
 	test/kube/e2e.sh $(E2E)

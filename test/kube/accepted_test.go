@@ -69,7 +69,7 @@ func TestChartAccepted(t *testing.T) {
 			t.Fatal(err)
 		}
 		out, err := k.tryShell(env, "helm template signet deploy/helm/signet --namespace "+k.namespace+" --set trustDomain=example.org,clusterName=prod --values "+file+
-			" --api-versions monitoring.coreos.com/v1/ServiceMonitor | kubectl apply --dry-run=server --validate=strict -f -")
+			" --api-versions monitoring.coreos.com/v1/ServiceMonitor | kubectl apply --server-side --force-conflicts --dry-run=server --validate=strict -f -")
 		if err != nil || strings.Contains(out, "Warning") || !strings.Contains(out, "(server dry run)") {
 			t.Errorf("%s: %v\n%s", name, err, out)
 		}
