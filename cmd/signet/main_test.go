@@ -58,8 +58,18 @@ func startSignet(env *testscript.Env) error {
 		}
 		above = o.Disk()
 	}
+	var clusters map[string]ca.KubernetesCluster
+	if strings.HasPrefix(filepath.Base(env.WorkDir), "script-live_pods") {
+		kubeconfig, stop, err := serveCluster(env.WorkDir)
+		if err != nil {
+			return err
+		}
+		env.Defer(stop)
+		clusters = map[string]ca.KubernetesCluster{"prod": {Kubeconfig: kubeconfig, Pods: &ca.KubernetesPods{}}}
+	}
 	i, err := dev.Start(context.Background(), dev.Config{Dir: dir, NodeGroups: []string{"backend"}, CA: func(c *ca.Config) {
 		c.Audit.Reserve, c.WIT.Enabled, c.Upstream.Disk = 1<<20, true, above
+		c.Kubernetes.Clusters = clusters
 	}, Agent: func(c *agent.Config) { c.WIT.Enabled = true }})
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package analyse
 
 import (
+	"cmp"
 	"encoding/xml"
 	"fmt"
 	"maps"
@@ -134,7 +135,7 @@ func NewGraph(set *policyv1.PolicySet, known *Known, seen []*policyv1.Observatio
 }
 
 func (g *Graph) sort() {
-	slices.SortFunc(g.Edges, func(a, b Edge) int { return strings.Compare(a.From+"\x00"+a.To, b.From+"\x00"+b.To) })
+	slices.SortFunc(g.Edges, func(a, b Edge) int { return cmp.Or(strings.Compare(a.From, b.From), strings.Compare(a.To, b.To)) })
 }
 
 // group cuts every ID to its first segments.
