@@ -22,6 +22,7 @@ import (
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	nodev1 "github.com/signet-id/signet/api/signet/node/v1"
 	"github.com/signet-id/signet/ca/kube/pods"
+	"github.com/signet-id/signet/ca/registry"
 	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/ca/store/bolt"
 )
@@ -470,5 +471,54 @@ func TestABackupHoldsNoPods(t *testing.T) {
 	after, _ := h.podEntries(&adminv1.ListPodEntriesRequest{})
 	if !slices.EqualFunc(before, after, func(a, b *adminv1.PodEntry) bool { return proto.Equal(a, b) }) {
 		t.Errorf("before %v\nafter %v", before, after)
+	}
+}
+
+// TestRolloutsAndPods: a node that is among the first has a new version from when a pod of the service is on it, with the former
+// one, and loses both with the pod; an abort gives the former back.
+func TestRolloutsAndPods(t *testing.T) {
+	h, x := watchedPods(t, config(t.TempDir()), aPod("1", "node-a", "shop"))
+	h.apply("kind: CallPolicy\nname: shop\nservice: /ns/shop/sa/*\nallow: [{from: [/a]}]\n")
+	a := h.onNode("prod", "node-a")
+	s := hello(t, a, "", 0)
+	if m := one(t, s); len(m.Policies) != 1 || m.Policies[0].Rollout != nil {
+		t.Fatalf("before: %v", m)
+	}
+	rollouts := adminv1.NewRolloutsClient(h.admin)
+	const next = "kind: CallPolicy\nname: shop\nservice: /ns/shop/sa/*\nallow: [{from: [/a, /b]}]\n"
+	name := ""
+	for i := 0; name == ""; i++ {
+		if i == 50 {
+			t.Fatal("of fifty roll-outs to half of the agents none begins with this one")
+		}
+		o := &registry.Rollout{Name: fmt.Sprint("r", i), Steps: []int{50}, State: registry.RolloutRunning}
+		if !o.Includes(a.id) {
+			continue
+		}
+		name = o.Name
+	}
+	if _, err := rollouts.StartRollout(t.Context(), &adminv1.StartRolloutRequest{Name: name, Steps: []int32{50}, Bake: 3600, Documents: []*adminv1.Document{{Content: []byte(next), File: "t.yaml"}}}); err != nil {
+		t.Fatal(err)
+	}
+	isNew := func(m *nodev1.FollowResponse) bool {
+		return len(m.Policies) == 1 && m.Policies[0].Rollout.GetName() == name && len(m.Policies[0].Rules[0].From) == 2 && len(m.Policies[0].Rollout.Former.GetRules()[0].From) == 1
+	}
+	m := one(t, s)
+	for ; !isNew(m); m = one(t, s) {
+	}
+	list, err := rollouts.ListRollouts(t.Context(), &adminv1.ListRolloutsRequest{})
+	if err != nil || list.Rollouts[0].Agents != 1 || list.Rollouts[0].FirstAgents != 1 {
+		t.Errorf("agents of the roll-out: %v, %v", list, err)
+	}
+	x.Update("prod", nil, []string{"1"})
+	for m = one(t, s); !slices.Equal(m.RemovedPolicies, []string{"shop"}); m = one(t, s) {
+	}
+	x.Update("prod", []*pods.Pod{aPod("2", "node-a", "shop")}, nil)
+	for m = one(t, s); !isNew(m); m = one(t, s) {
+	}
+	if _, err := rollouts.AbortRollout(t.Context(), &adminv1.AbortRolloutRequest{Name: name}); err != nil {
+		t.Fatal(err)
+	}
+	for m = one(t, s); len(m.Policies) != 1 || m.Policies[0].Rollout != nil || len(m.Policies[0].Rules[0].From) != 1; m = one(t, s) {
 	}
 }
