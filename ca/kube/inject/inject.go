@@ -126,11 +126,14 @@ func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 // Close stops listening, if Run was not called.
 func (s *Server) Close() error { return s.listener.Close() }
 
-// Run serves until ctx ends, and keeps the webhook's certificate fresh.
+// Run serves until ctx ends or the listener fails, and keeps the webhook's certificate fresh.
 func (s *Server) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	failed := make(chan error, 1)
 	go func() {
 		failed <- s.web.ServeTLS(netutil.LimitListener(newFairListener(s.listener), maxConnections), "", "")
+		stop()
 	}()
 	watched := make(chan struct{})
 	go func() {

@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -526,4 +527,24 @@ func FuzzReview(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A webhook whose listener fails says so at once: nobody is to go on beside one that answers nobody.
+func TestListenerFails(t *testing.T) {
+	s, err := New(Config{Options: options, Cluster: "prod", Configurations: fake.NewClientset().AdmissionregistrationV1().MutatingWebhookConfigurations(), Namespace: "signet-system",
+		Webhook: "signet-inject", Listen: "127.0.0.1:0", Sign: func(context.Context, crypto.PublicKey) (*authority.X509SVID, error) { return nil, errors.New("no key") },
+		Active: func() string { return "" }, Roots: func() []*x509.Certificate { return nil }, Now: time.Now, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "the admission webhook: ") {
+		t.Errorf("Run = %v, want the listener's error before its context ends", err)
+	}
 }
