@@ -20,6 +20,9 @@ import (
 	"github.com/signet-id/signet/internal/version"
 )
 
+// SignerName is the CA as a signer of the API certificates.k8s.io: of Pod Certificates, and of its ClusterTrustBundle.
+const SignerName = "signet-id.github.io/x509-svid"
+
 // Requests to one API server, all parts of the CA together.
 const (
 	requestsPerSecond = 50

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -158,24 +159,12 @@ func hasVolume(p *corev1.Pod, annotations map[string]string) bool {
 			continue
 		}
 		for _, src := range v.Projected.Sources {
-			if c := src.PodCertificate; c != nil && c.SignerName == SignerName && equal(c.UserAnnotations, annotations) {
+			if c := src.PodCertificate; c != nil && c.SignerName == SignerName && maps.Equal(c.UserAnnotations, annotations) {
 				return true
 			}
 		}
 	}
 	return false
-}
-
-func equal(a, b map[string]string) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for k, v := range a {
-		if w, ok := b[k]; !ok || v != w {
-			return false
-		}
-	}
-	return true
 }
 
 // choose returns the entry whose SVID the pod gets.

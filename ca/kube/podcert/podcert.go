@@ -27,13 +27,14 @@ import (
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/authority"
+	"github.com/signet-id/signet/ca/kube"
 	"github.com/signet-id/signet/ca/kube/follow"
 	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/registry"
 )
 
 // SignerName is the signer that pods name in a podCertificate volume.
-const SignerName = "signet-id.github.io/x509-svid"
+const SignerName = kube.SignerName
 
 // MinLifetime is the shortest that the API lets a Pod Certificate last, from its notBefore to its notAfter.
 const MinLifetime = time.Hour

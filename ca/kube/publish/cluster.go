@@ -20,12 +20,13 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/signet-id/signet/ca/kube"
 	"github.com/signet-id/signet/ca/kube/follow"
 )
 
 const (
 	// SignerName is that of the ClusterTrustBundle. What may be written under it needs the permission to attest for it.
-	SignerName    = "signet-id.github.io/x509-svid"
+	SignerName    = kube.SignerName
 	signerPrefix  = "signet-id.github.io:x509-svid:"
 	group         = "certificates.k8s.io"
 	resource      = "clustertrustbundles"
