@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -40,6 +42,9 @@ const (
 	// triedAnew is how many refused resources are tried anew whenever something changes. With more of them the rest waits for
 	// lookAgain: who may write into one namespace would have the CA plan thousands for each change of one.
 	triedAnew = 100
+	// changeRate and changeBurst bound how often resources of one namespace are changed: each change is a commit and records in the audit
+	// log, and a full disk ends issuance for all.
+	changeRate, changeBurst = 1, 1000
 	// perCommit is how many documents are planned as one commit: fewer than the registry takes, since some are two writes.
 	perCommit = registry.MaxDocuments / 2
 )
@@ -92,9 +97,10 @@ type run struct {
 	kinds []*watched
 	wake  chan struct{} // one slot: look again
 
-	templates int                   // as the namespaces of policies were judged
-	judged    map[types.UID]verdict // by the resource
-	failures  int                   // in a row, which were of the moment
+	templates int                      // as the namespaces of policies were judged
+	judged    map[types.UID]verdict    // by the resource
+	failures  int                      // in a row, which were of the moment
+	changes   map[string]*rate.Limiter // by namespace, of those that changed lately
 }
 
 type watched struct {
@@ -106,7 +112,7 @@ type watched struct {
 
 // Run works until ctx ends. An API server that is away leaves everything as it is.
 func (c *Controller) Run(ctx context.Context) error {
-	r := &run{Controller: c, wake: make(chan struct{}, 1), judged: map[types.UID]verdict{}, templates: -1}
+	r := &run{Controller: c, wake: make(chan struct{}, 1), judged: map[types.UID]verdict{}, templates: -1, changes: map[string]*rate.Limiter{}}
 	g, ctx := errgroup.WithContext(ctx)
 	for _, k := range Kinds {
 		w := &watched{Kind: k, kept: newKept(r.lookAgain), read: map[types.UID]*wanted{}}
@@ -244,6 +250,7 @@ func (r *run) reconcile(ctx context.Context) error {
 			delete(r.judged, uid)
 		}
 	}
+	maps.DeleteFunc(r.changes, func(_ string, l *rate.Limiter) bool { return l.TokensAt(r.c.Now()) >= changeBurst })
 	errs = append(errs, r.report(ctx))
 	return errors.Join(errs...)
 }
@@ -279,11 +286,11 @@ func (r *run) list(k *watched, present map[types.UID]bool) (all []*wanted, known
 // left is how many that were refused are tried anew at this look.
 func (r *run) due(w *wanted, stored registry.Resource, templates int, left *int) bool {
 	v, known := r.judged[w.obj.GetUID()]
-	if !known || v.generation != w.obj.GetGeneration() || v.annotations != annotations(w.obj) ||
-		v.accepted && v.revision != int64(stored.Revision) || w.kind.Namespaced && v.templates != templates {
-		return true
-	}
 	switch {
+	case !known && stored.Revision != 0, known && (v.accepted && v.revision != int64(stored.Revision) || w.kind.Namespaced && v.templates != templates):
+		return true
+	case !known || v.generation != w.obj.GetGeneration() || v.annotations != annotations(w.obj):
+		return !w.kind.Namespaced || r.mayChange(w.obj.GetNamespace())
 	case v.accepted, v.reason == reasonLifted, v.reason == reasonExpired:
 		return false
 	case v.reason == reasonDiskFull:
@@ -291,6 +298,16 @@ func (r *run) due(w *wanted, stored registry.Resource, templates int, left *int)
 	}
 	*left--
 	return *left >= 0 || r.c.Now().Sub(v.at) >= lookAgain
+}
+
+// mayChange tells whether one more change of a namespace's resources is looked at now. One that is not is later: nothing is judged.
+func (r *run) mayChange(namespace string) bool {
+	l := r.changes[namespace]
+	if l == nil {
+		l = rate.NewLimiter(changeRate, changeBurst)
+		r.changes[namespace] = l
+	}
+	return l.AllowN(r.c.Now(), 1)
 }
 
 // annotations are those that decide.

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -16,7 +17,7 @@ import (
 // but each is after a while, and at once when it changes itself.
 func TestManyRefusedResourcesWait(t *testing.T) {
 	now := time.Unix(1_800_000_000, 0)
-	r := &run{Controller: New(Config{Client: &kube.Client{Cluster: "prod"}, Now: func() time.Time { return now }}), judged: map[types.UID]verdict{}}
+	r := &run{Controller: New(Config{Client: &kube.Client{Cluster: "prod"}, Now: func() time.Time { return now }}), judged: map[types.UID]verdict{}, changes: map[string]*rate.Limiter{}}
 	kind := Kinds[1]
 	if !kind.Namespaced {
 		t.Fatalf("%s is of no namespace", kind.Kind)
@@ -50,5 +51,41 @@ func TestManyRefusedResourcesWait(t *testing.T) {
 	now = now.Add(lookAgain)
 	if n := planned(1); n != len(all) {
 		t.Errorf("%d after a while", n)
+	}
+}
+
+// TestManyChangesOfANamespaceWait: who changes resources of one namespace all the time has a commit and audit records for some of it,
+// and the last state of each in the end; other namespaces, and what the CA has to look at by itself, do not wait for it.
+func TestManyChangesOfANamespaceWait(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	r := &run{Controller: New(Config{Client: &kube.Client{Cluster: "prod"}, Now: func() time.Time { return now }}), judged: map[types.UID]verdict{}, changes: map[string]*rate.Limiter{}}
+	kind := Kinds[1]
+	resource := func(namespace string) *wanted {
+		obj := &unstructured.Unstructured{Object: map[string]any{"metadata": map[string]any{"uid": namespace, "name": "p", "namespace": namespace, "generation": int64(1)}}}
+		return &wanted{kind: &kind, obj: obj, ref: registry.Ref{Kind: kind.Document, Name: documentName("prod", obj)}}
+	}
+	left := triedAnew
+	stored := registry.Resource{Revision: 7}
+	w, other := resource("evil"), resource("shop")
+	planned := 0
+	for g := range int64(10_000) {
+		w.obj.SetGeneration(g + 2)
+		if r.due(w, stored, 1, &left) {
+			planned++
+			r.judge(w, verdict{accepted: true, revision: 7}, 1)
+		}
+	}
+	if planned != changeBurst+1 { // the first look is the CA's own
+		t.Errorf("%d of 10,000 changes in a moment are planned, want %d", planned, changeBurst+1)
+	}
+	if !r.due(other, registry.Resource{}, 1, &left) {
+		t.Error("another namespace waits for it")
+	}
+	if !r.due(w, stored, 2, &left) || !r.due(w, registry.Resource{Revision: 8}, 1, &left) {
+		t.Error("what changed in the store, or which services the namespace has, is not looked at")
+	}
+	now = now.Add(lookAgain)
+	if !r.due(w, stored, 1, &left) {
+		t.Error("the last state is not planned after a while")
 	}
 }
