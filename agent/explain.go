@@ -32,6 +32,9 @@ const (
 	maxExplained = 20
 	// ticksPerSecond is what /proc counts start times in: USER_HZ, which is 100 on every Linux.
 	ticksPerSecond = 100
+	// podEntryPrefix starts the ids of the entries that a CA works out for pods, which have a selector that begins with podUID.
+	podEntryPrefix = "signet.pod."
+	podUID         = "pod-uid:"
 )
 
 // explain says what the agent knows of why a process, the processes of a pod or an entry's callers get what they get. It
@@ -167,6 +170,7 @@ func (a *Agent) candidates(selectors []spiffe.Selector) []*agentv1.Candidate {
 		id     string
 		result nearmiss.Result
 	}
+	ownPod := slices.IndexFunc(selectors, func(s spiffe.Selector) bool { return s.Type == "k8s" && strings.HasPrefix(s.Value, podUID) })
 	var near []ranked // the nearest first, no more than are shown
 	entries := a.cache.Entries(func(id string, _ spiffeid.ID, want []spiffe.Selector, gone bool) bool {
 		r := subject.Compare(want)
@@ -176,6 +180,9 @@ func (a *Agent) candidates(selectors []spiffe.Selector) []*agentv1.Candidate {
 		}
 		if gone {
 			return false // it did not match when it was there: nothing can be mended in it
+		}
+		if ownPod >= 0 && strings.HasPrefix(id, podEntryPrefix) && !slices.Contains(want, selectors[ownPod]) {
+			return false // a template gave it to another pod
 		}
 		i, _ := slices.BinarySearchFunc(near, r, func(x ranked, r nearmiss.Result) int { return x.result.Order(r) })
 		if i >= maxCandidates {

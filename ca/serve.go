@@ -60,7 +60,7 @@ func (ca *CA) bind() error {
 func (ca *CA) makeServers() {
 	ca.health = health.NewServer()
 	ca.admin = adminapi.New(adminapi.Config{TrustDomain: ca.td, Registry: ca.reg, Authority: ca.set, Rotation: ca.rotator, Audit: ca.audit, Epoch: ca.store.Epoch(),
-		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Refresh: ca.poller.Refresh, FederationStatus: ca.federationStatus, Observations: ca.observationsForAdmins(), LogLevel: ca.logLevel(), Canary: ca.leaks.CanaryIssued, Certificate: ca.svid.get, Started: ca.started, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
+		Version: version.String(), Following: ca.following, OwnBundle: ca.node.OwnBundle, Refresh: ca.poller.Refresh, FederationStatus: ca.federationStatus, Observations: ca.observationsForAdmins(), Pods: ca.podsForAdmins(), LogLevel: ca.logLevel(), Canary: ca.leaks.CanaryIssued, Certificate: ca.svid.get, Started: ca.started, Now: ca.c.Now, Log: ca.log, Issued: ca.metrics.issued, Stop: ca.stop})
 	common := []grpc.ServerOption{
 		grpc.UnaryInterceptor(ca.guard.Unary), grpc.StreamInterceptor(ca.guard.Stream),
 		grpc.MaxRecvMsgSize(maxRequestBytes), grpc.MaxHeaderListSize(maxHeaderBytes), grpc.MaxConcurrentStreams(maxStreamsPerConn), grpc.ConnectionTimeout(handshakeTimeout),

@@ -124,7 +124,7 @@ func methods() map[string]access.Kind {
 	for _, rpc := range adminv1.Admin_ServiceDesc.Streams {
 		m["/"+adminv1.Admin_ServiceDesc.ServiceName+"/"+rpc.StreamName] = operators
 	}
-	for _, d := range []grpc.ServiceDesc{adminv1.Rollouts_ServiceDesc, adminv1.Revocations_ServiceDesc, adminv1.Entries_ServiceDesc} {
+	for _, d := range []grpc.ServiceDesc{adminv1.Rollouts_ServiceDesc, adminv1.Revocations_ServiceDesc, adminv1.Entries_ServiceDesc, adminv1.Pods_ServiceDesc} {
 		for _, rpc := range d.Methods {
 			m["/"+d.ServiceName+"/"+rpc.MethodName] = operators
 		}
@@ -192,6 +192,7 @@ func register(s *grpc.Server, node *nodeapi.API, admin *adminapi.API, h healthv1
 	localauthorityv1.RegisterLocalAuthorityServer(s, &localAuthorityService{adminAPI: a})
 	adminv1.RegisterAdminServer(s, &adminapi.AdminServer{API: admin})
 	adminv1.RegisterRevocationsServer(s, adminapi.RevocationsServer{API: admin})
+	adminv1.RegisterPodsServer(s, adminapi.PodsServer{API: admin})
 	adminv1.RegisterObservationsServer(s, &adminapi.ObservationsServer{API: admin})
 	adminv1.RegisterEntriesServer(s, adminapi.EntriesServer{API: admin})
 	adminv1.RegisterRolloutsServer(s, &adminapi.RolloutsServer{API: admin})

@@ -30,7 +30,7 @@ import (
 	"github.com/signet-id/signet/spiffe"
 )
 
-// Config says what the API works on. All fields but Observations are needed.
+// Config says what the API works on. All fields but Observations and Pods are needed.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	Registry    *registry.Registry
@@ -49,6 +49,8 @@ type Config struct {
 	FederationStatus func() []FederationStatus
 	// Observations has what enforcement points decided. Nil: that is off.
 	Observations Observations
+	// Pods explains pods. Nil: no cluster is watched.
+	Pods Pods
 	// Canary is told of an SVID that was minted for an ID that nobody should ever hold.
 	Canary func(ctx context.Context, id spiffeid.ID, kind, by, address string)
 	// LogLevel is how much is logged.

@@ -231,6 +231,10 @@ func (a *API) GetResources(_ context.Context, req *adminv1.GetResourcesRequest) 
 			return 1
 		})
 	}
+	var counts map[string]PodCount
+	if a.c.Pods != nil && slices.ContainsFunc(all, func(r registry.Resource) bool { return r.Templated }) {
+		counts = a.c.Pods.Counts()
+	}
 	out := &adminv1.GetResourcesResponse{}
 	sum := 0
 	for i, r := range all[from:] {
@@ -238,8 +242,12 @@ func (a *API) GetResources(_ context.Context, req *adminv1.GetResourcesRequest) 
 			out.NextPageToken = writeToken(all[from+i-1].Document.Name)
 			break
 		}
+		n, counted := counts[r.Document.Name]
+		if !counted {
+			n.Given = r.Pods
+		}
 		out.Resources = append(out.Resources, &adminv1.Resource{Kind: r.Kind, Name: r.Document.Name, Revision: int64(r.Revision),
-			CreatedAt: timestamppb.New(r.CreatedAt), EntryId: string(r.EntryID), Templated: r.Templated, Pods: int64(r.Pods),
+			CreatedAt: timestamppb.New(r.CreatedAt), EntryId: string(r.EntryID), Templated: r.Templated, Pods: int64(n.Given), RefusedPods: int64(n.Refused),
 			Document: &adminv1.Document{Content: r.Document.Content, File: r.Document.File, Line: uint32(r.Document.Line)}})
 	}
 	return out, nil

@@ -70,12 +70,13 @@ type resource struct {
 	Line      uint32 `json:"line,omitempty"`
 	Document  string `json:"document"`
 	// Of a templated Identity.
-	Templated bool  `json:"templated,omitempty"`
-	Pods      int64 `json:"pods,omitempty"`
+	Templated   bool  `json:"templated,omitempty"`
+	Pods        int64 `json:"pods,omitempty"`
+	RefusedPods int64 `json:"refused_pods,omitempty"`
 }
 
 func resourceOf(r *adminv1.Resource) resource {
-	out := resource{Kind: r.GetKind(), Name: r.GetName(), Revision: r.GetRevision(), EntryID: r.GetEntryId(), Templated: r.GetTemplated(), Pods: r.GetPods(),
+	out := resource{Kind: r.GetKind(), Name: r.GetName(), Revision: r.GetRevision(), EntryID: r.GetEntryId(), Templated: r.GetTemplated(), Pods: r.GetPods(), RefusedPods: r.GetRefusedPods(),
 		File: r.GetDocument().GetFile(), Line: r.GetDocument().GetLine(), Document: string(r.GetDocument().GetContent())}
 	if r.GetCreatedAt() != nil {
 		out.CreatedAt = stamp(r.GetCreatedAt().AsTime())
@@ -132,12 +133,15 @@ func (a *app) printResources(ctx context.Context, c *caConn, f format, req *admi
 		{name: "ENTRY ID", wide: true, value: func(r resource) string { return r.EntryID }},
 	}}
 	if req.Kind == registry.KindIdentity {
-		l.columns = slices.Insert(l.columns, 1, column[resource]{name: "PODS", value: func(r resource) string {
-			if !r.Templated {
-				return ""
-			}
-			return fmt.Sprint(r.Pods)
-		}})
+		templated := func(name string, count func(resource) int64) column[resource] {
+			return column[resource]{name: name, value: func(r resource) string {
+				if !r.Templated {
+					return ""
+				}
+				return fmt.Sprint(count(r))
+			}}
+		}
+		l.columns = slices.Insert(l.columns, 1, templated("PODS", func(r resource) int64 { return r.Pods }), templated("REFUSED", func(r resource) int64 { return r.RefusedPods }))
 	}
 	if req.Kind == policy.KindRevocation {
 		l.columns = slices.Insert(l.columns, 1, column[resource]{name: "REVOKED", value: func(r resource) string {

@@ -28,7 +28,7 @@ const shownCandidates = 3
 const caWait = 10 * time.Second
 
 func (a *app) whyCommand() *cobra.Command {
-	var socket, caSocket string
+	var socket, caSocket, cluster string
 	cmd := &cobra.Command{
 		Use:   "why PID|NAMESPACE/POD|ENTRY-ID|SPIFFE-ID",
 		Short: "Say why a process gets no identity, and what to do about it",
@@ -36,18 +36,21 @@ func (a *app) whyCommand() *cobra.Command {
 and where each came from, the nearest entries and the selector that differs, what the CA said, and the command that would fix it.
 
 The agent of this node is asked on its admin socket (--socket, else $` + envAgentSocket + `, else ` + defaultAgentSocket + `). It explains from what it
-holds. Entries of other nodes only the CA knows: it is asked too, if it can be reached on its admin socket (--ca-socket, else
-$` + envCASocket + `, else ` + defaultCASocket + `) or with --server. A number is a process id, as the agent counts processes.
+holds. Entries of other nodes, and what templated Identities make of a pod, only the CA knows: it is asked too, if it can be reached on its admin
+socket (--ca-socket, else $` + envCASocket + `, else ` + defaultCASocket + `) or with --server. A number is a process id, as the agent counts processes.
+Of a pod the CA alone says what it is given, on whichever node it runs; where there is no agent, nothing more is asked.
 
 Exit status 0: an identity is served, and nothing is wrong. 1: there is a cause.`,
 		Example: `  signet why $(pidof web)
   signet why prod/web-0
+  kubectl -n signet-system exec signet-ca-0 -- signet why prod/web-0
   signet why /web -o json`,
 		Args: exactArgs("PID|NAMESPACE/POD|ENTRY-ID|SPIFFE-ID"),
 	}
 	output := outputFlag(cmd)
 	fs := cmd.Flags()
 	fs.StringVar(&socket, "socket", "", "admin socket of the agent (default $"+envAgentSocket+", else "+defaultAgentSocket+")")
+	fs.StringVar(&cluster, "cluster", "", "of a pod: its cluster, by the name in the CA's configuration (default: all that it watches)")
 	fs.StringVar(&caSocket, "ca-socket", "", "admin socket of the CA (default $"+envCASocket+", else "+defaultCASocket+")")
 	fs.StringVar(&a.ca.server, "server", "", "HOST:PORT of the CA, over mTLS as the identity that the Workload API gives")
 	fs.StringVar(&a.ca.endpoint, "endpoint", "", "with --server: "+endpointFlagHelp)
@@ -57,6 +60,9 @@ Exit status 0: an identity is served, and nothing is wrong. 1: there is a cause.
 		target, err := whyTarget(args[0])
 		if err != nil {
 			return err
+		}
+		if target.Cluster = cluster; cluster != "" && target.Pod == "" {
+			return usagef("--cluster is for a pod, NAMESPACE/POD")
 		}
 		if a.ca.timeout <= 0 {
 			return usagef("--timeout %s is not a positive duration, such as 30s", a.ca.timeout)
@@ -88,18 +94,29 @@ func whyTarget(arg string) (why.Target, error) {
 }
 
 func (a *app) why(ctx context.Context, f format, socket string, t why.Target) error {
-	l, err := dialAgent(ctx, socket)
-	if err != nil {
-		return a.noAgent(f, err)
+	var agent agentv1.AgentClient // a nil *localAgent must not become one that is not nil, nor a nil *caConn
+	l, agentErr := dialAgent(ctx, socket)
+	switch {
+	case agentErr == nil:
+		defer l.Close()
+		agent = l
+	case t.Pod == "":
+		return a.noAgent(f, agentErr)
 	}
-	defer l.Close()
 	ca, caErr := a.caForWhy(ctx)
-	var conn grpc.ClientConnInterface // a nil *caConn must not become one that is not nil
+	var conn grpc.ClientConnInterface
 	if ca != nil {
 		defer ca.Close()
 		conn = ca
 	}
+	if agent == nil && conn == nil {
+		a.note("the CA, which knows what its templates give a pod, cannot be asked either: %v", caErr)
+		return a.noAgent(f, agentErr)
+	}
 	answer, err := why.Ask(ctx, l, conn, caErr, t, a.now())
+	if err != nil && agent == nil {
+		return caError("asking about pod "+strconv.Quote(t.Pod), ca, err)
+	}
 	if err != nil {
 		err = agentError("asking the agent at "+strconv.Quote(socket), err)
 		if isCode(err, codes.NotFound) {
@@ -110,6 +127,9 @@ func (a *app) why(ctx context.Context, f format, socket string, t why.Target) er
 	if answer.CA.Err != nil {
 		a.note("the CA was not asked, so entries of other nodes are unknown here: %v", answer.CA.Err)
 		a.note("with --ca-socket or --server it is; or run on the CA's host: signet entry list --selector TYPE:VALUE")
+	}
+	if answer.CA.PodsErr != nil {
+		a.note("what the CA makes of the pod is not known: %v", answer.CA.PodsErr)
 	}
 	if own := answer.Local.GetCallerPid(); own != int32(os.Getpid()) && t.PID != 0 {
 		a.note("the agent is in another PID namespace: this process is %d here and %d there; the number that you gave was taken as the agent counts", os.Getpid(), own)
@@ -209,6 +229,7 @@ type whyFinding struct {
 	Selectors  []whyMethod    `json:"attested,omitempty"`
 	Entries    []whyCandidate `json:"entries,omitempty"`
 	Refusals   []whyRefusal   `json:"refusals,omitempty"`
+	Pod        *whyPod        `json:"pod,omitempty"`
 }
 
 type whyMethod struct {
@@ -259,13 +280,16 @@ type whyRefusal struct {
 }
 
 func whyJSON(answer *why.Answer) whyAnswer {
-	state := agentStateOf(answer.Local.GetStatus())
-	out := whyAnswer{Agent: &state, CAAsked: answer.CA.Err == nil, Findings: []whyFinding{}}
+	out := whyAnswer{CAAsked: answer.CA.Err == nil, Findings: []whyFinding{}}
+	if s := answer.Local.GetStatus(); s != nil {
+		state := agentStateOf(s)
+		out.Agent = &state
+	}
 	if answer.CA.Err != nil {
 		out.CAError = answer.CA.Err.Error()
 	}
 	for _, f := range answer.Findings {
-		one := whyFinding{Causes: f.Causes}
+		one := whyFinding{Causes: f.Causes, Pod: whyPodOf(f.Pod)}
 		candidates := answer.Local.GetEntries()
 		if p := f.Process; p != nil {
 			one.PID, one.Ended, one.Executable, one.StartedAt = p.GetPid(), p.GetEnded(), p.GetExecutable(), stampOf(p.GetStartedAt())

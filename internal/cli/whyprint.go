@@ -50,9 +50,11 @@ func (w *whyPrinter) finding(f why.Finding, local *agentv1.ExplainResponse) {
 	}
 	if p := f.Process; p != nil {
 		w.process(p)
+		w.pod(f.Pod)
 		w.candidates(p.GetCandidates())
 		return
 	}
+	w.pod(f.Pod)
 	w.candidates(local.GetEntries())
 }
 

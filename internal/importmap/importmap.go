@@ -55,13 +55,13 @@ var rules = []rule{
 	{"workloadapi/...", []string{"workloadapi/...", "policy", "spiffe", "api/signet/policy/v1/..."}},
 
 	{"agent/...", []string{"internal/adminsocket", "internal/tally", "internal/nearmiss", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "internal/tpmdevice", "workloadapi/...", "policy", "spiffe", "api/signet/agent/v1", "api/signet/node/v1", "api/signet/policy/v1/..."}},
-	{"ca/...", []string{"internal/adminsocket", "internal/tally", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "policy", "policy/analyse", "spiffe", "api/..."}},
+	{"ca/...", []string{"internal/adminsocket", "internal/tally", "internal/nearmiss", "internal/nodekey", "internal/x509pop", "internal/tpmwire", "policy", "policy/analyse", "spiffe", "api/..."}},
 
 	// What puts CA and agent together, and what only the command line needs.
 	{"internal/durable", nil},
 	{"internal/strictyaml", nil},
 	{"internal/version", nil},
-	{"internal/nearmiss", []string{"spiffe"}},                                // how an entry and a process differ; the command line compares with the CA's entries
+	{"internal/nearmiss", []string{"spiffe"}},                                // how an entry and a process differ, or a templated Identity and a pod: at the agent, at the CA and on the command line
 	{"internal/adminsocket", nil},                                            // where operators talk to either side, and who is one
 	{"internal/tally", []string{"policy", "spiffe", "api/signet/policy/v1"}}, // how decisions are counted and kept: by services, agents and CA alike
 	{"internal/nodekey", []string{"spiffe"}},                                 // what a node signs to win its SVID back, which both sides must know

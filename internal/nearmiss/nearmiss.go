@@ -35,6 +35,9 @@ const (
 // costs say how far each kind is from holding.
 var costs = map[Kind]int{Case: 1, Space: 1, PathAlias: 1, ImageForm: 1, NameForNumber: 1, Supplementary: 1, Typo: 2, Contradiction: 3, Hash: 3, Value: 5, Absent: 6, TypeAbsent: 6}
 
+// Cost is how far from holding it is.
+func (k Kind) Cost() int { return costs[k] }
+
 // Near says whether the kind is a likely mistake by itself.
 func (k Kind) Near() bool { return costs[k] < costs[Value] }
 

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	agentv1 "github.com/signet-id/signet/api/signet/agent/v1"
 	"github.com/signet-id/signet/internal/nearmiss"
 	"github.com/signet-id/signet/spiffe"
@@ -36,6 +37,10 @@ type CAView struct {
 	Aliases []*types.Entry
 	// Agent is this node's agent as the CA knows it; nil: it does not.
 	Agent *types.Agent
+	// Pods is what the CA makes of pods, by namespace/name.
+	Pods map[string]*adminv1.ExplainPodResponse
+	// PodsErr is why it did not say so of all.
+	PodsErr error
 
 	known map[string]bool // parents: agents that are there
 }
@@ -53,7 +58,9 @@ func (v *CAView) entry(id string) *types.Entry {
 // askCA asks for what concerns the target.
 func askCA(ctx context.Context, conn grpc.ClientConnInterface, local *agentv1.ExplainResponse, t Target) *CAView {
 	v := &CAView{known: map[string]bool{}}
-	v.Err = v.ask(ctx, entryv1.NewEntryClient(conn), agentapi.NewAgentClient(conn), local, t)
+	if v.Err = v.ask(ctx, entryv1.NewEntryClient(conn), agentapi.NewAgentClient(conn), local, t); v.Err == nil {
+		v.PodsErr = v.askPods(ctx, conn, local, t)
+	}
 	return v
 }
 

@@ -39,6 +39,14 @@ func (d *diagnosis) nearest(p *agentv1.Process, near []*agentv1.Candidate) *Caus
 	return d.repair(out, p, c)
 }
 
+// distance is how far an entry is from matching.
+func distance(c *agentv1.Candidate) (n int) {
+	for _, x := range c.GetDifferences() {
+		n += nearmiss.Kind(x.GetKind()).Cost()
+	}
+	return n
+}
+
 // weight orders differences by how much they say.
 var weight = map[nearmiss.Kind]int{nearmiss.TypeAbsent: 0, nearmiss.Contradiction: 1, nearmiss.Absent: 3}
 
@@ -101,7 +109,7 @@ func (d *diagnosis) explain(p *agentv1.Process, c *agentv1.Candidate, x *agentv1
 	case label:
 		return LabelDiffers, fmt.Sprintf("it wants %s, and the process has %s", want, have)
 	}
-	return SelectorDiffers, fmt.Sprintf("it wants %s, and the process has %s", want, have)
+	return fieldCode(want), fmt.Sprintf("it wants %s, and the process has %s", want, have)
 }
 
 // absent says why a process has nothing of a kind.
@@ -175,6 +183,10 @@ func (d *diagnosis) repair(out *Cause, p *agentv1.Process, c *agentv1.Candidate)
 			return out // nothing to put in its place
 		}
 		selectors[i] = x.GetHave()[0]
+	}
+	if strings.HasPrefix(c.GetEntryId(), podEntryPrefix) {
+		selectors = slices.DeleteFunc(selectors, func(s string) bool { return strings.HasPrefix(s, "k8s:pod-uid:") })
+		return out.fix("# in the template by which the pod has the entry, which `signet why NAMESPACE/POD` names where the CA can be asked: %s", strings.Join(selectors, ", "))
 	}
 	if name, ok := strings.CutPrefix(c.GetEntryId(), "identity."); ok {
 		return out.fix("# in the document of Identity %s: match: [%s]; then signet apply -f FILE", name, strings.Join(selectors, ", "))

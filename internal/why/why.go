@@ -11,7 +11,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
+	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
 	agentv1 "github.com/signet-id/signet/api/signet/agent/v1"
 )
 
@@ -46,6 +49,30 @@ const (
 	UnknownID         Code = "UNKNOWN_ID"
 	NobodyAsked       Code = "NOBODY_ASKED"
 	SelectorsTwoOfOne Code = "SELECTORS_MUST_ALL_HOLD"
+
+	// What templates make of the pod.
+	NoTemplate            Code = "NO_TEMPLATE"
+	TemplateRefused       Code = "TEMPLATE_REFUSED"
+	NamespaceDiffers      Code = "NAMESPACE_DIFFERS"
+	ServiceAccountDiffers Code = "SERVICE_ACCOUNT_DIFFERS"
+	OwnerDiffers          Code = "OWNER_DIFFERS"
+	ClusterDiffers        Code = "CLUSTER_DIFFERS"
+
+	// The pod, its cluster and its node, as the CA knows them.
+	ClusterNotWatched Code = "CLUSTER_NOT_WATCHED"
+	ClusterNotSynced  Code = "CLUSTER_NOT_SYNCED"
+	PodUnknown        Code = "POD_UNKNOWN"
+	PodNotScheduled   Code = "POD_NOT_SCHEDULED"
+	PodEnded          Code = "POD_ENDED"
+	PodNotSeen        Code = "POD_NOT_SEEN"
+	PodLeftOut        Code = "POD_LEFT_OUT"
+	PodStatic         Code = "POD_STATIC"
+	PodReplaced       Code = "POD_REPLACED"
+	PodOtherNode      Code = "POD_OTHER_NODE"
+	NodeUnknown       Code = "NODE_UNKNOWN"
+	NodeFormer        Code = "NODE_FORMER"
+	NodeNotAttested   Code = "NODE_NOT_ATTESTED"
+	EntryNotSent      Code = "ENTRY_NOT_SENT"
 
 	// One of its selectors.
 	Typo             Code = "TYPO"
@@ -120,8 +147,10 @@ func (c *Cause) fix(format string, args ...any) *Cause {
 
 // A Finding is what came out about one process, or about an ID.
 type Finding struct {
-	// Process is nil for an ID.
+	// Process is nil for an ID, and for a pod of which no process is here.
 	Process *agentv1.Process
+	// Pod is what the CA makes of the pod, or of the process's; nil: it was not asked, or has nothing to say.
+	Pod *adminv1.ExplainedPod
 	// Causes has the main one first.
 	Causes []*Cause
 }
@@ -135,11 +164,13 @@ func (f *Finding) add(c *Cause) {
 	}
 }
 
-// A Target is what is asked about: one of the fields.
+// A Target is what is asked about: one of the fields but Cluster.
 type Target struct {
 	PID int32
 	Pod string
 	ID  string
+	// Cluster is that of the pod, by its name in the CA's configuration; empty: any.
+	Cluster string
 }
 
 // Request is the target as the agent is asked.
@@ -161,10 +192,10 @@ type Answer struct {
 	Findings []Finding
 }
 
-// Ask asks the agent, then the CA, and names the causes. ca may be nil; caErr then says why it cannot be asked. now is the
-// clock of who asks.
+// Ask asks the agent, then the CA, and names the causes. ca may be nil; caErr then says why it cannot be asked. agent may be nil for a pod: of pods the
+// CA knows much by itself. now is the clock of who asks.
 func Ask(ctx context.Context, agent agentv1.AgentClient, ca grpc.ClientConnInterface, caErr error, t Target, now time.Time) (*Answer, error) {
-	local, err := agent.Explain(ctx, t.Request())
+	local, noProcess, err := askAgent(ctx, agent, ca != nil, t)
 	if err != nil {
 		return nil, err
 	}
@@ -172,7 +203,7 @@ func Ask(ctx context.Context, agent agentv1.AgentClient, ca grpc.ClientConnInter
 	if ca != nil {
 		a.CA = askCA(ctx, ca, local, t)
 	}
-	d := &diagnosis{local: local, status: local.GetStatus(), ca: a.CA, now: now}
+	d := &diagnosis{local: local, status: local.GetStatus(), ca: a.CA, now: now, noProcess: noProcess}
 	if t.ID != "" {
 		a.Findings = []Finding{d.id(t.ID)}
 		return a, nil
@@ -180,7 +211,38 @@ func Ask(ctx context.Context, agent agentv1.AgentClient, ca grpc.ClientConnInter
 	for _, p := range local.GetProcesses() {
 		a.Findings = append(a.Findings, d.process(p))
 	}
-	return a, nil
+	if len(a.Findings) == 0 && t.Pod != "" {
+		a.Findings = d.podFindings(t)
+	}
+	switch {
+	case len(a.Findings) > 0:
+		return a, nil
+	case noProcess != nil:
+		return nil, noProcess
+	case a.CA.Err != nil:
+		return nil, a.CA.Err
+	case a.CA.PodsErr != nil:
+		return nil, a.CA.PodsErr
+	}
+	return nil, status.Error(codes.Unimplemented, "the CA cannot say what it makes of a pod: it is of an older version")
+}
+
+// askAgent asks the agent. Where it finds no process of a pod and the CA can be asked, noProcess is what it said, and of the
+// answer there is the agent's state alone.
+func askAgent(ctx context.Context, agent agentv1.AgentClient, more bool, t Target) (local *agentv1.ExplainResponse, noProcess, err error) {
+	if agent == nil {
+		return &agentv1.ExplainResponse{}, nil, nil
+	}
+	local, err = agent.Explain(ctx, t.Request())
+	if c := status.Code(err); err == nil || t.Pod == "" || !more || c != codes.NotFound && c != codes.FailedPrecondition {
+		return local, nil, err
+	}
+	noProcess = err
+	s, err := agent.GetStatus(ctx, &agentv1.GetStatusRequest{})
+	if err != nil {
+		return nil, nil, err
+	}
+	return &agentv1.ExplainResponse{Status: s}, noProcess, nil
 }
 
 // A diagnosis is one in the making.
@@ -189,6 +251,8 @@ type diagnosis struct {
 	status *agentv1.GetStatusResponse
 	ca     *CAView
 	now    time.Time
+	// noProcess is what the agent said when it found none of a pod's; nil: it did, or was not asked.
+	noProcess error
 }
 
 // process names the causes for one process.
@@ -312,6 +376,8 @@ func (d *diagnosis) unmatched(f *Finding, p *agentv1.Process, expired, removed, 
 	if elsewhere != nil && !elsewhere.here {
 		f.add(elsewhere.cause)
 	}
+	near = slices.DeleteFunc(near, func(c *agentv1.Candidate) bool { return d.otherPods(p, c) })
+	template, templateCost := d.aboutPod(f, p)
 	var nearest *Cause
 	if len(near) > 0 {
 		nearest = d.nearest(p, near)
@@ -327,12 +393,17 @@ func (d *diagnosis) unmatched(f *Finding, p *agentv1.Process, expired, removed, 
 		case told[what]:
 		case c.GetExpired():
 			f.add(d.expired(c))
+		case strings.HasPrefix(c.GetEntryId(), podEntryPrefix) && len(f.Causes) > 0: // what the CA makes of the pod says it better
 		case elsewhere == nil || elsewhere.entryID != c.GetEntryId():
 			f.add(d.deleted(c))
 		}
 		told[what] = true
 	}
+	if template != nil && nearest != nil && templateCost < distance(near[0]) {
+		f.add(template)
+	}
 	f.add(nearest)
+	f.add(template)
 	f.add(trouble)
 	d.refusals(f, p)
 	if len(f.Causes) == 0 {
@@ -368,6 +439,10 @@ func (d *diagnosis) deleted(c *agentv1.Candidate) *Cause {
 	out := cause(EntryDeleted, "entry %s for %s matched, and was deleted, or given to other nodes, at %s", c.GetEntryId(), c.GetSpiffeId(), clock(c.GetRemovedAt()))
 	if d.ca.Err == nil && d.ca.entry(c.GetEntryId()) == nil {
 		out.Text = fmt.Sprintf("entry %s for %s matched, and was deleted at %s", c.GetEntryId(), c.GetSpiffeId(), clock(c.GetRemovedAt()))
+	}
+	if strings.HasPrefix(c.GetEntryId(), podEntryPrefix) {
+		out.Text = fmt.Sprintf("%s, which a template gave the process's pod, was taken back at %s: the pod is gone or ended, or the template was changed", c.GetSpiffeId(), clock(c.GetRemovedAt()))
+		return out.fix("# what the CA makes of the pod now: signet why NAMESPACE/POD, where the CA can be asked")
 	}
 	return out.fix("# who did it: signet audit search --event entry.delete").
 		fix("%s", d.createEntry(c.GetSpiffeId(), c.GetSelectors()))

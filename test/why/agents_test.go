@@ -198,25 +198,39 @@ var agentSetups = []setup{
 // cgroup puts a process into a cgroup of that name.
 func (w *world) cgroup(p int32, name string) {
 	w.Helper()
-	root := "/sys/fs/cgroup"
-	if _, err := os.Stat(root + "/cgroup.procs"); err != nil {
-		root += "/unified"
-	}
-	dir := filepath.Join(root, name)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		w.Skipf("no cgroup can be made here: %v", err)
-	}
+	dir := w.cgroupDir(name)
 	if err := os.WriteFile(dir+"/cgroup.procs", []byte(itoa(p)), 0o644); err != nil {
 		w.Skipf("no process can be put into a cgroup here: %v", err)
 	}
 	w.Cleanup(func() {
-		if err := os.WriteFile(root+"/cgroup.procs", []byte(itoa(p)), 0o644); err != nil {
+		if err := os.WriteFile(cgroupRoot()+"/cgroup.procs", []byte(itoa(p)), 0o644); err != nil {
 			w.Error(err)
 		}
+	})
+}
+
+// cgroupDir makes a cgroup, until the end of the test.
+func (w *world) cgroupDir(name string) string {
+	w.Helper()
+	root := cgroupRoot()
+	dir := filepath.Join(root, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		w.Skipf("no cgroup can be made here: %v", err)
+	}
+	w.Cleanup(func() {
 		for d := dir; d != root; d = filepath.Dir(d) {
 			os.Remove(d) // other tests may use what is above
 		}
 	})
+	return dir
+}
+
+func cgroupRoot() string {
+	root := "/sys/fs/cgroup"
+	if _, err := os.Stat(root + "/cgroup.procs"); err != nil {
+		root += "/unified"
+	}
+	return root
 }
 
 // diskOf puts the CA's data on a small disk of its own.

@@ -24,7 +24,7 @@ type setup struct {
 
 // TestCorpus builds every broken set-up and asks why. The named cause must be right in 95 of a hundred.
 func TestCorpus(t *testing.T) {
-	all := slices.Concat(selectorSetups, entrySetups, agentSetups, callerSetups, podSetups)
+	all := slices.Concat(selectorSetups, entrySetups, agentSetups, callerSetups, podSetups, templateSetups)
 	if len(all) < 40 {
 		t.Fatalf("the corpus has %d set-ups, and must have 40 at least", len(all))
 	}

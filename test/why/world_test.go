@@ -45,11 +45,13 @@ const eventually = 20 * time.Second
 type world struct {
 	*testing.T
 	*dev.Instance
-	dir    string
-	offset atomic.Int64 // of the clock of CA, agent and who asks
-	skew   atomic.Int64 // of the agent's alone
-	noCA   bool         // whoever asks cannot reach the CA
-	config agent.Config // of the agent
+	dir        string
+	offset     atomic.Int64 // of the clock of CA, agent and who asks
+	skew       atomic.Int64 // of the agent's alone
+	noCA       bool         // whoever asks cannot reach the CA
+	noAgent    bool         // nor the agent
+	config     agent.Config // of the agent
+	kubeconfig string       // of its cluster, if there is one
 }
 
 // A maker changes what a world begins with.
@@ -58,6 +60,10 @@ type maker struct {
 	Agent func(*agent.Config)
 	// Groups are the node's.
 	Groups []string
+	// World makes what the others need.
+	World   func(*world)
+	CAOf    func(*world, *ca.Config)
+	AgentOf func(*world, *agent.Config)
 }
 
 func newWorld(t *testing.T, m maker) *world {
@@ -68,6 +74,9 @@ func newWorld(t *testing.T, m maker) *world {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	w := &world{T: t, dir: dir}
+	if m.World != nil {
+		m.World(w)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*eventually)
 	defer cancel()
 	w.Instance, err = dev.Start(ctx, dev.Config{
@@ -77,12 +86,18 @@ func newWorld(t *testing.T, m maker) *world {
 			if m.CA != nil {
 				m.CA(c)
 			}
+			if m.CAOf != nil {
+				m.CAOf(w, c)
+			}
 		},
 		Agent: func(c *agent.Config) {
 			c.RegistrationWait = 20 * time.Millisecond
 			c.Now = func() time.Time { return w.now().Add(time.Duration(w.skew.Load())) }
 			if m.Agent != nil {
 				m.Agent(c)
+			}
+			if m.AgentOf != nil {
+				m.AgentOf(w, c)
 			}
 			w.config = *c
 		},
@@ -152,7 +167,11 @@ func (w *world) ask(target why.Target) *why.Answer {
 	if !w.noCA {
 		caConn, err = w.conn(w.CASocket()), nil
 	}
-	answer, err := why.Ask(ctx, agentv1.NewAgentClient(w.conn(w.AgentAdminSocket())), caConn, err, target, w.now())
+	var local agentv1.AgentClient
+	if !w.noAgent {
+		local = agentv1.NewAgentClient(w.conn(w.AgentAdminSocket()))
+	}
+	answer, err := why.Ask(ctx, local, caConn, err, target, w.now())
 	if err != nil {
 		w.Fatalf("asking: %v", err)
 	}

@@ -255,13 +255,17 @@ func (x *Expander) reportTaken() {
 		for d := range c.all {
 			by := taken[d.entry.ID]
 			if by != nil && !d.taken {
-				reason := fmt.Sprintf("%s is the SPIFFE ID of %s", d.entry.SPIFFEID, by.Called())
-				w.refused = append(w.refused, Refusal{d.of.pod, d.rule.Name(), reason})
+				w.refused = append(w.refused, Refusal{d.of.pod, d.rule.Name(), takenReason(d.entry, by)})
 			}
 			d.taken = by != nil
 		}
 	}
 	w.unlockAndReport()
+}
+
+// takenReason says why a pod does not get an entry whose SPIFFE ID a registered one has.
+func takenReason(e, by *registry.Entry) string {
+	return fmt.Sprintf("%s is the SPIFFE ID of %s", e.SPIFFEID, by.Called())
 }
 
 // Pods returns how many pods are known, of all clusters.

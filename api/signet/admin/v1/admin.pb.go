@@ -409,8 +409,10 @@ type Resource struct {
 	// Identity: id of its registration entry.
 	EntryId string `protobuf:"bytes,6,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
 	// A templated Identity, which stands for so many pods now.
-	Templated     bool  `protobuf:"varint,7,opt,name=templated,proto3" json:"templated,omitempty"`
-	Pods          int64 `protobuf:"varint,8,opt,name=pods,proto3" json:"pods,omitempty"`
+	Templated bool  `protobuf:"varint,7,opt,name=templated,proto3" json:"templated,omitempty"`
+	Pods      int64 `protobuf:"varint,8,opt,name=pods,proto3" json:"pods,omitempty"`
+	// How many more it would stand for if what it gives them were not refused.
+	RefusedPods   int64 `protobuf:"varint,9,opt,name=refused_pods,json=refusedPods,proto3" json:"refused_pods,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -497,6 +499,13 @@ func (x *Resource) GetTemplated() bool {
 func (x *Resource) GetPods() int64 {
 	if x != nil {
 		return x.Pods
+	}
+	return 0
+}
+
+func (x *Resource) GetRefusedPods() int64 {
+	if x != nil {
+		return x.RefusedPods
 	}
 	return 0
 }
@@ -3118,7 +3127,7 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\rApplyResponse\x121\n" +
 	"\achanges\x18\x01 \x03(\v2\x17.signet.admin.v1.ChangeR\achanges\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1a\n" +
-	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"\x8d\x02\n" +
+	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"\xb0\x02\n" +
 	"\bResource\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n" +
@@ -3128,7 +3137,8 @@ const file_signet_admin_v1_admin_proto_rawDesc = "" +
 	"\bdocument\x18\x05 \x01(\v2\x19.signet.admin.v1.DocumentR\bdocument\x12\x19\n" +
 	"\bentry_id\x18\x06 \x01(\tR\aentryId\x12\x1c\n" +
 	"\ttemplated\x18\a \x01(\bR\ttemplated\x12\x12\n" +
-	"\x04pods\x18\b \x01(\x03R\x04pods\"y\n" +
+	"\x04pods\x18\b \x01(\x03R\x04pods\x12!\n" +
+	"\frefused_pods\x18\t \x01(\x03R\vrefusedPods\"y\n" +
 	"\x13GetResourcesRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1b\n" +
