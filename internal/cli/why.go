@@ -113,7 +113,7 @@ func (a *app) why(ctx context.Context, f format, socket string, t why.Target) er
 		a.note("the CA, which knows what its templates give a pod, cannot be asked either: %v", caErr)
 		return a.noAgent(f, agentErr)
 	}
-	answer, err := why.Ask(ctx, l, conn, caErr, t, a.now())
+	answer, err := why.Ask(ctx, agent, conn, caErr, t, a.now())
 	if err != nil && agent == nil {
 		return caError("asking about pod "+strconv.Quote(t.Pod), ca, err)
 	}

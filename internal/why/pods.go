@@ -398,8 +398,12 @@ func (d *diagnosis) podFindings(t Target) []Finding {
 		return nil
 	}
 	if len(r.GetPods()) == 0 {
+		if d.noProcess != nil && len(r.GetClusters()) == 0 && r.GetTemplates() == 0 {
+			return nil // nobody means to use templates: what the agent said is all
+		}
 		f := Finding{}
 		f.add(d.notWatched(r, t.Cluster))
+		f.add(d.notHere())
 		return []Finding{f}
 	}
 	there := slices.DeleteFunc(slices.Clone(r.GetPods()), func(x *adminv1.ExplainedPod) bool { return x.GetState() == stateAbsent })
@@ -425,12 +429,8 @@ func (d *diagnosis) podFinding(r *adminv1.ExplainPodResponse, x *adminv1.Explain
 	}
 	here := d.status != nil && slices.ContainsFunc(x.GetAgents(), func(a *adminv1.NodeAgent) bool { return a.GetId() == d.status.GetId() })
 	switch {
-	case here && d.noProcess != nil:
-		code := ProcessGone
-		if status.Code(d.noProcess) == codes.FailedPrecondition {
-			code = TypeNotAttested
-		}
-		f.add(cause(code, "the agent of the pod's node found none of its processes: %s", status.Convert(d.noProcess).Message()))
+	case here:
+		f.add(d.notHere())
 	case d.status != nil && !here && len(x.GetAgents()) > 0:
 		f.add(cause(PodOtherNode, "the pod runs on node %s, whose agent is %s; the one that was asked here is %s, which serves only pods of its own node", x.GetNodeName(), agentIDs(x), orUnknownAgent(d.status)).
 			fix("# on that node: signet why %s/%s", quote(x.GetNamespace()), quote(x.GetName())))
@@ -458,6 +458,17 @@ func (d *diagnosis) podFinding(r *adminv1.ExplainPodResponse, x *adminv1.Explain
 	}
 	f.add(c)
 	return f
+}
+
+// notHere is what the agent said when it found no process of a pod; nil: it was not asked.
+func (d *diagnosis) notHere() *Cause {
+	switch status.Code(d.noProcess) {
+	case codes.OK:
+		return nil
+	case codes.FailedPrecondition:
+		return cause(TypeNotAttested, "the agent cannot tell the pod's processes: %s", status.Convert(d.noProcess).Message())
+	}
+	return cause(ProcessGone, "the agent found none of the pod's processes: %s", status.Convert(d.noProcess).Message())
 }
 
 func orUnknownAgent(s *agentv1.GetStatusResponse) string {
