@@ -51,7 +51,7 @@ func (p podExplainer) Explain(ctx context.Context, req *adminv1.ExplainPodReques
 			continue
 		}
 		name := k.client.Cluster
-		out.Clusters = append(out.Clusters, &adminv1.WatchedCluster{Name: name, Synced: p.ca.pods.IsSynced(name), Problem: k.problem()})
+		out.Clusters = append(out.Clusters, &adminv1.WatchedCluster{Name: name, Synced: p.ca.pods.IsSynced(name), Problem: k.watcher.Problem()})
 		if req.GetCluster() != "" && req.GetCluster() != name {
 			continue
 		}
@@ -101,9 +101,9 @@ func (p podExplainer) known(k *kubeCluster, e *pods.Explanation) *adminv1.Explai
 	}
 	now := p.ca.c.Now()
 	for _, v := range e.Verdicts {
-		r := &adminv1.PodRule{Rule: v.Rule, Refused: strings.ToValidUTF8(v.Refused, "")}
+		r := &adminv1.PodRule{Rule: v.Rule, Expired: v.Ended, Refused: strings.ToValidUTF8(v.Refused, "")}
 		if v.Entry != nil {
-			r.EntryId, r.SpiffeId, r.Expired = string(v.Entry.ID), v.Entry.SPIFFEID.String(), v.Entry.Expired(now)
+			r.EntryId, r.SpiffeId, r.Expired = string(v.Entry.ID), v.Entry.SPIFFEID.String(), v.Entry.Expired(now) // it may be about to be taken back
 			r.MissingOn = missingOn(v.Entry.On, nodes)
 			for _, s := range v.Entry.Selectors {
 				if s != (spiffe.Selector{Type: "k8s", Value: "pod-uid:" + pod.UID}) {

@@ -20,3 +20,17 @@ func (r *Registry) NodesOfPods(cluster, nodeUID string) []*Node {
 	slices.SortFunc(out, func(a, b *Node) int { return strings.Compare(a.ID.String(), b.ID.String()) })
 	return out
 }
+
+// EndedTemplates returns the templated Identities whose end has come, in order of name.
+func (r *Registry) EndedTemplates() []*Entry {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	var out []*Entry
+	for _, e := range r.ix.templated {
+		if e.Expired(r.ix.asOf) {
+			out = append(out, e)
+		}
+	}
+	slices.SortFunc(out, func(a, b *Entry) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	return out
+}

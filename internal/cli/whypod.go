@@ -89,13 +89,12 @@ func (w *whyPrinter) pod(x *adminv1.ExplainedPod) {
 		switch {
 		case r.GetRefused() != "":
 			w.line(2, red, "x %s refuses: %s", r.GetRule(), r.GetRefused())
+		case r.GetExpired():
+			w.line(2, red, "x %s has ended", r.GetRule())
 		case r.GetEntryId() != "":
 			more := ""
 			if s := r.GetProcessSelectors(); len(s) > 0 {
 				more = ", to processes with " + strings.Join(s, ", ")
-			}
-			if r.GetExpired() {
-				more += ", and has ended"
 			}
 			if s := r.GetMissingOn(); len(s) > 0 {
 				more += ", on nodes with " + strings.Join(s, ", ")

@@ -204,10 +204,10 @@ func (d *diagnosis) explainPod(r *adminv1.ExplainPodResponse, x *adminv1.Explain
 		switch {
 		case rule.GetRefused() != "":
 			refused = append(refused, rule)
-		case rule.GetEntryId() == "":
-			near = append(near, rule)
 		case rule.GetExpired():
 			expired = append(expired, rule)
+		case rule.GetEntryId() == "":
+			near = append(near, rule)
 		case len(rule.GetMissingOn()) > 0:
 			elsewhere = append(elsewhere, rule)
 		default:
@@ -224,7 +224,7 @@ func (d *diagnosis) explainPod(r *adminv1.ExplainPodResponse, x *adminv1.Explain
 			fix("# the same is an Event on the pod: kubectl -n %s describe pod %s", quote(x.GetNamespace()), quote(x.GetName())))
 	}
 	for _, rule := range expired[:min(len(expired), maxRefusals)] {
-		add(cause(EntryExpired, "%s is for %s, and its expiresAt is past: %s is not issued any more", rule.GetRule(), what, rule.GetSpiffeId()).fix("%s", showRule(rule)))
+		add(cause(EntryExpired, "%s is for %s, and its expiresAt is past: it stands for no pods any more", rule.GetRule(), what).fix("%s", showRule(rule)))
 	}
 	for _, rule := range elsewhere[:min(len(elsewhere), maxRefusals)] {
 		add(cause(EntryOtherNode, "%s gives %s to %s, and what it says under `on` does not hold for the pod's node %s: its agent, %s, does not have %s", rule.GetRule(), rule.GetSpiffeId(), what,

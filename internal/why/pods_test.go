@@ -58,7 +58,7 @@ func TestPodCauses(t *testing.T) {
 		{name: "one agent has ended, another has come", pod: podOn(func(x *adminv1.ExplainedPod) {
 			x.Agents = []*adminv1.NodeAgent{{Id: "spiffe://example.org/old", ExpiresAt: timestamppb.New(asked.Add(-time.Minute))}, here}
 		}), want: Served},
-		{name: "the template has ended", pod: podOn(rules(&adminv1.PodRule{Rule: "Identity shop", EntryId: "e", SpiffeId: "spiffe://example.org/web", Expired: true})), want: EntryExpired, says: "expiresAt"},
+		{name: "the template has ended", pod: podOn(rules(&adminv1.PodRule{Rule: "Identity shop", Expired: true})), want: EntryExpired, says: "expiresAt"},
 		{name: "the namespace is not known", pod: podOn(func(x *adminv1.ExplainedPod) { x.NodeUid, x.Unplaced = "", "namespace_unknown" }), want: PodNotSeen, says: "namespace"},
 		{name: "the API server cannot be asked", pod: podOn(func(x *adminv1.ExplainedPod) { x.State, x.Detail = "unclear", "connection refused" }), want: PodUnknown, says: "connection refused"},
 		{name: "a state of a newer CA", pod: podOn(func(x *adminv1.ExplainedPod) { x.State = "frozen" }), want: PodUnknown},

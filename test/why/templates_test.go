@@ -178,6 +178,7 @@ var templateSetups = []setup{
 	{name: "template that is far from the pod", root: true, make: inCluster(clusterSpec{}), build: templated("match: [k8s:ns:bank, k8s:sa:database]"), want: why.NoTemplate, says: "Identity shop"},
 	{name: "template, a variable is empty", root: true, make: inCluster(clusterSpec{}), build: templated("match: [k8s:ns:prod]\ndnsNames: ['{{ .k8s.label[\"zone\"] }}.internal']"), want: why.TemplateRefused, says: `.k8s.label["zone"] is empty`},
 	{name: "template, its ID is registered", root: true, make: inCluster(clusterSpec{}), build: templated("---\nkind: Identity\nname: plain\nspiffeID: /ns/prod/sa/web\nmatch: [unix:uid:1]"), want: why.TemplateRefused, says: "is the SPIFFE ID of Identity plain"},
+	{name: "template that has ended", root: true, make: inCluster(clusterSpec{}), build: templated("match: [k8s:ns:prod]\nexpiresAt: '2020-01-01T00:00:00Z'"), want: why.EntryExpired, says: "expiresAt"},
 	{name: "template, on other nodes", root: true, make: inCluster(clusterSpec{}), build: templated("on: ['k8s_psat:agent_node_name:n2']"), want: why.EntryOtherNode, says: "k8s_psat:agent_node_name:n2"},
 	{name: "template, another user", root: true, make: inCluster(clusterSpec{}), build: templated("match: [k8s:ns:prod, unix:uid:1]"), want: why.UserDiffers, says: "unix:uid:4711"},
 	{name: "template, typo in the container's name", root: true, make: inCluster(clusterSpec{}), build: templated("match: [k8s:ns:prod, k8s:container-name:sevrer]"), want: why.Typo, says: "k8s:container-name:server"},

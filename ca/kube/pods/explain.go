@@ -93,7 +93,7 @@ type Explanation struct {
 	Pod *Pod
 	// Rules is how many there are that are for pods of its cluster.
 	Rules int
-	// Verdicts are those on the pod: what it is given, then what it is refused, then the rules that come nearest.
+	// Verdicts are those on the pod: what it is given, then what it is refused, then what has ended, then the rules that come nearest.
 	Verdicts []Verdict
 	// More is how many are left out.
 	More int
@@ -106,6 +106,8 @@ type Verdict struct {
 	Entry *registry.Entry
 	// Refused is why it does not get what the rule would give it, as in the Event.
 	Refused string
+	// Ended tells that the rule would be for the pod if its end had not come.
+	Ended bool
 	// Differences are what keeps the rule from concerning it.
 	Differences []Difference
 }
@@ -208,7 +210,21 @@ func (x *Expander) Explain(ctx context.Context, cluster, uid string) (*Explanati
 		}
 	}
 	out.More -= len(near)
-	out.Verdicts = append(out.Verdicts, near...)
+	ended, err := x.ended(ctx, subject)
+	out.Verdicts = append(append(out.Verdicts, ended...), near...)
+	return out, err
+}
+
+// ended are the Identities that would be for a pod if they had not ended.
+func (x *Expander) ended(ctx context.Context, s *Subject) (out []Verdict, err error) {
+	for _, e := range x.c.Registry.EndedTemplates() {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if r := (identity{e: e}); len(out) < maxNear && len(r.Differences(s)) == 0 {
+			out = append(out, Verdict{Rule: r.Name(), Ended: true})
+		}
+	}
 	return out, nil
 }
 

@@ -20,6 +20,8 @@ func verdicts(e *Explanation) string {
 			line += " gives " + v.Entry.SPIFFEID.Path()
 		case v.Refused != "":
 			line += " refuses: " + v.Refused
+		case v.Ended:
+			line += " has ended"
 		}
 		for _, d := range v.Differences {
 			line += fmt.Sprintf(" wants %s (%s %s)", d.Want, d.Kind, strings.Join(d.Have, " "))
@@ -57,6 +59,8 @@ func TestExplain(t *testing.T) {
 		{name: "another owner", documents: "match: ['k8s:pod-owner:Job:web']", want: "Identity t wants k8s:pod-owner:Job:web (absent )"},
 		{name: "an owner of another name", documents: "match: ['k8s:pod-owner:ReplicaSet:payments']", want: "Identity t wants k8s:pod-owner:ReplicaSet:payments (value k8s:pod-owner:ReplicaSet:web-7d4b9)"},
 		{name: "another cluster", documents: "on: ['k8s_psat:cluster:test']", want: "Identity t wants k8s_psat:cluster:test (value k8s_psat:cluster:prod)"},
+		{name: "ended", documents: "match: [k8s:ns:shop]\nexpiresAt: '2020-01-01T00:00:00Z'", want: "Identity t has ended"},
+		{name: "ended, and for others", documents: "match: [k8s:ns:bank]\nexpiresAt: '2020-01-01T00:00:00Z'"},
 		{name: "several at once", documents: "match: [k8s:ns:bank, k8s:sa:wbe]\non: ['k8s_psat:cluster:test']",
 			want: "Identity t wants k8s:ns:bank (value k8s:ns:shop) wants k8s:sa:wbe (typo k8s:sa:web) wants k8s_psat:cluster:test (value k8s_psat:cluster:prod)"},
 		{name: "refused", documents: "match: [k8s:ns:shop]\ndnsNames: ['{{ .k8s.label[\"tier\"] }}.internal']", want: `Identity t refuses: dnsNames: .k8s.label["tier"] is "a b", which is no label of a DNS name: it may hold A-Z a-z 0-9 - _ only`},

@@ -89,7 +89,7 @@ type ExplainPodResponse struct {
 	Clusters []*WatchedCluster `protobuf:"bytes,1,rep,name=clusters,proto3" json:"clusters,omitempty"`
 	// The pod in each cluster that was asked about; in one, two of which one is made anew under the other's name.
 	Pods []*ExplainedPod `protobuf:"bytes,2,rep,name=pods,proto3" json:"pods,omitempty"`
-	// How many templated Identities there are.
+	// How many templated Identities there are that have not ended.
 	Templates     int64 `protobuf:"varint,3,opt,name=templates,proto3" json:"templates,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -229,7 +229,7 @@ type ExplainedPod struct {
 	Unplaced string `protobuf:"bytes,11,opt,name=unplaced,proto3" json:"unplaced,omitempty"`
 	// The agents that have attested as its node by k8s_psat: one as a rule.
 	Agents []*NodeAgent `protobuf:"bytes,12,rep,name=agents,proto3" json:"agents,omitempty"`
-	// What it is given, what it is refused, then what comes nearest: at most 100 of the former, 10 of the latter.
+	// What it is given, what it is refused (100 at most), what has ended (10), then what comes nearest (10).
 	Rules []*PodRule `protobuf:"bytes,13,rep,name=rules,proto3" json:"rules,omitempty"`
 	// How many rules are left out of them.
 	MoreRules     int64 `protobuf:"varint,14,opt,name=more_rules,json=moreRules,proto3" json:"more_rules,omitempty"`
@@ -425,7 +425,7 @@ func (x *NodeAgent) GetBanned() bool {
 	return false
 }
 
-// A PodRule is what one rule makes of a pod: an entry, a reason for which it is refused, or differences.
+// A PodRule is what one rule makes of a pod: an entry, a reason for which it is refused, that it has ended, or differences.
 type PodRule struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Such as "Identity cluster-default" or "ClusterSPIFFEID web".
@@ -434,7 +434,7 @@ type PodRule struct {
 	SpiffeId string `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
 	// What of the entry the agent judges, for each process.
 	ProcessSelectors []string `protobuf:"bytes,4,rep,name=process_selectors,json=processSelectors,proto3" json:"process_selectors,omitempty"`
-	// It is past the end that the rule says.
+	// It would be for the pod, and its end has come.
 	Expired bool `protobuf:"varint,5,opt,name=expired,proto3" json:"expired,omitempty"`
 	// What the rule asks of nodes and the agents of the pod's node are not, so that they are not sent the entry.
 	MissingOn     []string         `protobuf:"bytes,6,rep,name=missing_on,json=missingOn,proto3" json:"missing_on,omitempty"`
