@@ -52,7 +52,7 @@ func measured(t *testing.T, name string, otherwise int) int {
 
 // From a pod's creation to its SVID in its hands, beside pods of the same image and volumes that only say when they run, made in turn.
 // Then what the agent costs that has them all. SIGNET_MEASURE_PODS is how many of each, SIGNET_MEASURE_IDLE for how many seconds nothing changes.
-// The figures are in docs/performance.md.
+// SIGNET_MEASURE_TRACE asks the kubelet too, when it knows what runs. The figures are in docs/performance.md.
 func TestMeasurePods(t *testing.T) {
 	n, idle := measured(t, "SIGNET_MEASURE_PODS", 2), time.Duration(measured(t, "SIGNET_MEASURE_IDLE", 3))*time.Second
 	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Minute)
@@ -66,7 +66,8 @@ func TestMeasurePods(t *testing.T) {
 	s.Apply("{kind: Identity, name: pods, spiffeID: '/ns/{{ .k8s.ns }}/pod/{{ .k8s.pod }}', 'on': ['k8s_psat:cluster:prod']}\n")
 	admin := k.admin()
 
-	var plain, started, served, inside sample
+	var plain, started, served, inside, kubelet, agent sample
+	trace := os.Getenv("SIGNET_MEASURE_TRACE") != ""
 	asked := 0
 	for i := range n {
 		for _, how := range []string{"starts", "svid"} {
@@ -80,6 +81,10 @@ func TestMeasurePods(t *testing.T) {
 				plain = append(plain, at.Sub(created))
 				continue
 			}
+			var listed <-chan time.Time
+			if trace {
+				listed = k.listed(admin, name)
+			}
 			svid, rest, log := k.stamp(admin, name, "svid: ")
 			if want := "/ns/" + k.namespace + "/pod/" + name; rest != want {
 				t.Fatalf("pod %s is %q, want %q", name, rest, want)
@@ -90,12 +95,20 @@ func TestMeasurePods(t *testing.T) {
 			}
 			started, served, inside = append(started, at.Sub(created)), append(served, svid.Sub(created)), append(inside, svid.Sub(at))
 			asked += strings.Count(log, "none: ")
+			if trace {
+				known := <-listed
+				kubelet, agent = append(kubelet, known.Sub(at)), append(agent, svid.Sub(known))
+			}
 		}
 	}
 	ratio := func(q float64) float64 { return float64(served.quantile(q)) / float64(plain.quantile(q)) }
 	t.Logf("%d pods of each, one after the other: created → program runs, without SVID: %v; with: %v", n, plain, started)
 	t.Logf("created → SVID in hand: %v; as a ratio to pod start in the same run: p50 %.2f, p99 %.2f", served, ratio(0.5), ratio(0.99))
 	t.Logf("program runs → SVID in hand: %v; calls that were refused before: %d", inside, asked)
+
+	if trace {
+		t.Logf("of that: program runs → the kubelet lists the container as running (asked every 20 ms): %v; from there to the SVID: %v", kubelet, agent)
+	}
 
 	uid := k.kubectl("-n", k.namespace, "get", "pod", "-l", "app=agent", "-o", "jsonpath={.items[0].metadata.uid}")
 	pids := processesOf(t, uid, "signet")
@@ -142,6 +155,35 @@ func (k *cluster) stamp(admin kubernetes.Interface, pod, want string) (at time.T
 		}
 		pause(k.t, k.ctx)
 	}
+}
+
+// listed tells when the kubelet first listed the container of a pod as running. It is asked through the API server, every 20 ms.
+func (k *cluster) listed(admin kubernetes.Interface, pod string) <-chan time.Time {
+	node := k.kubectl("get", "nodes", "-o", "jsonpath={.items[0].metadata.name}")
+	out := make(chan time.Time, 1)
+	go func() {
+		defer close(out) // a zero time, if the test ends first
+		tick := time.NewTicker(20 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			data, err := admin.CoreV1().RESTClient().Get().AbsPath("/api/v1/nodes/" + node + "/proxy/pods/").DoRaw(k.ctx)
+			var list corev1.PodList
+			if err == nil && json.Unmarshal(data, &list) == nil {
+				for _, p := range list.Items {
+					if p.Name == pod && len(p.Status.ContainerStatuses) > 0 && p.Status.ContainerStatuses[0].State.Running != nil {
+						out <- time.Now()
+						return
+					}
+				}
+			}
+			select {
+			case <-tick.C:
+			case <-k.ctx.Done():
+				return
+			}
+		}
+	}()
+	return out
 }
 
 func stampIn(log, want string) (time.Time, string, bool) {

@@ -3,17 +3,16 @@ package container
 import (
 	"bytes"
 	"fmt"
-	"regexp"
 	"strconv"
 	"strings"
 )
 
 var (
 	// What a kubelet and the engines put over files of a container, by where those files are.
-	podHosts = regexp.MustCompile(`/pods/` + uid + `/etc-hosts$`)
-	podLog   = regexp.MustCompile(`/pods/` + uid + `/containers/([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)/[0-9a-f]{8}$`)
-	ofDocker = regexp.MustCompile(`/containers/([0-9a-f]{64})/(hostname|hosts|resolv\.conf)$`)
-	ofPodman = regexp.MustCompile(`/[a-z]+-containers/([0-9a-f]{64})/userdata/(hostname|hosts|resolv\.conf)$`)
+	podHosts = pattern(`/pods/` + uid + `/etc-hosts$`)
+	podLog   = pattern(`/pods/` + uid + `/containers/([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)/[0-9a-f]{8}$`)
+	ofDocker = pattern(`/containers/([0-9a-f]{64})/(hostname|hosts|resolv\.conf)$`)
+	ofPodman = pattern(`/[a-z]+-containers/([0-9a-f]{64})/userdata/(hostname|hosts|resolv\.conf)$`)
 )
 
 // ownContainer says what container the agent is in, from its own mountinfo, which is as the engine made it. In a pod the
@@ -25,7 +24,7 @@ func ownContainer(mountinfo []byte) (Container, error) {
 		if err != nil {
 			return Container{}, err
 		}
-		if m := podLog.FindStringSubmatch(root); m != nil {
+		if m := podLog().FindStringSubmatch(root); m != nil {
 			if err := pod.merge(Container{PodUID: dashes(m[1]), Path: root}); err != nil {
 				return Container{}, err
 			}
@@ -36,15 +35,15 @@ func ownContainer(mountinfo []byte) (Container, error) {
 		default:
 			continue
 		}
-		if m := podHosts.FindStringSubmatch(root); m != nil {
+		if m := podHosts().FindStringSubmatch(root); m != nil {
 			if err := pod.merge(Container{PodUID: dashes(m[1]), Path: root}); err != nil {
 				return Container{}, err
 			}
 		}
 		engine := Container{}
-		if m := ofPodman.FindStringSubmatch(root); m != nil {
+		if m := ofPodman().FindStringSubmatch(root); m != nil {
 			engine = Container{ID: m[1], Runtime: "podman", Path: root}
-		} else if m := ofDocker.FindStringSubmatch(root); m != nil {
+		} else if m := ofDocker().FindStringSubmatch(root); m != nil {
 			engine = Container{ID: m[1], Runtime: "docker", Path: root}
 		}
 		if engine.ID != "" && pod.PodUID == "" {

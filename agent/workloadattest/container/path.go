@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 )
 
 // locate says what container a path names. Its forms, from the start of the path or from the base of a node that is itself a container:
@@ -56,15 +57,20 @@ func (f *Finder) locateFrom(l line, start int) (Container, *Claim) {
 const uid = `([0-9a-f]{32}|[0-9a-f]{8}([-_])[0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})`
 
 var (
-	podDirectory = regexp.MustCompile(`^pod` + uid + `$`)
-	podSlice     = regexp.MustCompile(`^(.+-)?kubepods(-burstable|-besteffort)?-pod` + uid + `\.slice$`)
-	podColons    = regexp.MustCompile(`^kubepods(-burstable|-besteffort)?-pod` + uid + `\.slice:([a-z-]+):([0-9a-f]{64})$`)
-	bare         = regexp.MustCompile(`^[0-9a-f]{64}$`)
-	prefixed     = regexp.MustCompile(`^([a-z][a-z0-9-]*)-([0-9a-f]{64})$`)
-	scoped       = regexp.MustCompile(`^([a-z][a-z0-9-]*)-([0-9a-f]{64})\.scope$`)
-	userSlice    = regexp.MustCompile(`^user-([0-9]{1,10})\.slice$`)
-	userService  = regexp.MustCompile(`^user@([0-9]{1,10})\.service$`)
+	podDirectory = pattern(`^pod` + uid + `$`)
+	podSlice     = pattern(`^(.+-)?kubepods(-burstable|-besteffort)?-pod` + uid + `\.slice$`)
+	podColons    = pattern(`^kubepods(-burstable|-besteffort)?-pod` + uid + `\.slice:([a-z-]+):([0-9a-f]{64})$`)
+	bare         = pattern(`^[0-9a-f]{64}$`)
+	prefixed     = pattern(`^([a-z][a-z0-9-]*)-([0-9a-f]{64})$`)
+	scoped       = pattern(`^([a-z][a-z0-9-]*)-([0-9a-f]{64})\.scope$`)
+	userSlice    = pattern(`^user-([0-9]{1,10})\.slice$`)
+	userService  = pattern(`^user@([0-9]{1,10})\.service$`)
 )
+
+// pattern is compiled when it is first needed: an agent beside no containers needs none, and their tables are much of what it keeps.
+func pattern(text string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(text) })
+}
 
 // runtimes are the words before an ID, and who says them. A conmon watches a container and is not in it.
 var runtimes = map[string]string{
@@ -107,7 +113,7 @@ func (f *Finder) inPod(names []string, within bool) (c Container, used int) {
 		}
 	}
 	if len(names) > n {
-		if m := podColons.FindStringSubmatch(names[n]); m != nil {
+		if m := podColons().FindStringSubmatch(names[n]); m != nil {
 			return Container{ID: m[5], PodUID: dashes(m[2]), Runtime: runtimes[m[4]]}, n + 1
 		}
 	}
@@ -126,7 +132,7 @@ func podByDirectories(names []string, within bool) (c Container, used int) {
 	if !kubepods && !within || n == len(names) {
 		return Container{}, 0
 	}
-	m := podDirectory.FindStringSubmatch(names[n])
+	m := podDirectory().FindStringSubmatch(names[n])
 	if m == nil {
 		return Container{}, 0
 	}
@@ -139,7 +145,7 @@ func podBySlices(names []string, within bool) (c Container, used int) {
 	if n == 0 {
 		return Container{}, 0
 	}
-	m := podSlice.FindStringSubmatch(names[n-1])
+	m := podSlice().FindStringSubmatch(names[n-1])
 	if m == nil {
 		return Container{}, 0
 	}
@@ -161,10 +167,10 @@ func inside(pod Container, names []string, n int) (c Container, used int) {
 
 // leaf reads ID, RUNTIME-ID and RUNTIME-ID.scope.
 func leaf(name string) (id, word string) {
-	if bare.MatchString(name) {
+	if bare().MatchString(name) {
 		return name, ""
 	}
-	for _, r := range []*regexp.Regexp{prefixed, scoped} {
+	for _, r := range []*regexp.Regexp{prefixed(), scoped()} {
 		if m := r.FindStringSubmatch(name); m != nil {
 			return m[2], m[1]
 		}
@@ -200,7 +206,7 @@ func (f *Finder) ofEngine(names []string, within bool) (c Container, used int) {
 	n := slicesAbove(names, within)
 	if n > 0 || within {
 		if n < len(names) {
-			if m := scoped.FindStringSubmatch(names[n]); m != nil && runtimes[m[1]] != "" {
+			if m := scoped().FindStringSubmatch(names[n]); m != nil && runtimes[m[1]] != "" {
 				return Container{ID: m[2], Runtime: runtimes[m[1]]}, n + 1
 			}
 		}
@@ -224,7 +230,7 @@ func (f *Finder) ofEngine(names []string, within bool) (c Container, used int) {
 	case names[0] == "ecs":
 		// TASK/ID or CLUSTER/TASK/ID
 		for n := 2; n < min(len(names), 4); n++ {
-			if bare.MatchString(names[n]) {
+			if bare().MatchString(names[n]) {
 				return Container{ID: names[n], Runtime: "docker"}, used + n + 1
 			}
 		}
@@ -240,7 +246,7 @@ func claimed(names []string) (c Claim, used int) {
 	n := 0
 	c.UID = -1
 	for n < len(names) && strings.HasSuffix(names[n], ".slice") {
-		if m := userSlice.FindStringSubmatch(names[n]); m != nil {
+		if m := userSlice().FindStringSubmatch(names[n]); m != nil {
 			c.UID = number(m[1])
 		}
 		n++
@@ -249,7 +255,7 @@ func claimed(names []string) (c Claim, used int) {
 		return Claim{}, 0
 	}
 	c.Unit = names[n]
-	if m := userService.FindStringSubmatch(names[n]); m != nil {
+	if m := userService().FindStringSubmatch(names[n]); m != nil {
 		if uid := number(m[1]); c.UID < 0 || c.UID == uid {
 			c.UID = uid
 		} else {

@@ -9,9 +9,12 @@ import (
 )
 
 const (
-	// spacing is the least time between the beginnings of two lists, give or take a fifth. The kubelet itself looks at its
-	// containers once a second.
-	spacing = 500 * time.Millisecond
+	// spacing is the time between the beginnings of two lists, give or take a fifth, and share how much of it a list may take: one
+	// that comes quickly is asked for more often, down to minSpacing. The kubelet itself looks at its containers once a second,
+	// and a pod that has just begun waits for what it sees then.
+	spacing    = 500 * time.Millisecond
+	minSpacing = 100 * time.Millisecond
+	share      = 20 // one part in it
 
 	// maxBackoff is the longest wait after failures.
 	maxBackoff = 5 * time.Second
@@ -26,7 +29,7 @@ type follower struct {
 	stop  context.CancelFunc
 	tasks sync.WaitGroup
 
-	spacing, maxBackoff time.Duration // not changed once it is used
+	spacing, minSpacing, maxBackoff time.Duration // not changed once it is used
 
 	mu       sync.Mutex
 	newest   *podList
@@ -39,7 +42,7 @@ type follower struct {
 }
 
 func newFollower(fetch func(context.Context) (*podList, error)) *follower {
-	f := &follower{fetch: fetch, ended: make(chan struct{}), spacing: spacing, maxBackoff: maxBackoff}
+	f := &follower{fetch: fetch, ended: make(chan struct{}), spacing: spacing, minSpacing: minSpacing, maxBackoff: maxBackoff}
 	f.ctx, f.stop = context.WithCancel(context.Background())
 	return f
 }
@@ -138,7 +141,7 @@ func (f *follower) refresh() {
 	defer f.mu.Unlock()
 	f.failed = err
 	if err == nil {
-		f.newest, f.failures, f.next = l, 0, started.Add(jitter(f.spacing))
+		f.newest, f.failures, f.next = l, 0, started.Add(jitter(f.between(time.Since(started))))
 	} else {
 		f.failures++
 		f.next = time.Now().Add(jitter(min(f.spacing<<min(f.failures-1, 8), f.maxBackoff)))
@@ -146,6 +149,11 @@ func (f *follower) refresh() {
 	f.fetching = false
 	close(f.ended)
 	f.ended = make(chan struct{})
+}
+
+// between is the time between the beginnings of two lists of which one took so long.
+func (f *follower) between(took time.Duration) time.Duration {
+	return min(max(share*took, f.minSpacing), f.spacing)
 }
 
 // jitter is d, give or take a fifth.

@@ -37,10 +37,36 @@ func (f *fetcher) fetch(ctx context.Context) (*podList, error) {
 	return newPodList(started), nil
 }
 
+// Lists that come quickly are closer together than those that cost the kubelet more, which are half a second apart.
+func TestListsAreApartByWhatTheyTake(t *testing.T) {
+	for takes, want := range map[time.Duration]time.Duration{time.Millisecond: minSpacing, 10 * time.Millisecond: 200 * time.Millisecond, 100 * time.Millisecond: spacing} {
+		t.Run(takes.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				fetch := &fetcher{takes: takes}
+				f := newFollower(fetch.fetch)
+				defer f.close()
+				for end := time.Now().Add(100 * want); time.Now().Before(end); {
+					if _, err := f.since(t.Context(), time.Now()); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if n := len(fetch.calls); n < 90 || n > 112 {
+					t.Errorf("%d lists in %s, want about 100", n, 100*want)
+				}
+				for i := 1; i < len(fetch.calls); i++ {
+					if apart := fetch.calls[i].Sub(fetch.calls[i-1]); apart < want*4/5 {
+						t.Errorf("list %d came %s after the one before", i, apart)
+					}
+				}
+			})
+		})
+	}
+}
+
 // However many wait, and however often, lists are apart; nobody waiting, there are none.
 func TestListsAreApart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		fetch := &fetcher{takes: 10 * time.Millisecond}
+		fetch := &fetcher{takes: 30 * time.Millisecond}
 		f := newFollower(fetch.fetch)
 		defer f.close()
 		var wg sync.WaitGroup
@@ -83,7 +109,7 @@ func TestListsAreApart(t *testing.T) {
 		}
 		// After a rest the next one begins at once.
 		begun := time.Now()
-		if _, err := f.since(t.Context(), begun); err != nil || time.Since(begun) > 20*time.Millisecond {
+		if _, err := f.since(t.Context(), begun); err != nil || time.Since(begun) > 40*time.Millisecond {
 			t.Errorf("%v after %s", err, time.Since(begun))
 		}
 	})
