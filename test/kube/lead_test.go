@@ -306,6 +306,45 @@ func TestLeaderLeaseTaken(t *testing.T) {
 	wait(t, ctx, a.result, "it has ended")
 }
 
+// A Lease that somebody labels is still ours: it is renewed on, and the work goes on.
+func TestLeaderLeaseLabelled(t *testing.T) {
+	ctx := bounded(t)
+	k := first(t, ctx)
+	var active atomic.Int32
+	a := stand(t, ctx, k, k.kubeconfig, &active, nil, nil)
+	wait(t, ctx, a.began, "it works")
+	client, err := kube.Open("prod", k.kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	k.kubectl("-n", k.namespace, "label", "lease", "work", "team=shop")
+	was, err := client.Leases(k.namespace).Get(ctx, "work", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for { // a Lease lasts three seconds, so a holder that did not renew is seen to lose it
+		now, err := client.Leases(k.namespace).Get(ctx, "work", metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if now.Spec.RenewTime.Sub(was.Spec.RenewTime.Time) >= 4*time.Second {
+			if *now.Spec.HolderIdentity != *was.Spec.HolderIdentity || *now.Spec.LeaseTransitions != *was.Spec.LeaseTransitions || now.Labels["team"] != "shop" {
+				t.Errorf("the Lease was %+v, and is %+v", was, now)
+			}
+			break
+		}
+		pause(t, ctx)
+	}
+	select {
+	case <-a.ended:
+		t.Error("the work was ended")
+	default:
+	}
+	a.stop()
+	wait(t, ctx, a.result, "it has ended")
+}
+
 // Work that ends by itself ends Run with its error, and gives the Lease up.
 func TestLeaderWorkEnds(t *testing.T) {
 	ctx := bounded(t)
