@@ -82,7 +82,7 @@ func (a *API) Apply(ctx context.Context, req *adminv1.ApplyRequest) (*adminv1.Ap
 		a.outcome(ctx, auditlog.New, a.record(ctx, "apply", "", err, nil))
 		return nil, a.toStatus(err)
 	}
-	if err := refuseLockout(p, req.Yes); err != nil {
+	if err := refuseUnconfirmed(p, req.Yes); err != nil {
 		a.outcome(ctx, auditlog.New, a.record(ctx, "apply", "", err, nil))
 		return nil, err
 	}
@@ -104,8 +104,8 @@ func (a *API) banAndPlan(ctx context.Context, p *registry.Plan, plan func() (*re
 	return plan()
 }
 
-// refuseLockout refuses a plan that must be confirmed and is not.
-func refuseLockout(p *registry.Plan, yes bool) error {
+// refuseUnconfirmed refuses a plan that must be confirmed and is not.
+func refuseUnconfirmed(p *registry.Plan, yes bool) error {
 	if yes {
 		return nil
 	}
@@ -260,7 +260,7 @@ func (a *API) DeleteResource(ctx context.Context, req *adminv1.DeleteResourceReq
 	}
 	p, err := a.c.Registry.PlanDelete(req.Kind, req.Name, req.Yes)
 	if err == nil {
-		err = refuseLockout(p, req.Yes)
+		err = refuseUnconfirmed(p, req.Yes)
 	}
 	if err != nil {
 		a.outcome(ctx, auditlog.New, a.record(ctx, "resource.delete", clip(req.Kind+"/"+req.Name), err, nil))

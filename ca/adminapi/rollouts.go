@@ -55,7 +55,7 @@ func (a *API) startRollout(ctx context.Context, req *adminv1.StartRolloutRequest
 		}
 		return nil, fmt.Errorf("%w: %w", errDocument, err)
 	}
-	if err := refuseLockout(p, req.Yes); err != nil {
+	if err := refuseUnconfirmed(p, req.Yes); err != nil {
 		return nil, err
 	}
 	const maxSeconds = int64(366 * 24 * time.Hour / time.Second)
