@@ -188,18 +188,6 @@ func (k Kind) definition() (map[string]any, error) {
 	if k.Namespaced {
 		scope = "Namespaced"
 	}
-	var columns []any
-	for _, c := range append(slices.Clone(k.columns), []column{
-		{"Accepted", `.status.conditions[?(@.type=="Accepted")].status`, "string", "whether it is in force as it is written here"},
-		{"Reason", `.status.conditions[?(@.type=="Accepted")].reason`, "string", ""},
-		{"Age", ".metadata.creationTimestamp", "date", ""},
-	}...) {
-		column := map[string]any{"name": c.name, "jsonPath": c.path, "type": c.kind}
-		if c.about != "" {
-			column["description"] = c.about
-		}
-		columns = append(columns, column)
-	}
 	return map[string]any{
 		"apiVersion": "apiextensions.k8s.io/v1",
 		"kind":       "CustomResourceDefinition",
@@ -212,7 +200,7 @@ func (k Kind) definition() (map[string]any, error) {
 			"versions": []any{map[string]any{
 				"name": Version, "served": true, "storage": true,
 				"subresources":             map[string]any{"status": map[string]any{}},
-				"additionalPrinterColumns": columns,
+				"additionalPrinterColumns": k.printerColumns(),
 				"schema": map[string]any{"openAPIV3Schema": map[string]any{
 					"type": "object", "description": k.about, "required": []any{"spec"},
 					"x-kubernetes-validations": []any{map[string]any{"rule": fmt.Sprintf("self.metadata.name.size() <= %d", maxName), "message": fmt.Sprintf("metadata.name: at most %d characters", maxName)}},
@@ -227,6 +215,23 @@ func (k Kind) definition() (map[string]any, error) {
 			}},
 		},
 	}, nil
+}
+
+// printerColumns are what kubectl get shows: the kind's own columns, and those that all have.
+func (k Kind) printerColumns() []any {
+	var columns []any
+	for _, c := range append(slices.Clone(k.columns), []column{
+		{"Accepted", `.status.conditions[?(@.type=="Accepted")].status`, "string", "whether it is in force as it is written here"},
+		{"Reason", `.status.conditions[?(@.type=="Accepted")].reason`, "string", ""},
+		{"Age", ".metadata.creationTimestamp", "date", ""},
+	}...) {
+		column := map[string]any{"name": c.name, "jsonPath": c.path, "type": c.kind}
+		if c.about != "" {
+			column["description"] = c.about
+		}
+		columns = append(columns, column)
+	}
+	return columns
 }
 
 // structural turns a JSON Schema of ours into what an API server takes. Unknown fields are kept, not dropped in silence: the CA
