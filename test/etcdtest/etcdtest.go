@@ -106,7 +106,7 @@ func Start(t testing.TB, c Config) *Cluster {
 	scheme := "http"
 	if c.TLS {
 		scheme = "https"
-		cl.PKI = newPKI(t, filepath.Join(dir, "pki"))
+		cl.PKI = NewPKI(t, filepath.Join(dir, "pki"))
 	}
 	for i := range c.Members {
 		name := fmt.Sprintf("m%d", i)

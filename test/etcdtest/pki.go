@@ -21,12 +21,14 @@ type PKI struct {
 	ServerCert, ServerKey string
 	RootCert, RootKey     string // of etcd's user root, by its common name
 
-	dir  string
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	dir   string
+	names []string
+	cert  *x509.Certificate
+	key   *ecdsa.PrivateKey
 }
 
-func newPKI(t testing.TB, dir string) *PKI {
+// NewPKI makes an authority and certificates in dir, for servers on 127.0.0.1 and of the given names.
+func NewPKI(t testing.TB, dir string, names ...string) *PKI {
 	t.Helper()
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
@@ -41,7 +43,7 @@ func newPKI(t testing.TB, dir string) *PKI {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &PKI{dir: dir, key: key, CA: filepath.Join(dir, "ca.pem")}
+	p := &PKI{dir: dir, names: names, key: key, CA: filepath.Join(dir, "ca.pem")}
 	if p.cert, err = x509.ParseCertificate(der); err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +53,7 @@ func newPKI(t testing.TB, dir string) *PKI {
 	return p
 }
 
-// Issue makes a certificate with a common name, for servers on 127.0.0.1 and for clients alike.
+// Issue makes a certificate with a common name, for servers and for clients alike.
 func (p *PKI) Issue(t testing.TB, name string) (certFile, keyFile string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -63,7 +65,7 @@ func (p *PKI) Issue(t testing.TB, name string) (certFile, keyFile string) {
 		t.Fatal(err)
 	}
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(12 * time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"localhost"}}, p.cert, key.Public(), p.key)
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: append([]string{"localhost"}, p.names...)}, p.cert, key.Public(), p.key)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -97,12 +97,18 @@ func chartFor(t *testing.T, d time.Duration) (k *cluster, env []string, values s
 
 // values are what this cluster needs besides what the documentation says.
 func (k *cluster) values() string {
+	k.t.Helper()
+	return fmt.Sprintf("ca: {persistence: {storageClass: %s}}\n", k.volume()) + k.agentValues()
+}
+
+func (k *cluster) agentValues() string {
+	k.t.Helper()
 	roots := os.Getenv("SIGNET_KUBE_CGROUP_ROOT")
 	if roots == "" {
 		roots = "/"
 	}
 	// The node's file system is the machine's: there, an agent would find what one of another cluster has left, and serve from that.
-	return fmt.Sprintf("ca: {persistence: {storageClass: %s}}\nagent: {dataDirectory: %q, config: {workload_attestation: {k8s: {cgroup_roots: [%s]}}}}\n", k.volume(), k.t.TempDir(), roots)
+	return fmt.Sprintf("agent: {dataDirectory: %q, config: {workload_attestation: {k8s: {cgroup_roots: [%s]}}}}\n", k.t.TempDir(), roots)
 }
 
 var block = regexp.MustCompile("(?s)\n```sh\n(.*?)```\n")

@@ -62,7 +62,8 @@ say() {
 
 run bash $box/build.sh
 run tools/helm.sh
-say "kubebox and helm are there"
+run make -s etcd
+say "kubebox, helm and etcd are there"
 run env ARCHS=amd64 OUT="$dir/images" tools/image.sh e2e "$(git rev-parse HEAD 2>/dev/null || true)"
 run env ARCHS=amd64 OUT="$dir/next" tools/image.sh e2e-next "$(git rev-parse HEAD 2>/dev/null || true)"
 CGO_ENABLED=0 run go build -trimpath -o "$dir/bin/" ./test/kube/workload ./cmd/signet-agent
@@ -70,6 +71,7 @@ image() { # TAG FILE=PATH...
 	"$build/kubebox" image -tag "$1" -o "$dir/images/${1//[\/:]/_}.tar" "${@:2}"
 }
 image signet.test/workload:e2e "$dir/bin/workload=/workload" "$dir/bin/signet-agent=/usr/bin/signet-agent"
+image signet.test/etcd:e2e bin/etcd/etcd=/etcd
 image signet.test/other:e2e "$dir/bin/workload=/workload" go.mod=/other
 say "images are built"
 for n in a b; do
@@ -89,5 +91,6 @@ SIGNET_KUBE_NODE_ROOT=/proc/$(cat "$dir/a/node.pid")/root
 export SIGNET_KUBECTL=${KUBECTL:-$PWD/bin/tools/kubectl} HELM=${HELM:-$PWD/bin/tools/helm}
 export SIGNET_KUBE_IMAGE=kubebox.test/pause:1 SIGNET_KUBE_IMAGES=localhost SIGNET_KUBE_TAG=e2e SIGNET_KUBE_TAG_NEXT=e2e-next
 export SIGNET_KUBE_WORKLOAD_IMAGE=signet.test/workload:e2e SIGNET_KUBE_OTHER_IMAGE=signet.test/other:e2e
+export SIGNET_KUBE_ETCD_IMAGE=signet.test/etcd:e2e
 run go test -tags kube -count=1 -timeout 60m "$@" ./test/kube
 say "tests passed"

@@ -10,6 +10,7 @@
 //	                            and SIGNET_KUBE_TAG_NEXT that of others; HELM is helm
 //	SIGNET_KUBE_WORKLOAD_IMAGE  an image with test/kube/workload as its program /workload, and /usr/bin/signet-agent, built without cgo;
 //	                            SIGNET_KUBE_OTHER_IMAGE is another image with /workload
+//	SIGNET_KUBE_ETCD_IMAGE      an image with etcd as its program /etcd; etcd itself is where make etcd puts it, or in SIGNET_ETCD_BIN
 //	SIGNET_KUBE_CGROUP_ROOT     the --cgroup-root of the first cluster's kubelet, if it is not /; in _OTHER that of the other one
 //	SIGNET_KUBE_CA_LISTEN       where the CA that a test runs listens, and in SIGNET_KUBE_CA_ADDRESS where pods find it
 //	SIGNET_KUBE_NODE_ROOT       where the file system of the first cluster's only node can be read; then the tokens are those that the
