@@ -348,6 +348,7 @@ func follow(t *testing.T, s nodev1.Node_FollowClient) *nodev1.FollowResponse {
 		all.RemovedEntryIds = append(all.RemovedEntryIds, m.RemovedEntryIds...)
 		all.RemovedPolicies = append(all.RemovedPolicies, m.RemovedPolicies...)
 		all.Epoch, all.From, all.To, all.Snapshot = m.Epoch, m.From, m.To, m.Snapshot
+		all.Position, all.UnknownEntryPrefixes = m.Position, m.UnknownEntryPrefixes
 		if m.Complete {
 			return all
 		}

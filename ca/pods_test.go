@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -261,5 +262,54 @@ func TestACAThatStartsKnowsNoPods(t *testing.T) {
 	}
 	if len(m.Entries) != 1 || !proto.Equal(m.Entries[0], first.Entries[0]) {
 		t.Errorf("after the start %v, before %v", m.Entries, first.Entries)
+	}
+}
+
+// TestPositionOverTheWire: an agent is told how far its cluster was followed, and one that says it was told more keeps what it holds, until the
+// CA has come as far.
+func TestPositionOverTheWire(t *testing.T) {
+	h := start(t, config(t.TempDir()))
+	x := h.expander()
+	a := h.onNode("prod", "node-a")
+	h.apply("kind: Identity\nname: d\nspiffeID: /ns/{{ .k8s.ns }}\n")
+	h.ca.reg.Telling("prod", registry.Position{"pods": 7})
+	x.Update("prod", []*pods.Pod{aPod("1", "node-a", "shop")}, nil)
+	h.ca.reg.Followed("prod", registry.Position{"pods": 9})
+	x.Synced("prod", true)
+	say := func(p *nodev1.Position) nodev1.Node_FollowClient {
+		t.Helper()
+		s, err := nodev1.NewNodeClient(a.conn).Follow(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(&nodev1.FollowRequest{Message: &nodev1.FollowRequest_Hello_{Hello: &nodev1.FollowRequest_Hello{Format: 1, Position: p}}}); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	at := func(n uint64) *nodev1.Position {
+		return &nodev1.Position{Cluster: "prod", Versions: map[string]uint64{"pods": n}}
+	}
+	for _, known := range []*nodev1.Position{nil, at(9)} { // as far as it was followed, though nothing changed there
+		if m := follow(t, say(known)); len(m.Entries) != 1 || !proto.Equal(m.Position, at(7)) || len(m.UnknownEntryPrefixes) > 0 {
+			t.Errorf("after %v it is sent %v", known, m)
+		}
+	}
+	s := say(at(10))
+	if m, err := s.Recv(); err != nil || !m.Snapshot || len(m.Entries) != 0 || m.Position != nil || len(m.UnknownEntryPrefixes) != 1 {
+		t.Errorf("who was told more is sent %v, %v", m, err)
+	}
+	h.ca.reg.Followed("prod", registry.Position{"pods": 12})
+	if m := follow(t, s); !m.Snapshot || len(m.Entries) != 1 || !proto.Equal(m.Position, at(7)) {
+		t.Errorf("then it is sent %v", m)
+	}
+	large := &nodev1.Position{Cluster: "prod", Versions: map[string]uint64{}}
+	for i := range 17 {
+		large.Versions[fmt.Sprint(i)] = 1
+	}
+	for _, bad := range []*nodev1.Position{large, {Cluster: "prod", Versions: map[string]uint64{strings.Repeat("x", 65): 1}}} {
+		if _, err := say(bad).Recv(); code(err) != codes.InvalidArgument {
+			t.Errorf("a position that is too large: %v", err)
+		}
 	}
 }

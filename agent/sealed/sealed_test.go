@@ -188,6 +188,27 @@ func TestSnapshotReplaces(t *testing.T) {
 	}
 }
 
+// The position that the agent was told last stays over restarts, also when later messages are silent about it.
+func TestKeepsThePosition(t *testing.T) {
+	r := newRig(t, File{})
+	s, _ := r.open()
+	m := snapshot(5, "a")
+	m.Position = &nodev1.Position{Cluster: "prod", Versions: map[string]uint64{"pods": 7}}
+	s.Applied(m)
+	s.Applied(&nodev1.FollowResponse{Format: 1, Epoch: m.Epoch, From: 5, To: 6})
+	s.InContact(true)
+	r.write(s)
+	s, c := r.mustRestore()
+	if !proto.Equal(c.State.Position, m.Position) {
+		t.Errorf("position %v, want %v", c.State.Position, m.Position)
+	}
+	s.Applied(&nodev1.FollowResponse{Format: 1, Epoch: m.Epoch, From: 6, To: 7, Entries: []*nodev1.Entry{{Id: "b", Revision: 7}}})
+	r.write(s)
+	if _, c = r.mustRestore(); !proto.Equal(c.State.Position, m.Position) || c.State.To != 7 {
+		t.Errorf("after another start position %v at revision %d", c.State.Position, c.State.To)
+	}
+}
+
 // Fields of entries that this program does not know are kept, for one that does.
 func TestKeepsUnknownFields(t *testing.T) {
 	r := newRig(t, File{})

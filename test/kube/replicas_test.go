@@ -475,13 +475,18 @@ func TestLeaderOfSeveralStopped(t *testing.T) {
 		}
 	}
 	state := func() string {
-		res, err := s.admin.GetResources(ctx, &adminv1.GetResourcesRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
 		var out []string
-		for _, r := range res.Resources {
-			out = append(out, fmt.Sprint(r.Kind, r.Name, r.Revision))
+		for _, kind := range []string{"CallPolicy", "Revocation"} {
+			res, err := s.admin.GetResources(ctx, &adminv1.GetResourcesRequest{Kind: kind})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(res.Resources) == 0 {
+				t.Fatalf("the CA has no %s", kind)
+			}
+			for _, r := range res.Resources {
+				out = append(out, fmt.Sprint(kind, " ", r.Name, " ", r.Revision))
+			}
 		}
 		slices.Sort(out)
 		return strings.Join(out, "\n") + "\n" + s.kubectl("get", "clustercallpolicies.signet-id.github.io,revocations.signet-id.github.io", "-o", `jsonpath={range .items[*]}{.metadata.name} {.metadata.resourceVersion}{"\n"}{end}`) +
