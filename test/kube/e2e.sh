@@ -1,6 +1,7 @@
 #!/bin/bash
 # e2e.sh [go test's flags]: the end-to-end tests of Kubernetes, from nothing: builds kubebox and images, starts two clusters, runs
-# test/kube, and removes all it made, also when it fails or is interrupted. Needs root, Go, git and apt. make e2e-kube calls it.
+# test/kube, and removes all it made, also when it fails or is interrupted, and what a run left that was killed. Needs root, Go,
+# git and apt. make e2e-kube calls it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 box=test/kube/box
@@ -11,10 +12,15 @@ port=$((20000 + $$ % 10000)) # of the CA, on this machine
 child=
 nodes=()
 
+# began PID: when a process began, which tells it from another one that has its number later. Nothing if it has ended.
+began() { sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20; }
+echo "$$ $(began $$)" >"$dir/owner"
+
 # run CMD...: in a process group of its own, which an interrupt ends.
 run() {
 	setsid "$@" </dev/null &
 	child=$!
+	echo "$child $(began "$child")" >"$dir/child"
 	local status=0
 	wait "$child" || status=$?
 	child=
@@ -48,6 +54,20 @@ cleanup() {
 	fi
 	exit $status
 }
+# abandoned removes what is left of runs that were killed, and so could not do it themselves.
+abandoned() {
+	local old pid since n
+	for old in /tmp/signet-e2e-??????; do
+		if [ "$old" = "$dir" ] || ! read -r pid since <"$old/owner"; then continue; fi
+		if [ "$(began "$pid")" = "$since" ]; then continue; fi # it runs
+		echo "e2e-kube: removing $old of a run that was killed"
+		if read -r pid since <"$old/child" && [ "$(began "$pid")" = "$since" ]; then kill -KILL -- "-$pid" || true; fi
+		for n in a b c; do
+			if [ -d "$old/$n" ]; then KUBEBOX_DIR=$old/$n bash $box/down.sh || true; fi
+		done
+		rm -rf "$old"
+	done 2>/dev/null
+}
 trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -61,6 +81,7 @@ say() {
 }
 
 run bash $box/build.sh
+abandoned
 run tools/helm.sh
 run make -s etcd
 say "kubebox, helm and etcd are there"

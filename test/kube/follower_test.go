@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -191,6 +192,8 @@ func (f *follower) ids() (out []string) {
 // until waits until it holds certain SPIFFE IDs, and no others.
 func (f *follower) until(ctx context.Context, what string, want ...string) {
 	f.t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, 90*time.Second)
+	defer cancel()
 	slices.Sort(want)
 	for {
 		f.mu.Lock()
@@ -206,9 +209,14 @@ func (f *follower) until(ctx context.Context, what string, want ...string) {
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			f.t.Fatalf("it never comes that %s: %d IDs are held, %d wanted; %.2000q", what, len(have), len(want), have)
+			f.t.Fatalf("it never comes that %s: %d IDs are held, %d wanted (snapshot whole: %t, stream: %v); missing %.1000q, too many %.1000q", what, len(have), len(want), f.whole, f.ended, without(want, have), without(have, want))
 		}
 	}
+}
+
+// without returns what is in a and not in b.
+func without(a, b []string) []string {
+	return slices.DeleteFunc(slices.Clone(a), func(s string) bool { return slices.Contains(b, s) })
 }
 
 // was returns all that it was ever sent.

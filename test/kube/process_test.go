@@ -102,6 +102,18 @@ func (k *cluster) newProcess(kubernetes, more string) *process {
 	return p
 }
 
+// edit changes the configuration before the CA is started.
+func (p *process) edit(change func(config string) string) {
+	p.t.Helper()
+	text, err := os.ReadFile(p.dir + "/ca.yaml")
+	if err == nil {
+		err = os.WriteFile(p.dir+"/ca.yaml", []byte(change(string(text))), 0o600)
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+}
+
 // start starts the CA and returns when it serves.
 func (p *process) start() {
 	p.t.Helper()

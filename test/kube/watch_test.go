@@ -248,6 +248,15 @@ func TestEventOnRefusedPod(t *testing.T) {
 // meddler passes requests on to an API server, after f has had its way with each.
 func (k *cluster) meddler(f func(r *http.Request)) (kubeconfig string) {
 	k.t.Helper()
+	return k.between(func(w http.ResponseWriter, r *http.Request, server http.Handler) {
+		f(r)
+		server.ServeHTTP(w, r)
+	})
+}
+
+// between stands between a CA and an API server, and answers as f says.
+func (k *cluster) between(f func(w http.ResponseWriter, r *http.Request, server http.Handler)) (kubeconfig string) {
+	k.t.Helper()
 	c, err := clientcmd.BuildConfigFromFlags("", k.credentials("ca"))
 	if err != nil {
 		k.t.Fatal(err)
@@ -262,10 +271,7 @@ func (k *cluster) meddler(f func(r *http.Request)) (kubeconfig string) {
 	}
 	p := httputil.NewSingleHostReverseProxy(at)
 	p.Transport, p.FlushInterval, p.ErrorLog = transport, -1, slog.NewLogLogger(slog.DiscardHandler, 0)
-	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		f(r)
-		p.ServeHTTP(w, r)
-	}))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { f(w, r, p) }))
 	k.t.Cleanup(func() {
 		srv.CloseClientConnections()
 		srv.Close()
