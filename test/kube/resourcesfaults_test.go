@@ -85,8 +85,8 @@ func TestResourcesThatCannotBeRead(t *testing.T) {
 	}
 	s.mustCreate("ClusterCallPolicy", "waits", "service: /web\nallow:\n- from: [/shop]\n")
 	k.may("resources", resourceRules)
+	p.readyUntil("nothing is wrong any more", none) // which can take as long as the longest wait between two tries
 	s.accepted("ClusterCallPolicy", "waits")
-	p.readyUntil("nothing is wrong any more", none)
 
 	k.kubectl("delete", "-f", definitionFiles)
 	p.readyUntil("each kind without a definition is a problem", problems("%s: the cluster does not know them; install their definitions"))
@@ -96,8 +96,8 @@ func TestResourcesThatCannotBeRead(t *testing.T) {
 	k.kubectl("apply", "-f", definitionFiles)
 	k.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", definitionFiles)
 	s.mustCreate("ClusterCallPolicy", "after", "service: /web\nallow:\n- from: [/shop]\n")
-	s.accepted("ClusterCallPolicy", "after")
 	p.readyUntil("nothing is wrong any more", none)
+	s.accepted("ClusterCallPolicy", "after")
 }
 
 // A full disk of the CA, while pods and custom resources come and go: pods get and lose their identities as before; a custom resource that cannot be taken
