@@ -9,6 +9,7 @@ import (
 
 	"github.com/signet-id/signet/ca/kube"
 	"github.com/signet-id/signet/ca/kube/events"
+	"github.com/signet-id/signet/ca/kube/inject"
 	"github.com/signet-id/signet/ca/kube/publish"
 	"github.com/signet-id/signet/ca/kube/watch"
 )
@@ -29,6 +30,7 @@ type kubeCluster struct {
 	events    *events.Recorder   // nil: none are written
 	watcher   *watch.Watcher     // nil unless pods are watched
 	publisher *publish.Publisher // nil unless the bundle is published
+	injector  *inject.Server     // nil unless proxies are injected
 }
 
 // openKubernetes makes what works on the clusters of the configuration. It makes no request: a cluster that is away now

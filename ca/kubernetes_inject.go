@@ -97,6 +97,7 @@ func (ca *CA) injectProxies(c KubernetesCluster, k *kubeCluster) error {
 		return fmt.Errorf("kubernetes.clusters.%s.injection: %w", cluster, err)
 	}
 	ca.injectors = append(ca.injectors, s)
+	k.injector = s
 	k.parts = append(k.parts, s.Run)
 	k.leading = append(k.leading, s.Lead)
 	return nil

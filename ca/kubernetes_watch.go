@@ -87,6 +87,7 @@ var (
 	descEvents      = prometheus.NewDesc("signet_ca_kubernetes_events_total", "Events by outcome (written, dropped).", []string{"cluster", "outcome"}, nil)
 	descBundles     = prometheus.NewDesc("signet_ca_kubernetes_bundle_namespaces", "Namespaces that are to have the trust bundle. 0 on a replica that does not lead.", clusterLabel, nil)
 	descBundleFails = prometheus.NewDesc("signet_ca_kubernetes_bundle_failing", "Namespaces whose trust bundle is not as it should be, by reason (foreign: somebody else's ConfigMap is there; error).", []string{"cluster", "reason"}, nil)
+	descInjected    = prometheus.NewDesc("signet_ca_kubernetes_injections_total", "Pods that asked for the proxy at the admission webhook, by outcome (injected, refused: their annotations cannot be).", []string{"cluster", "outcome"}, nil)
 	descBundleWrite = prometheus.NewDesc("signet_ca_kubernetes_bundle_writes_total", "Writes of the trust bundle.", clusterLabel, nil)
 )
 
@@ -133,6 +134,11 @@ func (m clusterMetrics) Collect(out chan<- prometheus.Metric) {
 			gauge(descBundleFails, float64(s.Foreign), "foreign")
 			gauge(descBundleFails, float64(s.Failing), "error")
 			counter(descBundleWrite, s.Writes)
+		}
+		if k.injector != nil {
+			s := k.injector.Stats()
+			counter(descInjected, s.Injected, "injected")
+			counter(descInjected, s.Refused, "refused")
 		}
 	}
 }

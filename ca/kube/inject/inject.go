@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -90,6 +91,8 @@ type Config struct {
 
 	Now func() time.Time
 	Log *slog.Logger
+
+	counts *counts // nil: nothing is counted
 }
 
 // A Server is the webhook of one cluster.
@@ -108,6 +111,7 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
+	c.counts = &counts{}
 	s := &Server{c: c, listener: l, reviews: newTurns()}
 	s.bundle = newBundleKeeper(&s.c)
 	s.held = &held{c: &s.c, trusted: s.bundle.trusts}
@@ -198,9 +202,11 @@ func (c *Config) review(body []byte) ([]byte, error) {
 	}
 	resp := &admissionv1.AdmissionResponse{UID: req.UID, Allowed: true}
 	if p, err := c.judge(&in); err != nil {
+		c.counts.add(func(n *counts) *atomic.Uint64 { return &n.refused })
 		resp.Allowed = false
 		resp.Result = &metav1.Status{Status: metav1.StatusFailure, Reason: metav1.StatusReasonInvalid, Code: http.StatusUnprocessableEntity, Message: "signet: " + err.Error()}
 	} else if p != nil {
+		c.counts.add(func(n *counts) *atomic.Uint64 { return &n.injected })
 		kind := admissionv1.PatchTypeJSONPatch
 		resp.Patch, resp.PatchType = p, &kind
 	}
