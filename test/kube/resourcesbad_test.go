@@ -57,6 +57,7 @@ func TestBadResources(t *testing.T) {
 		{"ClusterCallPolicy", "service: /a\ndeny:\n- from: [/b]\n  http: [{methods: []}]\n", "at least 1 items", ""},
 		{"ClusterCallPolicy", allow + "  shadow: 'yes'\n", "must be of type boolean", ""},
 		{"ClusterCallPolicy", "service: [" + strings.Repeat("/a, ", 3) + "5]\nallow: [{from: [/b]}]\n", "", "must be a string"},
+		{"ClusterCallPolicy", "service: " + strings.Repeat("[", 40) + "/a" + strings.Repeat("]", 40) + "\nallow: [{from: [/b]}]\n", "", "nested deeper than 32 levels"},
 		{"ClusterCallPolicy", "service: {id: /a}\nallow: [{from: [/b]}]\n", "", "service"},
 		{"ClusterCallPolicy", "service: /a/*b\nallow: [{from: [/b]}]\n", "", "wildcard is a whole segment"},
 		{"ClusterCallPolicy", "service: spiffe://other.example/a\nallow: [{from: [/b]}]\n", "", "other.example"},
