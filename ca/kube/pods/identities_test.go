@@ -2,6 +2,7 @@ package pods
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -10,6 +11,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/store"
+	"github.com/signet-id/signet/ca/store/bolt"
 	"github.com/signet-id/signet/internal/strictyaml"
 )
 
@@ -79,6 +82,50 @@ func TestAppliedIdentitiesArePodsAtOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 		expect(t, "deleted", of(r, agent))
+	}
+}
+
+// TestNothingIsStoredPerPod: pods that come, change and go leave no trace in the store, in which there are Identity and node as before.
+func TestNothingIsStoredPerPod(t *testing.T) {
+	s, err := bolt.Open(bolt.Config{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	r := replica(t, s)
+	x := New(Config{Registry: r})
+	agent := node(t, r, "prod", "node-a")
+	apply(t, r, byServiceAccount)
+	stored := func() (text []string, at store.Revision) {
+		t.Helper()
+		at, err := s.List(t.Context(), "", 0, func(i store.Item) error {
+			text = append(text, fmt.Sprintf("%s of %d: %s", i.Key, i.Modified, i.Value))
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text, at
+	}
+	before, at := stored()
+	if len(before) == 0 {
+		t.Fatal("the store has nothing, not even the Identity")
+	}
+	running(t, x)
+	var all []*Pod
+	var uids []string
+	for i := range 500 {
+		all = append(all, pod(fmt.Sprint(i), "node-a", "shop", fmt.Sprintf("sa-%d", i)))
+		uids = append(uids, all[i].UID)
+	}
+	x.Update("prod", all, nil)
+	if n := len(of(r, agent)); n != len(all) {
+		t.Fatalf("the node has %d entries of %d pods", n, len(all))
+	}
+	x.Update("prod", []*Pod{pod("0", "node-b", "shop", "sa-0")}, uids[1:])
+	expect(t, "gone", of(r, agent))
+	if after, now := stored(); now != at || !slices.Equal(after, before) {
+		t.Errorf("the store was at %d with\n%s\nand is at %d with\n%s", at, strings.Join(before, "\n"), now, strings.Join(after, "\n"))
 	}
 }
 
