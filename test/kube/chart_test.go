@@ -200,6 +200,17 @@ func TestChartUpgrade(t *testing.T) {
 	}
 	before := agent()
 	k.moves()
+	held := k.held()
+	goesOn := func(when string) {
+		t.Helper()
+		for k.held() == held { // the stream at the agent that is there now
+			pause(t, k.ctx)
+		}
+		held = k.held()
+		if lost := grep(k.kubectl("-n", k.namespace, "logs", "hold"), "watch: PermissionDenied"); lost != "" {
+			t.Errorf("%s a stream was told that there is no identity:\n%s", when, lost)
+		}
+	}
 
 	k.shell(env, "helm upgrade signet deploy/helm/signet --namespace "+installation+" --values "+values+" --set image.tag="+next+",log.level=debug,ca.config.ttl.x509=30m --wait --timeout 2m")
 	upgraded := agent()
@@ -207,12 +218,14 @@ func TestChartUpgrade(t *testing.T) {
 		t.Errorf("after the upgrade the agent is %s, before %s", upgraded, before)
 	}
 	k.moves()
+	goesOn("after the upgrade")
 
 	k.shell(env, "helm rollback signet --namespace "+installation+" --wait --timeout 2m")
 	if back := agent(); back == upgraded || !strings.HasSuffix(back, "signet-agent:"+tag) {
 		t.Errorf("after the rollback the agent is %s, before %s", back, upgraded)
 	}
 	calls, fetches := k.moves()
+	goesOn("after the rollback")
 	t.Logf("%d calls and %d fetches over an upgrade and a rollback", calls, fetches)
 	for _, name := range []string{"serve", "call", "hold"} {
 		if n := k.kubectl("-n", k.namespace, "get", "pod", name, "-o", "jsonpath={.status.containerStatuses[0].restartCount}"); n != "0" {
@@ -249,6 +262,12 @@ spec:
 	run("call", "call", ip+":9443")
 	run("hold", "hold")
 	k.prints("hold", "svid: ")
+}
+
+// held counts the answers that the pod hold has had by its streams.
+func (k *cluster) held() int {
+	k.t.Helper()
+	return strings.Count(k.kubectl("-n", k.namespace, "logs", "hold"), "svid: ")
 }
 
 // prints waits until a pod has printed something, and returns the last line from there on.

@@ -109,11 +109,14 @@ func TestRolling(t *testing.T) {
 	}
 }
 
-// awaitRenewal waits until the holder has a new SVID by its stream.
+// awaitRenewal waits until the holder has a new SVID by its stream, which may have broken and been begun anew, and was never told that it has none.
 func awaitRenewal(f *traffic, from time.Time) {
 	f.d.k.t.Helper()
 	for f.renewed(from, time.Now()) == 0 {
 		pause(f.d.k.t, f.d.k.ctx)
+	}
+	if lost := grep(f.d.k.kubectl("-n", f.d.k.namespace, "logs", "holder"), "watch: PermissionDenied"); lost != "" {
+		f.d.k.t.Errorf("a stream was told that there is no identity:\n%s", lost)
 	}
 }
 

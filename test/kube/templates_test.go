@@ -246,7 +246,6 @@ func TestTemplatedPodsThatGetNothing(t *testing.T) {
 	if line := k.untilPrinted(thief, "a first answer", has("took: ")); !strings.Contains(line, "PermissionDenied") {
 		t.Errorf("a pod of another namespace: %q", line)
 	}
-	// The same where no namespace is named: the ID is that of whoever has the label, as the page says.
 	k.kubectl("-n", other, "delete", "pod", "thief", "--grace-period=0", "--force")
 
 	// An ID that is registered is nobody's by a label.
