@@ -76,7 +76,7 @@ func (a *app) applyCommand() *cobra.Command {
 	var roll rolloutFlags
 	cmd := &cobra.Command{
 		Use:   "apply -f FILE...",
-		Short: "Make documents hold: identities, call policies, policy defaults, revocations",
+		Short: "Make documents hold: identities, call policies, policy defaults, federations, revocations, user issuers",
 		Long: `Make the documents hold. All of them are checked before the first write; then the plan is shown and applied, and the revision
 of the store is reported. Up to 100 changes of 384 KiB are one commit. Larger sets go in several; if one fails, the same
 command again goes on where it stopped.
@@ -88,7 +88,7 @@ themselves if calls are denied that were allowed before: see 'signet rollout'.`,
 		Example: `  signet apply -f policies/
   signet apply -f identities.yaml -f policies.yaml --prune
   signet apply -f policies/documents.yaml --rollout 10%,50%,100% --bake 30m
-  kubectl kustomize . | signet apply -f -`,
+  kubectl -n signet-system exec -i signet-ca-0 -- signet apply -f - < policies.yaml`,
 	}
 	output := outputFlag(cmd)
 	files := filesFlag(cmd, "file or directory of documents, - for stdin (repeatable)")
