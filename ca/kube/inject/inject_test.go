@@ -83,7 +83,7 @@ func start(t *testing.T) *webhook {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.server, err = New(Config{Options: options, Cluster: "prod", Configurations: configurations{w.client.AdmissionregistrationV1().MutatingWebhookConfigurations()}, Namespace: "signet-system", Webhook: "signet-inject", Listen: "127.0.0.1:0",
+	w.server, err = New(Config{Options: options, Cluster: "prod", Configurations: configurations{w.client.AdmissionregistrationV1().MutatingWebhookConfigurations(), new(followtest.Place)}, Namespace: "signet-system", Webhook: "signet-inject", Listen: "127.0.0.1:0",
 		Sign: func(ctx context.Context, key crypto.PublicKey) (*authority.X509SVID, error) {
 			w.signed.Add(1)
 			p, err := w.set.CheckX509(authority.X509Request{ID: spiffeid.RequireFromPath(td, "/spire/signet/webhook/prod"), PublicKey: key, DNSNames: []string{dnsName}, Reserved: true})
@@ -452,13 +452,25 @@ func TestRotation(t *testing.T) {
 // configurations are those of a fake clientset, which can be followed.
 type configurations struct {
 	admissionregistrationclient.MutatingWebhookConfigurationInterface
+	place *followtest.Place
+}
+
+func (c configurations) all(ctx context.Context, o metav1.ListOptions) (*admissionregistrationv1.MutatingWebhookConfigurationList, []followtest.Object, error) {
+	list, err := c.MutatingWebhookConfigurationInterface.List(ctx, o)
+	if err != nil {
+		return nil, nil, err
+	}
+	list.ResourceVersion = followtest.Version
+	var objects []followtest.Object
+	for i := range list.Items {
+		objects = append(objects, &list.Items[i])
+	}
+	return list, objects, nil
 }
 
 func (c configurations) List(ctx context.Context, o metav1.ListOptions) (*admissionregistrationv1.MutatingWebhookConfigurationList, error) {
-	list, err := c.MutatingWebhookConfigurationInterface.List(ctx, o)
-	if err == nil {
-		list.ResourceVersion = followtest.Version
-	}
+	list, objects, err := c.all(ctx, o)
+	c.place.Listed(objects)
 	return list, err
 }
 
@@ -467,16 +479,12 @@ func (c configurations) Watch(ctx context.Context, o metav1.ListOptions) (watch.
 	if err != nil {
 		return nil, err
 	}
-	list, err := c.List(ctx, metav1.ListOptions{})
+	_, now, err := c.all(ctx, metav1.ListOptions{})
 	if err != nil {
 		w.Stop()
 		return nil, err
 	}
-	var now []watch.Event
-	for i := range list.Items {
-		now = append(now, watch.Event{Type: watch.Added, Object: &list.Items[i]})
-	}
-	return followtest.Watch(w, now), nil
+	return c.place.Watch(w, now), nil
 }
 
 // TestCABundleIsKept: what an upgrade of the chart takes away is back at once.

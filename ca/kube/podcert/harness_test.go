@@ -126,7 +126,10 @@ func newWorld(t testing.TB) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.audit.Close() })
-	w.signer = New(Config{Cluster: "prod", Requests: func(ns string) Requests { return requests{w.client.CertificatesV1beta1().PodCertificateRequests(ns)} }, Pods: w, TrustDomain: td, Authority: w.set, Registry: w.reg, Audit: w.audit, TTL: time.Hour,
+	place := new(followtest.Place)
+	w.signer = New(Config{Cluster: "prod", Requests: func(ns string) Requests {
+		return requests{w.client.CertificatesV1beta1().PodCertificateRequests(ns), place}
+	}, Pods: w, TrustDomain: td, Authority: w.set, Registry: w.reg, Audit: w.audit, TTL: time.Hour,
 		Agents: func(uid string) []*registry.Node {
 			n, err := w.reg.Node(agentOf(uid))
 			if err != nil {
@@ -166,13 +169,25 @@ func newWorld(t testing.TB) *world {
 // requests are those of a fake clientset, which can be followed.
 type requests struct {
 	certificatesclient.PodCertificateRequestInterface
+	place *followtest.Place
+}
+
+func (r requests) all(ctx context.Context, o metav1.ListOptions) (*certificatesv1beta1.PodCertificateRequestList, []followtest.Object, error) {
+	list, err := r.PodCertificateRequestInterface.List(ctx, o)
+	if err != nil {
+		return nil, nil, err
+	}
+	list.ResourceVersion = followtest.Version
+	var objects []followtest.Object
+	for i := range list.Items {
+		objects = append(objects, &list.Items[i])
+	}
+	return list, objects, nil
 }
 
 func (r requests) List(ctx context.Context, o metav1.ListOptions) (*certificatesv1beta1.PodCertificateRequestList, error) {
-	list, err := r.PodCertificateRequestInterface.List(ctx, o)
-	if err == nil {
-		list.ResourceVersion = followtest.Version
-	}
+	list, objects, err := r.all(ctx, o)
+	r.place.Listed(objects)
 	return list, err
 }
 
@@ -181,16 +196,12 @@ func (r requests) Watch(ctx context.Context, o metav1.ListOptions) (watch.Interf
 	if err != nil {
 		return nil, err
 	}
-	list, err := r.List(ctx, metav1.ListOptions{})
+	_, now, err := r.all(ctx, metav1.ListOptions{})
 	if err != nil {
 		w.Stop()
 		return nil, err
 	}
-	var now []watch.Event
-	for i := range list.Items {
-		now = append(now, watch.Event{Type: watch.Added, Object: &list.Items[i]})
-	}
-	return followtest.Watch(w, now), nil
+	return r.place.Watch(w, now), nil
 }
 
 func agentOf(nodeUID string) spiffeid.ID {

@@ -1,23 +1,72 @@
 // Package followtest lets tests follow the objects of client-go's fake clientset, whose lists have no version to watch from.
 package followtest
 
-import "k8s.io/apimachinery/pkg/watch"
+import (
+	"sync"
+
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/watch"
+)
 
 // Version is what a list of a fake clientset is to be given as its version.
 const Version = "1"
 
-// Watch returns a watch of a fake clientset as one that began at Version: what is there when it begins comes first. now is
-// taken after w began, so that nothing is missed between the two.
-func Watch(w watch.Interface, now []watch.Event) watch.Interface {
+// An Object is one that a cluster has.
+type Object interface {
+	metav1.Object
+	runtime.Object
+}
+
+// A Place remembers what was listed last, which is where a watch goes on.
+type Place struct {
+	mu     sync.Mutex
+	listed map[string]Object
+}
+
+// Listed notes the objects of a list.
+func (p *Place) Listed(objects []Object) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.listed = map[string]Object{}
+	for _, o := range objects {
+		p.listed[key(o)] = o
+	}
+}
+
+// Watch returns a watch of a fake clientset as one that began where the list ended: what was made or changed since comes first. now is taken
+// after w began, so that nothing is missed between the two; that w tells once more how an object of now's was made is left out. So nothing
+// comes twice and nothing goes back, as it is with an API server. What was deleted between list and watch is not told.
+func (p *Place) Watch(w watch.Interface, now []Object) watch.Interface {
 	out := make(chan watch.Event)
-	p := watch.NewProxyWatcher(out)
+	proxy := watch.NewProxyWatcher(out)
+	known := map[string]bool{}
+	var first []watch.Event
+	p.mu.Lock()
+	for _, o := range now {
+		known[key(o)] = true
+		switch was, ok := p.listed[key(o)]; {
+		case !ok:
+			first = append(first, watch.Event{Type: watch.Added, Object: o})
+		case !equality.Semantic.DeepEqual(was, o):
+			first = append(first, watch.Event{Type: watch.Modified, Object: o})
+		}
+	}
+	p.mu.Unlock()
 	go func() {
 		defer close(out)
 		defer w.Stop()
-		for _, e := range now {
+		send := func(e watch.Event) bool {
 			select {
 			case out <- e:
-			case <-p.StopChan():
+				return true
+			case <-proxy.StopChan():
+				return false
+			}
+		}
+		for _, e := range first {
+			if !send(e) {
 				return
 			}
 		}
@@ -27,15 +76,22 @@ func Watch(w watch.Interface, now []watch.Event) watch.Interface {
 				if !ok {
 					return
 				}
-				select {
-				case out <- e:
-				case <-p.StopChan():
+				if o, ok := e.Object.(Object); ok {
+					again := e.Type == watch.Added && known[key(o)]
+					delete(known, key(o))
+					if again {
+						continue
+					}
+				}
+				if !send(e) {
 					return
 				}
-			case <-p.StopChan():
+			case <-proxy.StopChan():
 				return
 			}
 		}
 	}()
-	return p
+	return proxy
 }
+
+func key(o Object) string { return o.GetNamespace() + "/" + o.GetName() }
