@@ -281,11 +281,23 @@ func TestPathUnderAnotherMountIsNotBelieved(t *testing.T) {
 	if err != nil || link != trusted {
 		t.Fatalf("the child runs under %q, %v; want it to pretend to be %q", link, err, trusted)
 	}
-	got := attest(t, attestor(t, workloadattest.Config{Methods: []workloadattest.Method{unixMethod(t, unix.Config{})}}), p)
-	if has(got, "unix:path:") || !has(got, "unix:sha256:"+evilSum) {
-		t.Errorf("selectors %q: want the evil program's hash and no path", got)
+	// That there is no path is no failure, and nothing to find out again and again: so it is for every program in a container.
+	asked := 0
+	var log strings.Builder
+	a := attestor(t, workloadattest.Config{
+		Log: slog.New(slog.NewTextHandler(&log, nil)), OnFailure: func(name string) { t.Errorf("%s has failed", name) },
+		Methods: []workloadattest.Method{unixMethod(t, unix.Config{Now: tomorrow}), method{"m", func(context.Context) ([]spiffe.Selector, error) { asked++; return nil, nil }}},
+	})
+	for range 3 {
+		got := attest(t, a, p)
+		if has(got, "unix:path:") || !has(got, "unix:sha256:"+evilSum) {
+			t.Errorf("selectors %q: want the evil program's hash and no path", got)
+		}
 	}
-	got = attest(t, attestor(t, workloadattest.Config{Methods: []workloadattest.Method{unixMethod(t, unix.Config{AllowForeignPaths: true})}}), p)
+	if asked != 1 || log.Len() != 0 {
+		t.Errorf("attested %d times in 3 calls, and the log says %q; want once, and nothing", asked, log.String())
+	}
+	got := attest(t, attestor(t, workloadattest.Config{Methods: []workloadattest.Method{unixMethod(t, unix.Config{AllowForeignPaths: true})}}), p)
 	if !has(got, "unix:path:"+trusted) {
 		t.Errorf("with AllowForeignPaths: %q", got)
 	}
@@ -339,6 +351,46 @@ func TestOneFailingMethodHidesNoOther(t *testing.T) {
 	}
 	if n := strings.Count(log.String(), "incomplete"); n != 1 {
 		t.Errorf("%d log lines for one lasting failure, want 1:\n%s", n, log.String())
+	}
+}
+
+// settled is an error that says what there is not.
+type settled struct{ error }
+
+func (settled) Settled() {}
+
+// TestSettledBesideAFailure: what is settled hides no failure that came with it, and neither is said to be the other.
+func TestSettledBesideAFailure(t *testing.T) {
+	exe, _ := workload(t, "web", "settled")
+	p := start(t, newTable(t), nil, exe)
+	var log strings.Builder
+	asked, failed := 0, 0
+	failing := true
+	a := attestor(t, workloadattest.Config{
+		Log: slog.New(slog.NewTextHandler(&log, nil)), OnFailure: func(string) { failed++ },
+		Methods: []workloadattest.Method{method{"m", func(context.Context) ([]spiffe.Selector, error) {
+			asked++
+			err := errors.Join(settled{errors.New("there is no hash")}, errors.Join(settled{errors.New("there is no path")}))
+			if failing {
+				err = errors.Join(err, errors.New("the bus is away"))
+			}
+			return []spiffe.Selector{{Type: "m", Value: "known:1"}}, err
+		}}},
+	})
+	for range 2 {
+		attest(t, a, p)
+	}
+	if got := log.String(); asked != 2 || failed != 2 || !strings.Contains(got, "the bus is away") || strings.Contains(got, "there is no") {
+		t.Errorf("while it fails: asked %d times, %d failures, log %q", asked, failed, got)
+	}
+	failing = false
+	for range 3 {
+		if got := attest(t, a, p); !has(got, "m:known:1") {
+			t.Errorf("selectors %q", got)
+		}
+	}
+	if asked != 3 || failed != 2 {
+		t.Errorf("afterwards: asked %d times in all, %d failures; want 3 and 2", asked, failed)
 	}
 }
 

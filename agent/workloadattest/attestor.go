@@ -154,7 +154,7 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Cal
 		return caller, nil
 	}
 	at := a.cfg.Now()
-	selectors, missing := a.ask(ctx, p, state)
+	selectors, missing, settled := a.ask(ctx, p, state)
 	if err := ctx.Err(); err != nil {
 		return workloadapi.Caller{}, context.Cause(ctx)
 	}
@@ -172,13 +172,17 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Cal
 				slog.Uint64("uid", uint64(p.UID)), slog.Any("err", missing))
 		}
 	}
+	if settled != nil {
+		a.cfg.Log.LogAttrs(ctx, slog.LevelDebug, "selectors that the process does not have", slog.Int("pid", int(p.PID)),
+			slog.Uint64("uid", uint64(p.UID)), slog.Any("why", settled))
+	}
 	a.remember(r)
 	return r.caller, nil
 }
 
 // ask asks the methods side by side. One that fails, is too slow or returns selectors of another type hides nothing of
-// the others.
-func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot) ([]spiffe.Selector, error) {
+// the others. missing is what failed, settled what is not to be had.
+func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot) (all []spiffe.Selector, missing, settled error) {
 	type answer struct {
 		selectors []spiffe.Selector
 		err       error
@@ -198,11 +202,13 @@ func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot
 	}
 	wg.Wait()
 
-	var all []spiffe.Selector
-	var missing []error
+	var failures, absences []error
 	seen := map[spiffe.Selector]bool{}
 	for i, m := range a.cfg.Methods {
-		err := answers[i].err
+		err, absent := unsettled(answers[i].err)
+		if absent != nil {
+			absences = append(absences, fmt.Errorf("%s: %w", m.Name(), absent))
+		}
 		for _, s := range answers[i].selectors {
 			if s.Type != m.Name() {
 				err = errors.Join(err, fmt.Errorf("selector %q is not of the method's type", s))
@@ -219,13 +225,13 @@ func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot
 		}
 		a.tallies[i].note(p.PID, a.cfg.Now(), err)
 		if err != nil {
-			missing = append(missing, fmt.Errorf("%s: %w", m.Name(), err))
+			failures = append(failures, fmt.Errorf("%s: %w", m.Name(), err))
 			if a.cfg.OnFailure != nil {
 				a.cfg.OnFailure(m.Name())
 			}
 		}
 	}
-	return all, errors.Join(missing...)
+	return all, errors.Join(failures...), errors.Join(absences...)
 }
 
 func (a *Attestor) doubtful(p *peer.Process, state peer.Snapshot) bool {

@@ -125,6 +125,9 @@ func TestWhatEachCapabilityIsFor(t *testing.T) {
 						t.Errorf("the log says that %s is missing: %t", m, got)
 					}
 				}
+				if strings.Contains(said, "workload attestation is incomplete") {
+					t.Errorf("the agent warns of what its missing privileges mean with each process:\n%s", said)
+				}
 				checkProcesses(t, agent.Process.Pid, tt.uid, tt.caps, mode == "require")
 			})
 		}

@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os/user"
 	"strconv"
 	"strings"
@@ -123,23 +124,37 @@ func (m *Method) Selectors(ctx context.Context, p *peer.Process, state peer.Snap
 	}
 
 	if state.ExecutableErr != nil {
-		return all, errors.Join(append(missing, state.ExecutableErr)...)
+		return all, errors.Join(append(missing, forbidden(state.ExecutableErr))...)
 	}
 	path, err := m.path(p, state.Executable)
 	if err != nil {
-		missing = append(missing, err)
+		missing = append(missing, forbidden(err))
 	} else {
 		add("path", path)
 	}
 	if m.cfg.MaxHashBytes > 0 {
 		sum, err := m.hash(ctx, p, state.Executable)
 		if err != nil {
-			missing = append(missing, err)
+			missing = append(missing, forbidden(err))
 		} else {
 			add("sha256", sum)
 		}
 	}
 	return all, errors.Join(missing...)
+}
+
+// A settledError says why a process does not have a selector (workloadattest.Settled).
+type settledError struct{ error }
+
+func (settledError) Settled()        {}
+func (e settledError) Unwrap() error { return e.error }
+
+// forbidden settles an error that says that the agent may not look: it says at its start which capabilities it lacks for that.
+func forbidden(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return settledError{err}
+	}
+	return err
 }
 
 // maxGroups bounds the supplementary groups that become selectors. NFS and most sites stop at 16; a process may have
@@ -166,5 +181,5 @@ func (m *Method) path(p *peer.Process, exe peer.File) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("path of the executable: the file that runs is not what the agent finds at %q (it was replaced or deleted, or the process has its own mounts)", path)
+	return "", settledError{fmt.Errorf("path of the executable: the file that runs is not what the agent finds at %q (it was replaced or deleted, or the process has its own mounts)", path)}
 }
