@@ -117,6 +117,23 @@ func (m *madeUp) resource(kind, name, spec string) {
 	m.apply(fmt.Sprintf("apiVersion: spire.spiffe.io/v1alpha1\nkind: %s\nmetadata: {name: %s-%s, labels: {mark: %s}}\nspec: {className: %s, %s}\n", kind, m.mark, name, m.mark, m.class, spec))
 }
 
+// younger applies a resource that is younger than another one. Ages are whole seconds at the API server, and of two of one second their
+// UIDs, which are chance, say which is the older.
+func (m *madeUp) younger(ctx context.Context, kind, than, name, spec string) {
+	m.t.Helper()
+	made := func(name string) string {
+		return m.kubectl("get", kind, m.mark+"-"+name, "-o", "jsonpath={.metadata.creationTimestamp}")
+	}
+	until(m.t, ctx, func() string {
+		m.resource(kind, name, spec)
+		if at := made(name); at == made(than) {
+			m.kubectl("delete", kind, m.mark+"-"+name)
+			return fmt.Sprintf("%s is not younger than %s: both are of %s", name, than, at)
+		}
+		return ""
+	})
+}
+
 // manager runs an unmodified spire-controller-manager for the resources of m on a CA.
 func (m *madeUp) manager(ctx context.Context, socket, extra string) (stop func()) {
 	m.t.Helper()
@@ -450,7 +467,7 @@ func TestClusterStaticEntries(t *testing.T) {
 	}
 	m.resource("ClusterStaticEntry", "left", `spiffeID: "spiffe://example.org/left", parentID: "spiffe://example.org/node", selectors: ["unix:uid:7"], hint: new, x509SVIDTTL: 600.5s`)
 	m.resource("ClusterStaticEntry", "full", `spiffeID: "spiffe://example.org/full", parentID: "spiffe://example.org/node", selectors: ["unix:uid:1", "unix:gid:2"], federatesWith: [partner.example], x509SVIDTTL: 10m, jwtSVIDTTL: 2m, dnsNames: [a.internal], admin: true`)
-	m.resource("ClusterStaticEntry", "twice", `spiffeID: "spiffe://example.org/full", parentID: "spiffe://example.org/node", selectors: ["unix:gid:2", "unix:uid:1"]`)
+	m.younger(ctx, "ClusterStaticEntry", "full", "twice", `spiffeID: "spiffe://example.org/full", parentID: "spiffe://example.org/node", selectors: ["unix:gid:2", "unix:uid:1"]`)
 	m.resource("ClusterStaticEntry", "alias", `spiffeID: "spiffe://example.org/node", parentID: "spiffe://example.org/spire/server", selectors: ["k8s_psat:cluster:prod"]`)
 	m.resource("ClusterStaticEntry", "bad", `spiffeID: "spiffe://example.org/bad", parentID: "spiffe://example.org/node", selectors: ["nothing"]`)
 	m.resource("ClusterStaticEntry", "foreign", `spiffeID: "spiffe://other.example/x", parentID: "spiffe://example.org/node", selectors: ["unix:uid:1"]`)
@@ -514,18 +531,7 @@ func TestClusterFederatedTrustDomains(t *testing.T) {
 	}
 	m.resource("ClusterFederatedTrustDomain", "left", `trustDomain: left.example, bundleEndpointURL: "https://127.0.0.1:1/", bundleEndpointProfile: {type: https_web}`)
 	m.resource("ClusterFederatedTrustDomain", "spiffe", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:2/", bundleEndpointProfile: {type: https_spiffe, endpointSPIFFEID: "spiffe://two.example/b"}, trustDomainBundle: '`+foreignBundle(t)+`'`)
-	// Ages are whole seconds at the API server, and of two of one second chance says which is the older.
-	age := func(name string) string {
-		return m.kubectl("get", "ClusterFederatedTrustDomain", m.mark+"-"+name, "-o", "jsonpath={.metadata.creationTimestamp}")
-	}
-	until(t, ctx, func() string {
-		m.resource("ClusterFederatedTrustDomain", "two-again", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
-		if made := age("two-again"); made == age("spiffe") {
-			m.kubectl("delete", "ClusterFederatedTrustDomain", m.mark+"-two-again")
-			return "two-again is not younger than spiffe: both are of " + made
-		}
-		return ""
-	})
+	m.younger(ctx, "ClusterFederatedTrustDomain", "spiffe", "two-again", `trustDomain: two.example, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
 	m.resource("ClusterFederatedTrustDomain", "own", `trustDomain: example.org, bundleEndpointURL: "https://127.0.0.1:3/", bundleEndpointProfile: {type: https_web}`)
 	g.run(g.r.Lead)
 	until(t, ctx, func() string {
