@@ -16,9 +16,9 @@ COMMIT  = $(shell git rev-parse HEAD 2>/dev/null)
 TAGS = $(shell . tools/build.sh; echo $$tags)
 LDFLAGS = -X $(version).version=$(VERSION) -X $(version).commit=$(COMMIT)
 
-# Packages whose tests start many processes or measure, and take minutes with the race detector; make check leaves
-# them to make test.
-heavy   = /test/|/cmd/signet$$|/internal/demo$$
+# Packages whose tests start many processes, pack whole programs or measure, and take minutes with the race detector; make
+# check leaves them to make test.
+heavy   = /test/|/cmd/signet$$|/internal/demo$$|/deploy/image$$
 quick   = $$(go list ./... | grep -vE '$(heavy)')
 
 .PHONY: all build hsm demo test interop check fmt-check vet staticcheck race fuzz modules docs generate generated bench scale rotation e2e-kube interop-containers release image image-twice clean tools etcd
