@@ -403,6 +403,17 @@ func TestSPIREResourcesAreReadAsTheirControllerDoes(t *testing.T) {
 		}
 		return out
 	}
+	// Their statuses follow their entries. A pass that knows the first of these two has seen all changes, and one that knows the second
+	// comes after it.
+	for _, mark := range []string{"mark-1", "mark-2"} {
+		m.resource("ClusterSPIFFEID", mark, fmt.Sprintf(idTemplate, "mark/{{ .PodMeta.Name }}")+", namespaceSelector: {matchLabels: {team: red}}, podSelector: {matchLabels: {app: nobody}}")
+		until(t, ctx, func() string {
+			if m.status("clusterspiffeid", mark) == "" {
+				return "spire-controller-manager has not come to " + mark
+			}
+			return ""
+		})
+	}
 	want := statuses()
 	for _, name := range slices.Sorted(maps.Keys(want)) {
 		m.kubectl("patch", "clusterspiffeid", name, "--subresource=status", "--type=merge", "-p", `{"status":null}`)
