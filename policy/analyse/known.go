@@ -16,7 +16,7 @@ type Known struct {
 	count     int
 	foreign   map[string]bool
 	templates []pattern
-	unseen    bool // whom the templates stand for now is not known
+	unseen    bool // whom the templates stand for at present is not known
 }
 
 // names holds IDs segment by segment.
