@@ -48,6 +48,14 @@ func TestInjection(t *testing.T) {
 		t.Errorf("and about the namespaces %+v", w.NamespaceSelector)
 	}
 
+	// Who has the CA's token is held to the caBundle; which changes that refuses, test/kube asks an API server.
+	p, ok := find[*admissionregistrationv1.ValidatingAdmissionPolicy](t, all, "signet-inject")
+	b, bound := find[*admissionregistrationv1.ValidatingAdmissionPolicyBinding](t, all, "signet-inject")
+	if !ok || !bound || b.Spec.PolicyName != p.Name || !slices.Equal(b.Spec.ValidationActions, []admissionregistrationv1.ValidationAction{admissionregistrationv1.Deny}) || *p.Spec.FailurePolicy != admissionregistrationv1.Fail ||
+		len(p.Spec.MatchConditions) != 1 || p.Spec.MatchConditions[0].Expression != "request.userInfo.username == 'system:serviceaccount:signet-system:"+spec.ServiceAccountName+"'" {
+		t.Errorf("the admission policy is %+v, its binding %+v", p, b)
+	}
+
 	for from, want := range map[string]int{"[]": 0, "[{ipBlock: {cidr: 10.0.0.1/32}}]": 1} {
 		_, _, all := configs(t, "ca: {kubernetes: {injection: {enabled: true}}}\nnetworkPolicy: {injectionFrom: "+from+"}")
 		p, ok := find[*networkingv1.NetworkPolicy](t, all, "signet-ca")

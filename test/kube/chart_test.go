@@ -78,8 +78,8 @@ func chartFor(t *testing.T, d time.Duration) (k *cluster, env []string, values s
 	t.Cleanup(cancel)
 	k = first(t, ctx)
 	env, values = k.environment(), k.values()
-	// Other tests bring the definitions without helm, which then takes them for somebody else's.
-	const away = "kubectl delete -f deploy/helm/signet/files/crds --ignore-not-found"
+	// Other tests bring the definitions without helm, which then takes them for somebody else's, and the namespace.
+	const away = "kubectl delete namespace shop " + installation + " --ignore-not-found && kubectl delete -f deploy/helm/signet/files/crds --ignore-not-found"
 	k.afterwards(func() {
 		if t.Failed() {
 			out, err := k.try("", "get", "pods,events", "-A")
@@ -89,7 +89,7 @@ func chartFor(t *testing.T, d time.Duration) (k *cluster, env []string, values s
 				t.Log(out, err)
 			}
 		}
-		k.shell(env, "helm uninstall signet --namespace "+installation+" --ignore-not-found --wait && kubectl delete namespace shop "+installation+" --ignore-not-found && "+away)
+		k.shell(env, "helm uninstall signet --namespace "+installation+" --ignore-not-found --wait && "+away)
 	})
 	k.shell(env, away)
 	return k, env, values

@@ -55,7 +55,7 @@ func measured(t *testing.T, name string, otherwise int) int {
 // SIGNET_MEASURE_TRACE asks the kubelet too, when it knows what runs. The figures are in docs/performance.md.
 func TestMeasurePods(t *testing.T) {
 	n, idle := measured(t, "SIGNET_MEASURE_PODS", 2), time.Duration(measured(t, "SIGNET_MEASURE_IDLE", 3))*time.Second
-	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Minute+idle)
 	defer cancel()
 	k := first(t, ctx)
 	k.allow()

@@ -149,7 +149,7 @@ func (c *measuredCA) weigh(what string, settle time.Duration) {
 func TestMeasureCA(t *testing.T) {
 	program := optional(t, "SIGNET_BIN", "the program signet, as it is released, which is measured")
 	n, idle := measured(t, "SIGNET_SIMULATED_PODS", 500), time.Duration(measured(t, "SIGNET_MEASURE_IDLE", 3))*time.Second
-	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Minute+idle)
 	defer cancel()
 	k := first(t, ctx)
 	k.kubectl("create", "clusterrolebinding", k.namespace+"-measured", "--clusterrole=cluster-admin", "--serviceaccount="+k.namespace+":ca") // rights are tried elsewhere
