@@ -156,9 +156,35 @@ func TestPrivileges(t *testing.T) {
 			"signet-ca: token of signet-ca",
 		},
 	} {
-		_, _, all := configs(t, values)
+		_, _, all := configs(t, values, "crds: {aggregateRoles: false}")
 		if got := shown(all); !slices.Equal(got, want) {
 			t.Errorf("%s:\n%s\nwant\n%s", values, strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+}
+
+// What users get by Kubernetes' own roles: to read, and to write what speaks for their namespace alone. The agents and the CA are bound to none of it.
+func TestRolesOfUsers(t *testing.T) {
+	_, _, all := configs(t)
+	for name, want := range map[string]struct{ to, rule string }{
+		"signet-system-signet-view": {"view", "get,list,watch identities,callpolicies,clustercallpolicies,federations,revocations"},
+		"signet-system-signet-edit": {"edit", "create,update,patch,delete,deletecollection callpolicies"},
+	} {
+		r, ok := find[*rbacv1.ClusterRole](t, all, name)
+		if !ok || r.Labels["rbac.authorization.k8s.io/aggregate-to-"+want.to] != "true" || !slices.Contains(shown([]runtime.Object{r}), "ClusterRole "+name+": "+want.rule) || len(r.Rules) != 1 {
+			t.Errorf("%s is %+v", name, r)
+		}
+	}
+	for _, o := range all {
+		if b, ok := o.(*rbacv1.ClusterRoleBinding); ok && !strings.HasSuffix(b.RoleRef.Name, "signet-ca") && !strings.HasSuffix(b.RoleRef.Name, "signet-agent") {
+			t.Errorf("%+v", b)
+		}
+	}
+	if _, _, all := configs(t, "crds: {aggregateRoles: false}"); len(all) > 0 {
+		for _, o := range all {
+			if r, ok := o.(*rbacv1.ClusterRole); ok && (r.AggregationRule != nil || strings.HasSuffix(r.Name, "-view") || strings.HasSuffix(r.Name, "-edit")) {
+				t.Errorf("there is a role %s that nobody asked for", r.Name)
+			}
 		}
 	}
 }

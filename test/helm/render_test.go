@@ -294,3 +294,26 @@ func TestPreviousSealKey(t *testing.T) {
 		}
 	}
 }
+
+// The notes after an installation say what keeps others out though the values ask for them, and how pods get their first identity.
+func TestNotes(t *testing.T) {
+	const identity, caFrom, metricsFrom = `spiffeID: "/ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}", "on": ["k8s_psat:cluster:prod"]`, "networkPolicy.caFrom is empty", "networkPolicy.metricsFrom is empty"
+	for set, want := range map[string][]string{
+		"log.level=info": {identity},
+		"ca.service.type=NodePort,serviceMonitor.enabled=true":                                                                                                 {identity, caFrom, metricsFrom},
+		"ca.service.type=NodePort,serviceMonitor.enabled=true,networkPolicy.enabled=false":                                                                     {identity},
+		"ca.service.type=NodePort,serviceMonitor.enabled=true,networkPolicy.caFrom[0].ipBlock.cidr=10.0.0.0/8,networkPolicy.metricsFrom[0].podSelector.x=null": {identity},
+		"ca.kubernetes.pods=false": {},
+	} {
+		out, stderr, err := helm(t, "install", "signet", chart, "--dry-run=client", "--namespace", "signet-system", "--set", "trustDomain=example.org,clusterName=prod,"+set)
+		_, notes, _ := strings.Cut(out, "\nNOTES:\n")
+		if err != nil || notes == "" {
+			t.Fatalf("%s: %v %s", set, err, stderr)
+		}
+		for _, line := range []string{identity, caFrom, metricsFrom} {
+			if strings.Contains(notes, line) != slices.Contains(want, line) {
+				t.Errorf("%s: the notes are to say %q: %t\n%s", set, line, slices.Contains(want, line), notes)
+			}
+		}
+	}
+}

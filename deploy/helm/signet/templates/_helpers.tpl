@@ -49,7 +49,23 @@ imagePullSecrets:
 {{/* Mistakes that a schema cannot see. */}}
 {{- define "signet.check" -}}
 {{- $v := .Values -}}
+{{- if or (contains "." .Release.Name) (gt (len .Release.Name) 40) }}
+{{- fail (printf "release name %q: names of pods and Services begin with it; take one of 40 letters, digits and dashes at most" .Release.Name) }}
+{{- end }}
+{{- if $v.agent.enabled }}
+{{- $data := printf "%s/agent/" $v.agent.dataDirectory }}
+{{- $socket := printf "%s/" $v.agent.socket.directory }}
+{{- if or (hasPrefix $socket $data) (hasPrefix $data $socket) }}
+{{- fail (printf "agent.socket.directory: %s, which pods mount, and %s, where the agent keeps its keys (agent.dataDirectory), must not be within each other; choose another directory, such as /run/signet/agent" $v.agent.socket.directory (trimSuffix "/" $data)) }}
+{{- end }}
+{{- if and (not $v.agent.kubelet.legacyAuthorization) (semverCompare "<1.33.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "agent.kubelet.legacyAuthorization: Kubernetes %s knows no nodes/pods, so that agents could not ask their kubelets; true takes nodes/proxy in its place, which is much more (docs/kubernetes/chart.md)" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- end }}
 {{- if $v.ca.enabled }}
+{{- if and $v.ca.kubernetes.injection.enabled (semverCompare "<1.29.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "ca.kubernetes.injection.enabled: needs native sidecars, which Kubernetes has from 1.29 on; this is %s" .Capabilities.KubeVersion.Version) }}
+{{- end }}
 {{- if and (gt (int $v.ca.replicas) 1) (ne $v.ca.store.type "etcd") }}
 {{- fail (printf "ca.replicas: %d replicas need ca.store.type: etcd; bolt is one file for one CA" (int $v.ca.replicas)) }}
 {{- end }}
