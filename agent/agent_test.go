@@ -313,6 +313,14 @@ func TestRefusesToStart(t *testing.T) {
 	if _, err := New(second); err == nil || !strings.Contains(err.Error(), "in use by another agent") {
 		t.Errorf("two agents on one data directory: %v", err)
 	}
+	// One of its own trust domain may wait to take over from it, one of another may not.
+	if used, err := second.DataDirInUse(); !used || err != nil {
+		t.Errorf("the data directory is in use: %t, %v", used, err)
+	}
+	second.TrustDomain = "other.example"
+	if _, err := second.DataDirInUse(); err == nil || !strings.Contains(err.Error(), `in use by an agent of the trust domain "example.org"; give this one, of "other.example", a data_dir`) {
+		t.Errorf("for an agent of another trust domain: %v", err)
+	}
 }
 
 func TestBrokenRecordIsSetAside(t *testing.T) {

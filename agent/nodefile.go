@@ -82,9 +82,11 @@ func openNodeDir(path string, td spiffeid.TrustDomain) (*nodeDir, error) {
 
 func (d *nodeDir) close() error { return d.lock.Close() }
 
-// DataDirInUse says whether an agent runs with the data directory dir. None is using one that does not exist.
-func DataDirInUse(dir string) (bool, error) {
-	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR, 0)
+// DataDirInUse says whether an agent runs with data_dir. None is using one that does not exist. An agent of another trust domain
+// is an error: its place is not to be taken.
+func (c *Config) DataDirInUse() (bool, error) {
+	d := &nodeDir{path: c.DataDir, td: c.trustDomain()}
+	lock, err := os.OpenFile(filepath.Join(d.path, "lock"), os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -95,6 +97,13 @@ func DataDirInUse(dir string) (bool, error) {
 	// Shared, so that two that ask do not take each other for an agent.
 	switch err := unix.Flock(int(lock.Fd()), unix.LOCK_SH|unix.LOCK_NB); {
 	case errors.Is(err, unix.EWOULDBLOCK):
+		var f struct {
+			TrustDomain string `json:"trust_domain"`
+		}
+		data, err := durable.ReadSecret(d.recordPath(), maxNodeFileBytes)
+		if err == nil && json.Unmarshal(data, &f) == nil && f.TrustDomain != "" && f.TrustDomain != d.td.Name() {
+			return true, fmt.Errorf("data_dir: %q is in use by an agent of the trust domain %q; give this one, of %q, a data_dir and a socket_path of its own", d.path, f.TrustDomain, d.td.Name())
+		}
 		return true, nil
 	case err != nil:
 		return false, fmt.Errorf("data_dir: locking %s: %w", lock.Name(), err)

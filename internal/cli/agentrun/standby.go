@@ -21,7 +21,7 @@ func standBy(ctx context.Context, c agent.Config, log *slog.Logger) (sockets map
 	stop := func() error { return nil }
 	sockets, err = handover.Await(ctx, handover.Config{
 		Dir: c.DataDir, Log: log,
-		Taken:   func() (bool, error) { return agent.DataDirInUse(c.DataDir) },
+		Taken:   c.DataDirInUse,
 		Waiting: func() { stop = answerProbes(c.Metrics.Listen, log) },
 	})
 	return sockets, errors.Join(err, stop())
