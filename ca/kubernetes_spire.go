@@ -26,7 +26,7 @@ type KubernetesSPIREResources struct {
 	// ClusterDomain is the domain of the cluster's DNS names. Default: cluster.local.
 	ClusterDomain string `yaml:"cluster_domain"`
 	// IgnoreNamespaces are regular expressions of namespaces whose pods get nothing by ClusterSPIFFEIDs. They match anywhere in the
-	// name unless they have ^ and $. Default: kube-system, kube-public, spire-system, signet-system.
+	// name unless they have ^ and $. Default: kube-system, kube-public, spire-system, and the CA's own namespace.
 	IgnoreNamespaces []string `yaml:"ignore_namespaces"`
 }
 
@@ -58,11 +58,11 @@ func (s *KubernetesSPIREResources) reads(kind string) bool {
 	return len(s.Kinds) == 0 || slices.Contains(s.Kinds, kind)
 }
 
-// ignored are the namespaces that ClusterSPIFFEIDs pass over.
-func (s *KubernetesSPIREResources) ignored() []*regexp.Regexp {
+// ignored are the namespaces that ClusterSPIFFEIDs pass over; own is the CA's.
+func (s *KubernetesSPIREResources) ignored(own string) []*regexp.Regexp {
 	texts := s.IgnoreNamespaces
 	if texts == nil {
-		texts = []string{"kube-system", "kube-public", "spire-system", "signet-system"}
+		texts = []string{"kube-system", "kube-public", "spire-system", "^" + regexp.QuoteMeta(own) + "$"}
 	}
 	var out []*regexp.Regexp
 	for _, text := range texts {
@@ -84,7 +84,7 @@ func (ca *CA) readSPIREResources(c KubernetesCluster, k *kubeCluster) {
 		domain = "cluster.local"
 	}
 	r := spireresources.New(spireresources.Config{Client: k.client, TrustDomain: ca.td, Registry: ca.reg, Expander: ca.pods, Kinds: s.Kinds, ClassName: s.ClassName, WatchClassless: s.WatchClassless,
-		ClusterDomain: domain, IgnoreNamespaces: s.ignored(), CheckTTL: ca.checkTTL, Actor: registry.ServerID(ca.td).String(), Now: ca.c.Now, Log: ca.log.With("cluster", k.client.Cluster), Events: k.events,
+		ClusterDomain: domain, IgnoreNamespaces: s.ignored(k.namespace), CheckTTL: ca.checkTTL, Actor: registry.ServerID(ca.td).String(), Now: ca.c.Now, Log: ca.log.With("cluster", k.client.Cluster), Events: k.events,
 		Apply: func(ctx context.Context, docs []strictyaml.Document, o registry.Options, actor func(registry.Ref) string) error {
 			// Whoever changes the resource means it: it has no place for a yes.
 			_, _, err := ca.admin.ApplySource(ctx, adminapi.Source{Name: "kubernetes/" + k.client.Cluster, Actor: actor}, docs, o, true)
