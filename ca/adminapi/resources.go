@@ -202,7 +202,9 @@ func answer(p *registry.Plan, rev store.Revision) *adminv1.ApplyResponse {
 	if p.FindingsOmitted > 0 {
 		out.Warnings = append(out.Warnings, fmt.Sprintf("and %d more findings", p.FindingsOmitted))
 	}
-	out.Warnings = append(out.Warnings, p.Warnings...)
+	for _, w := range p.Warnings {
+		out.Warnings = append(out.Warnings, w.Text)
+	}
 	out.Warnings = append(out.Warnings, p.Dangers...)
 	return out
 }

@@ -56,7 +56,7 @@ type Plan struct {
 	Findings        []analyse.Finding
 	FindingsOmitted int
 	// Warnings are what else the operator should know.
-	Warnings []string
+	Warnings []Warning
 	// Dangers say why revocations need an explicit yes.
 	Dangers []string
 	// Bans are the agents that must be banned before the plan is made anew and applied: they are revoked, and what they obtain
@@ -69,6 +69,12 @@ type Plan struct {
 	policies    map[string]*policyv1.Policy        // the CallPolicies that it changes, as they will be; nil: deleted
 	federations map[spiffeid.TrustDomain]*resource // that it writes
 	revokes     map[string]int                     // how much each Revocation that it writes is compiled into
+}
+
+// A Warning is about a document of a plan, or about all of it, where Of is empty.
+type Warning struct {
+	Of   Ref
+	Text string
 }
 
 // Options of Plan and Apply.

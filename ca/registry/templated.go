@@ -290,24 +290,58 @@ func (r *Registry) Expanded(rev store.Revision) {
 func (r *Registry) warnTemplates(p *Plan) {
 	templates := len(r.ix.templated) > 0
 	for _, e := range p.entries {
+		r.warnSelectors(p, e)
 		if e.Template == nil {
 			r.warnTaken(p, e)
 			continue
 		}
 		templates = true
 		if e.Expired(r.c.Now()) {
-			p.Warnings = append(p.Warnings, fmt.Sprintf("Identity %q has ended (expiresAt %s): it stands for no pods", e.Identity.Name, e.ExpiresAt.Format(time.RFC3339)))
+			p.warn(e, "has ended (expiresAt %s): it stands for no pods", e.ExpiresAt.Format(time.RFC3339))
 		}
 	}
 	if !templates {
 		return
 	}
 	if len(r.ix.derived.clusters) == 0 && slices.ContainsFunc(p.entries, func(e *Entry) bool { return e.Template != nil }) {
-		p.Warnings = append(p.Warnings, "templated Identities stand for pods, and this CA watches no cluster: name one in its configuration (kubernetes.clusters.NAME.pods)")
+		p.Warnings = append(p.Warnings, Warning{Text: "templated Identities stand for pods, and this CA watches no cluster: name one in its configuration (kubernetes.clusters.NAME.pods)"})
 	}
 	unknown := r.ix.unknownClusters()
 	if len(unknown) > 0 && slices.ContainsFunc(p.writes, func(w store.Write) bool { return w.Key == defaultsKey || strings.HasPrefix(w.Key, policyPrefix) }) {
-		p.Warnings = append(p.Warnings, fmt.Sprintf("which pods the cluster %q has is not known now: whom a change of policies locks out is worked out from the templates of Identities alone, and there may be more", unknown[0]))
+		p.Warnings = append(p.Warnings, Warning{Text: fmt.Sprintf("which pods the cluster %q has is not known now: whom a change of policies locks out is worked out from the templates of Identities alone, and there may be more", unknown[0])})
+	}
+}
+
+// warn says something about the Identity of an entry.
+func (p *Plan) warn(e *Entry, format string, args ...any) {
+	p.Warnings = append(p.Warnings, Warning{Ref{KindIdentity, e.Identity.Name}, fmt.Sprintf("Identity %q ", e.Identity.Name) + fmt.Sprintf(format, args...)})
+}
+
+// podSelectors are the kinds of selectors that an agent makes of pods, as SPIRE's does.
+var podSelectors = []string{"ns", "sa", "pod-name", "pod-uid", "pod-label", "pod-owner", "pod-owner-uid", "pod-image", "pod-image-count", "pod-init-image", "pod-init-image-count",
+	"container-name", "container-image", "node-name", "namespace-label"}
+
+// warnSelectors says which selectors of an entry nothing will ever have, as after a typing error.
+func (r *Registry) warnSelectors(p *Plan, e *Entry) {
+	for _, s := range e.Selectors {
+		kind, _, _ := strings.Cut(s.Value, ":")
+		if s.Type != "k8s" || slices.Contains(podSelectors, kind) || e.Template != nil && kind == "ns-label" {
+			continue
+		}
+		known := strings.Join(podSelectors, ", k8s:")
+		if e.Template != nil {
+			known += ", and in templates k8s:ns-label"
+		}
+		p.warn(e, "matches nothing where an agent of signet runs: it makes no selectors k8s:%s, as in match %q, but k8s:%s", kind, s, known)
+	}
+	if e.Template == nil || len(r.ix.derived.clusters) == 0 {
+		return
+	}
+	for _, s := range e.On {
+		cluster, ok := strings.CutPrefix(s.Value, psatCluster)
+		if _, watched := r.ix.derived.clusters[cluster]; s.Type == psatAttestation && ok && !watched {
+			p.warn(e, "stands for no pods: this CA watches no cluster %q, as in on %q, but %s", cluster, s, strings.Join(slices.Sorted(maps.Keys(r.ix.derived.clusters)), ", "))
+		}
 	}
 }
 
@@ -329,12 +363,12 @@ func (r *Registry) warnTaken(p *Plan, e *Entry) {
 	if n == 0 {
 		return
 	}
-	text := fmt.Sprintf("Identity %q takes %s from %d pods, such as %s/%s, which have it by %s", e.Identity.Name, e.SPIFFEID, n, one.Pod.Namespace, one.Pod.Name, one.Rule)
+	text := fmt.Sprintf("takes %s from %d pods, such as %s/%s, which have it by %s", e.SPIFFEID, n, one.Pod.Namespace, one.Pod.Name, one.Rule)
 	if n == 1 {
-		text = fmt.Sprintf("Identity %q takes %s from the pod %s/%s, which has it by %s", e.Identity.Name, e.SPIFFEID, one.Pod.Namespace, one.Pod.Name, one.Rule)
+		text = fmt.Sprintf("takes %s from the pod %s/%s, which has it by %s", e.SPIFFEID, one.Pod.Namespace, one.Pod.Name, one.Rule)
 	}
 	if e.Admin {
 		text += ": with the SVIDs that they hold they are admins until those end; choose an ID that no pod ever had, or revoke it with issuedBefore first"
 	}
-	p.Warnings = append(p.Warnings, text)
+	p.warn(e, "%s", text)
 }

@@ -50,7 +50,7 @@ func TestATemplatedIdentityIsOneResource(t *testing.T) {
 	if len(p.Changes) != 1 || p.Changes[0].Action != Change || !slices.Contains(p.Changes[0].Differences, "spiffeID: spiffe://example.org/plain -> /ns/{{ .k8s.ns }}/sa/{{ .k8s.sa }}") {
 		t.Errorf("plan %+v", p.Changes)
 	}
-	if len(p.Warnings) != 1 || !strings.Contains(p.Warnings[0], "watches no cluster") {
+	if len(p.Warnings) != 1 || !strings.Contains(p.Warnings[0].Text, "watches no cluster") {
 		t.Errorf("warnings %q", p.Warnings)
 	}
 	rev := apply(t, r, clusterDefault)
@@ -142,4 +142,26 @@ func split(t testing.TB, text string) []strictyaml.Document {
 		t.Fatal(err)
 	}
 	return docs
+}
+
+// TestIdentitiesThatNothingHas: a cluster that is not watched, and selectors that nobody makes, are mostly typing errors.
+func TestIdentitiesThatNothingHas(t *testing.T) {
+	r := open(t)
+	r.ClusterKnown("prod", false)
+	for _, tt := range []struct{ doc, want string }{
+		{"spiffeID: /ns/{{ .k8s.ns }}\non: [k8s_psat:cluster:prd]", `Identity "x" stands for no pods: this CA watches no cluster "prd", as in on "k8s_psat:cluster:prd", but prod`},
+		{"spiffeID: /ns/{{ .k8s.ns }}\non: [k8s_psat:cluster:prod, k8s_psat:agent_node_name:a, node:group:b]", ""},
+		{"spiffeID: /ns/{{ .k8s.ns }}\nmatch: [k8s:namespace:shop]", `Identity "x" matches nothing where an agent of signet runs: it makes no selectors k8s:namespace, as in match "k8s:namespace:shop", but k8s:ns, k8s:sa`},
+		{"spiffeID: /ns/{{ .k8s.ns }}\nmatch: [k8s:ns:shop, k8s:ns-label:team:a, k8s:container-name:app, unix:uid:1, docker:label:a:b]", ""},
+		{"spiffeID: /web\nmatch: [k8s:ns-label:team:a]", `it makes no selectors k8s:ns-label`},
+		{"spiffeID: /web\nmatch: [k8s:podlabel:team:a]\non: [k8s_psat:cluster:prd]", `it makes no selectors k8s:podlabel`},
+	} {
+		p := plan(t, r, "kind: Identity\nname: x\n"+tt.doc+"\n")
+		if tt.want == "" && len(p.Warnings) == 0 {
+			continue
+		}
+		if len(p.Warnings) != 1 || p.Warnings[0].Of != (Ref{KindIdentity, "x"}) || tt.want == "" || !strings.Contains(p.Warnings[0].Text, tt.want) {
+			t.Errorf("%s\nhas the warnings %+v, want %q", tt.doc, p.Warnings, tt.want)
+		}
+	}
 }

@@ -172,7 +172,11 @@ func TestPodsThatLoseTheirIDAreNamed(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return strings.Join(p.Warnings, "\n")
+		var all []string
+		for _, w := range p.Warnings {
+			all = append(all, w.Text)
+		}
+		return strings.Join(all, "\n")
 	}
 	const web, db, free = "kind: Identity\nname: web\nspiffeID: /ns/shop/sa/web\nmatch: [unix:uid:1]\n", "kind: Identity\nname: db\nspiffeID: /ns/bank/sa/db\nmatch: [unix:uid:1]\nadmin: true\n", "kind: Identity\nname: free\nspiffeID: /ns/bank/sa/other\nmatch: [unix:uid:1]\n"
 	if got := warnings(web); !strings.Contains(got, `Identity "web" takes spiffe://example.org/ns/shop/sa/web from 2 pods, such as shop/pod-`) || !strings.Contains(got, "by Identity cluster-default") {

@@ -79,6 +79,11 @@ func accepted(w *wanted, p *registry.Plan, stored registry.Resource) verdict {
 			warnings = append(warnings, f.Message)
 		}
 	}
+	for _, warning := range p.Warnings {
+		if warning.Of == w.ref || warning.Of == (registry.Ref{}) {
+			warnings = append(warnings, warning.Text)
+		}
+	}
 	if len(warnings) > 0 {
 		v.message += "; " + strings.Join(warnings, "; ")
 	}
