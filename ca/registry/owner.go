@@ -2,6 +2,7 @@ package registry
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -52,6 +53,11 @@ func (r *Registry) checkOwner(x *resource, o Options) error {
 	if o.Owner != "" && x.entry != nil && (x.entry.Admin || x.entry.Downstream) {
 		return fmt.Errorf("%s: admin is true; only an operator can make an admin, with 'signet apply' [DESIGN §8]", where(*x.source, "admin"))
 	}
+	if o.Owner != "" && x.entry != nil && x.entry.Template == nil {
+		if err := r.checkPower(x); err != nil {
+			return err
+		}
+	}
 	if doc, _, _, _ := r.ix.current(x.kind, x.currentName()); doc != nil && doc.Owner != o.Owner {
 		return &OwnedError{Ref{x.kind, x.name}, *doc}
 	}
@@ -59,6 +65,40 @@ func (r *Registry) checkOwner(x *resource, o Options) error {
 		if f := r.ix.federations[x.federation.TrustDomain]; f != nil && f.Document != nil && f.Document.Owner != o.Owner {
 			return &OwnedError{Ref{x.kind, f.Document.Name}, *f.Document}
 		}
+	}
+	return nil
+}
+
+// checkPower refuses the SPIFFE ID of an admin, of a CA below, or of what other entries descend from: who has it by whatever entry
+// has the rights that an operator gave to that ID. mu is held.
+func (r *Registry) checkPower(x *resource) error {
+	ix, id := r.ix, x.entry.SPIFFEID
+	if old := ix.entries[x.entry.ID]; old != nil && old.SPIFFEID == id {
+		return nil // the operator who gave the ID more was told of it
+	}
+	refuse := func(what string, e *Entry) error {
+		by := "the CA's configuration (admin_ids)"
+		if e != nil {
+			by = e.Called()
+		}
+		return fmt.Errorf("%s: spiffeID: %s is %s by %s; only an operator can give it, with 'signet apply' [DESIGN §8]", where(*x.source, "spiffeID"), id, what, by)
+	}
+	if r.c.Admins != nil && slices.Contains(r.c.Admins(), id) {
+		return refuse("that of an admin", nil)
+	}
+	for _, e := range ix.byID[id] {
+		switch {
+		case e.Expired(ix.asOf):
+		case e.Admin:
+			return refuse("that of an admin", e)
+		case e.Downstream:
+			return refuse("that of a downstream CA", e)
+		case e.alias():
+			return refuse("that of a group of nodes", e)
+		}
+	}
+	for _, e := range ix.byParent[id] {
+		return refuse("the parent of other entries, such as", e)
 	}
 	return nil
 }

@@ -2,11 +2,15 @@ package registry
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-id/signet/internal/strictyaml"
+	"github.com/signet-id/signet/spiffe"
 )
 
 const ofProd = "kubernetes/prod/resources"
@@ -123,5 +127,48 @@ func TestACustomResourceMakesNoAdmin(t *testing.T) {
 	}
 	if _, err := planOf(r, text, Options{}); err != nil {
 		t.Errorf("an operator's: %v", err)
+	}
+}
+
+// Nor by the SPIFFE ID that an operator gave to an admin, to a CA below, to a group of nodes, or to what entries descend from: whoever
+// has such an ID has those rights.
+func TestACustomResourceHasNoIDWithMoreRights(t *testing.T) {
+	r := open(t)
+	applyOf(t, r, "kind: Identity\nname: root\nspiffeID: /ops/root\nmatch: [unix:uid:0]\nadmin: true\n", Options{})
+	sel := []spiffe.Selector{{Type: "unix", Value: "uid:0"}}
+	node := spiffeid.RequireFromPath(td, "/spire/agent/x509pop/one")
+	for _, e := range []*Entry{
+		{SPIFFEID: spiffeid.RequireFromPath(td, "/region/ca"), ParentID: node, Selectors: sel, Downstream: true},
+		{SPIFFEID: spiffeid.RequireFromPath(td, "/racks/one"), ParentID: ServerID(td), Selectors: sel},
+		{SPIFFEID: spiffeid.RequireFromPath(td, "/child"), ParentID: spiffeid.RequireFromPath(td, "/parent"), Selectors: sel},
+	} {
+		if got := r.CreateEntries(t.Context(), []*Entry{e})[0]; got.Err != nil {
+			t.Fatal(got.Err)
+		}
+	}
+	const text = "kind: Identity\nname: evil\nspiffeID: %s\nmatch: [k8s:ns:evil]\n"
+	r.c.Admins = func() []spiffeid.ID { return []spiffeid.ID{spiffeid.RequireFromPath(td, "/people/alice")} }
+	for id, want := range map[string]string{"/people/alice": "that of an admin by the CA's configuration", "/ops/root": "that of an admin by Identity root", "/region/ca": "that of a downstream CA", "/racks/one": "that of a group of nodes", "/parent": "the parent of other entries"} {
+		_, err := planOf(r, fmt.Sprintf(text, id), Options{Owner: ofProd})
+		if err == nil || !strings.Contains(err.Error(), "test.yaml:3:1: spiffeID: ") || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s for a custom resource: %v, want a refusal at its place that says it is %s", id, err, want)
+		}
+		if _, err := planOf(r, fmt.Sprintf(text, id), Options{}); err != nil {
+			t.Errorf("%s for an operator: %v", id, err)
+		}
+	}
+	// An operator who makes an admin of an ID that a custom resource has must say yes, and the resource stays as it is.
+	applyOf(t, r, fmt.Sprintf(text, "/web"), Options{Owner: ofProd})
+	const admin = "kind: Identity\nname: web\nspiffeID: /web\nmatch: [unix:uid:0]\nadmin: true\n"
+	p, err := planOf(r, admin, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.NeedsYes(); err == nil || !strings.Contains(err.Error(), "whoever has spiffe://example.org/web by Identity evil") {
+		t.Errorf("NeedsYes = %v", err)
+	}
+	applyOf(t, r, admin, Options{})
+	if _, err := planOf(r, fmt.Sprintf(text, "/web"), Options{Owner: ofProd}); err != nil {
+		t.Errorf("the resource as it is: %v", err)
 	}
 }

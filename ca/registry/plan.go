@@ -57,7 +57,7 @@ type Plan struct {
 	FindingsOmitted int
 	// Warnings are what else the operator should know.
 	Warnings []Warning
-	// Dangers say why revocations need an explicit yes.
+	// Dangers say why revocations, and new admins, need an explicit yes.
 	Dangers []string
 	// Bans are the agents that must be banned before the plan is made anew and applied: they are revoked, and what they obtain
 	// in between would not be.

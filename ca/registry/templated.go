@@ -345,9 +345,20 @@ func (r *Registry) warnSelectors(p *Plan, e *Entry) {
 	}
 }
 
-// warnTaken says which pods a plain Identity takes its SPIFFE ID from.
+// warnTaken says which pods a plain Identity takes its SPIFFE ID from, and whom else it makes an admin.
 func (r *Registry) warnTaken(p *Plan, e *Entry) {
-	if old := r.ix.entries[e.ID]; old != nil && old.SPIFFEID == e.SPIFFEID || e.Expired(r.c.Now()) {
+	if e.Expired(r.c.Now()) {
+		return
+	}
+	old := r.ix.entries[e.ID]
+	if e.Admin && (old == nil || !old.Admin || old.SPIFFEID != e.SPIFFEID) {
+		for _, x := range r.ix.byID[e.SPIFFEID] {
+			if x.ID != e.ID && !x.Expired(r.ix.asOf) && (x.Owner != "" || x.Identity != nil && x.Identity.Owner != e.Identity.Owner) {
+				p.Dangers = append(p.Dangers, fmt.Sprintf("Identity %q makes an admin of whoever has %s by %s, which comes from a custom resource; delete that first, or choose an ID that nobody else has", e.Identity.Name, e.SPIFFEID, x.Called()))
+			}
+		}
+	}
+	if old != nil && old.SPIFFEID == e.SPIFFEID {
 		return
 	}
 	var one *Entry
