@@ -80,7 +80,7 @@ func lookup(ctx context.Context, k *kubeCluster, req *adminv1.ExplainPodRequest)
 		out.State, out.Detail = podUnclear, strings.ToValidUTF8(err.Error(), "")
 		return out
 	}
-	out.State, out.Detail, out.Uid, out.NodeName = string(f.State), f.Detail, f.UID, f.NodeName
+	out.State, out.Detail, out.Uid, out.NodeName = string(f.State), f.Detail, strings.ToValidUTF8(f.UID, ""), strings.ToValidUTF8(f.NodeName, "")
 	return out
 }
 
@@ -112,7 +112,11 @@ func (p podExplainer) known(k *kubeCluster, e *pods.Explanation) *adminv1.Explai
 			}
 		}
 		for _, d := range v.Differences {
-			r.Differences = append(r.Differences, &adminv1.PodDifference{Want: d.Want, Kind: string(d.Kind), Have: d.Have[:min(len(d.Have), maxHave)]})
+			one := &adminv1.PodDifference{Want: d.Want, Kind: string(d.Kind)}
+			for _, h := range d.Have[:min(len(d.Have), maxHave)] {
+				one.Have = append(one.Have, strings.ToValidUTF8(h, "")) // labels
+			}
+			r.Differences = append(r.Differences, one)
 		}
 		out.Rules = append(out.Rules, r)
 	}

@@ -13,9 +13,10 @@ const (
 	maxPods       = 300_000
 	maxNodes      = 30_000
 	maxNamespaces = 100_000
-	maxObject     = 1 << 20 // bytes of one object as it is kept
-	maxBytes      = 1 << 30 // of all of them
-	perObject     = 300     // what one takes besides its text
+	maxObject     = 1 << 20   // bytes of one object as it is kept
+	maxBytes      = 512 << 20 // of all of them
+	perObject     = 300       // what one takes besides its text
+	perOwner      = 100       // what an owner of one takes besides its text
 	// namespaceShare is the part of the pods and of the bytes that those of one namespace may take: who may make pods in one takes no
 	// room from those of the others. Kubernetes itself is made for 3,000 pods in a namespace.
 	namespaceShare = 4

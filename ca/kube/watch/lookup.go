@@ -9,6 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // A State is how the API server has a pod of which the Expander was not told.
@@ -77,6 +78,14 @@ func (w *Watcher) Lookup(ctx context.Context, namespace, name string) (Found, er
 // plainName tells whether text has the characters of names in Kubernetes.
 func plainName(text string) bool {
 	return text != "" && len(text) <= 253 && strings.Trim(text, "abcdefghijklmnopqrstuvwxyz0123456789.-") == "" && text != "." && text != ".."
+}
+
+// maxUIDBytes bounds a UID: those of Kubernetes have 36.
+const maxUIDBytes = 64
+
+// plainUID tells whether a UID has the characters of UIDs in Kubernetes.
+func plainUID(uid types.UID) bool {
+	return uid != "" && len(uid) <= maxUIDBytes && strings.Trim(string(uid), "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") == ""
 }
 
 // A Placement is why a pod that is known belongs to no node.

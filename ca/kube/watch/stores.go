@@ -2,6 +2,7 @@ package watch
 
 import (
 	"maps"
+	"reflect"
 	"strconv"
 	"time"
 
@@ -23,6 +24,7 @@ type podsKnown struct {
 	listed map[string]struct{} // while a list is under way: what it held until now
 	shares map[string]share    // by namespace
 	shared *shared
+	former former
 }
 
 // A share is what the pods of one namespace take.
@@ -60,17 +62,17 @@ func (s *podsKnown) begin() { s.listed = make(map[string]struct{}, len(s.byUID))
 
 func (s *podsKnown) put(o metav1.Object) {
 	object, ok := o.(*corev1.Pod)
-	if !ok || object.UID == "" || object.Spec.NodeName == "" || ended(object) {
+	if !ok || !plainUID(object.UID) || ended(object) || !plainName(object.Namespace) || !plainName(object.Name) || !plainName(object.Spec.NodeName) ||
+		object.Spec.ServiceAccountName != "" && !plainName(object.Spec.ServiceAccountName) {
 		return
 	}
 	uid := string(object.UID)
 	version, _ := strconv.ParseUint(object.ResourceVersion, 10, 64)
 	was := s.byUID[uid]
-	if s.listed != nil {
-		s.listed[uid] = struct{}{}
-	} else if was != nil && version < was.version {
+	if s.listed == nil && was != nil && version < was.version {
 		return // an older state that came late
 	}
+	defer s.list(uid)
 	pod, size := s.shared.pod(s.k.cluster, object, s.k.keepObjects)
 	if was == nil {
 		if !s.fits(pod.Namespace, size, size, 1) {
@@ -78,7 +80,7 @@ func (s *podsKnown) put(o metav1.Object) {
 			return
 		}
 		delete(s.left, uid)
-		s.byUID[uid] = &podKnown{pod: pod, version: version, bound: boundAt(object), size: size}
+		s.byUID[uid] = &podKnown{pod: pod, version: version, bound: s.former.bound(uid, boundAt(object)), size: size}
 		s.count(pod.Namespace, size, 1)
 		s.dirty[uid] = struct{}{}
 		delete(s.gone, uid)
@@ -97,6 +99,17 @@ func (s *podsKnown) put(o metav1.Object) {
 	s.count(pod.Namespace, size-was.size, 0)
 	was.pod, was.size = pod, size
 	s.dirty[uid] = struct{}{}
+}
+
+// list notes that the list under way, if there is one, holds what is known of a pod.
+func (s *podsKnown) list(uid string) {
+	if s.listed == nil {
+		return
+	}
+	_, left := s.left[uid]
+	if left || s.byUID[uid] != nil { // of all else there is nothing to forget
+		s.listed[uid] = struct{}{}
+	}
 }
 
 func (s *podsKnown) leave(uid string) {
@@ -131,9 +144,45 @@ func (s *podsKnown) drop(uid string) {
 		return
 	}
 	s.count(p.pod.Namespace, -p.size, -1)
+	s.former.note(uid, p.bound)
 	delete(s.byUID, uid)
 	delete(s.dirty, uid)
 	s.gone[uid] = struct{}{}
+}
+
+// maxFormer bounds of how many pods that are gone it is remembered when they were put on their nodes.
+const maxFormer = 50_000
+
+// former are pods that are gone, with when they were put on their nodes. One that has ended is gone, and its kubelet can write that it
+// runs after all: it is the same pod then, and came when it came.
+type former struct {
+	at   map[string]time.Time
+	uids []string // the oldest at next, once there are maxFormer
+	next int
+}
+
+func (f *former) note(uid string, bound time.Time) {
+	if f.at == nil {
+		f.at = map[string]time.Time{}
+	}
+	if _, known := f.at[uid]; !known {
+		if len(f.uids) < maxFormer {
+			f.uids = append(f.uids, uid)
+		} else {
+			delete(f.at, f.uids[f.next])
+			f.uids[f.next] = uid
+			f.next = (f.next + 1) % maxFormer
+		}
+	}
+	f.at[uid] = bound
+}
+
+// bound returns when a pod was put on its node, of which it says that it was now.
+func (f *former) bound(uid string, now time.Time) time.Time {
+	if at, known := f.at[uid]; known && at.Before(now) {
+		return at
+	}
+	return now
 }
 
 func ended(p *corev1.Pod) bool {
@@ -182,16 +231,15 @@ func (s *named[T]) begin() { s.listed = make(map[string]struct{}, len(s.byName))
 
 func (s *named[T]) put(o metav1.Object) {
 	name := o.GetName()
-	if name == "" || o.GetUID() == "" {
+	if !plainName(name) || !plainUID(o.GetUID()) {
 		return
 	}
 	version, _ := strconv.ParseUint(o.GetResourceVersion(), 10, 64)
 	was := s.byName[name]
-	if s.listed != nil {
-		s.listed[name] = struct{}{}
-	} else if was != nil && version < was.version {
+	if s.listed == nil && was != nil && version < was.version {
 		return // an older state that came late
 	}
+	defer s.list(name)
 	value, size, same := s.keep(o, was)
 	more, n := size, len(s.byName)+1
 	if was != nil {
@@ -212,6 +260,17 @@ func (s *named[T]) put(o metav1.Object) {
 	s.byName[name] = &one[T]{value, o.GetUID(), version, size}
 	s.k.bytes += more
 	s.dirty[name] = struct{}{}
+}
+
+// list notes that the list under way, if there is one, holds what is known of a name.
+func (s *named[T]) list(name string) {
+	if s.listed == nil {
+		return
+	}
+	_, left := s.left[name]
+	if left || s.byName[name] != nil {
+		s.listed[name] = struct{}{}
+	}
 }
 
 func (s *named[T]) end() {
@@ -265,7 +324,7 @@ func newNodes(k *known) nodesKnown {
 		n, size := nodeKnown{created: o.GetCreationTimestamp().Time, again: again}, perObject+2*int64(len(o.GetName()))
 		if object, ok := o.(*corev1.Node); ok && k.keepObjects {
 			object.TypeMeta, object.ManagedFields, object.Status = metav1.TypeMeta{}, nil, corev1.NodeStatus{}
-			n.object, size = object, size+int64(object.Size())
+			n.object, size = object, size+weigh(reflect.ValueOf(object))
 		}
 		if was == nil {
 			return n, size, false

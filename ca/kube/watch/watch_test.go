@@ -133,6 +133,14 @@ func TestNodeOfTheSameName(t *testing.T) {
 			if got := h.pods["pod-a"].NodeUID; got != "" {
 				t.Errorf("what the kubelet writes moves the pod to node %q", got)
 			}
+			// Nor does a pod come to it that ended, and of which the kubelet writes that it runs after all.
+			a.delete("pods", "web", "a") // as a watch of those that have not ended tells it
+			h.until(t, "it is gone", func() bool { return h.pods["pod-a"] == nil })
+			a.apply("pods", scheduled(pod("web", "a", "pod-a", "n1", time.Hour, object{"app": "again"}), 4*time.Hour))
+			h.until(t, "it is there again", func() bool { return h.pods["pod-a"] != nil })
+			if got := h.pods["pod-a"].NodeUID; got != "" {
+				t.Errorf("ending and running again moves the pod to node %q", got)
+			}
 		})
 	}
 }
