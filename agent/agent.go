@@ -134,7 +134,7 @@ func (a *Agent) open() error {
 	a.metrics = newMetrics(a)
 	a.pods = podsOf(methods)
 	a.metrics.attestsBy(methods)
-	a.attestor, err = workloadattest.New(workloadattest.Config{Methods: methods, Log: a.log, Now: c.Now, OnFailure: a.metrics.attestationFailed})
+	a.attestor, err = workloadattest.New(workloadattest.Config{Methods: methods, Enough: a.cache.Enough, Log: a.log, Now: c.Now, OnFailure: a.metrics.attestationFailed})
 	if err != nil {
 		return err
 	}

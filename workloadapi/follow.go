@@ -227,6 +227,8 @@ type follower struct {
 	patience  *time.Timer
 	spread    *time.Timer // while spreading
 	spreading bool        // newest waits for its time
+	settle    *time.Timer // when to see whether more is found out about a provisional caller, and how long that is from the last time
+	settleIn  time.Duration
 }
 
 //go:noinline
@@ -271,6 +273,10 @@ func (f *follower) subscribe(ctx context.Context) (<-chan Update, error) {
 		return nil, err
 	}
 	f.newest, f.known = Update{}, false
+	if f.caller.Provisional {
+		f.settleIn = firstSettle
+		f.settle = time.NewTimer(jittered(f.settleIn))
+	}
 	if !f.started {
 		f.patience = time.NewTimer(f.IssueWait)
 	}
@@ -279,17 +285,41 @@ func (f *follower) subscribe(ctx context.Context) (<-chan Update, error) {
 
 // rest stops the timers.
 func (f *follower) rest() {
-	for _, t := range []*time.Timer{f.patience, f.spread} {
+	for _, t := range []*time.Timer{f.patience, f.spread, f.settle} {
 		if t != nil {
 			t.Stop()
 		}
 	}
-	f.patience, f.spread, f.spreading = nil, nil, false
+	f.patience, f.spread, f.spreading, f.settle = nil, nil, false, nil
+}
+
+// Waits until it is seen whether more is found out about a provisional caller, and how long that may take.
+const firstSettle, lastSettle, settleTime = time.Second, 30 * time.Second, 2 * time.Second
+
+func jittered(d time.Duration) time.Duration { return d*4/5 + rand.N(d*2/5) }
+
+// look says ErrSubjectChanged once all is found out about a provisional caller. What cannot be found out now changes nothing: the caller
+// has what it had, and every push looks whether it is still who it was.
+//
+//go:noinline
+func (f *follower) look(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, settleTime)
+	defer cancel()
+	again, err := f.subject.Attest(ctx)
+	if err == nil && !again.Provisional && hasAll(again.Selectors, f.caller.Selectors) {
+		return ErrSubjectChanged
+	}
+	f.settleIn = min(2*f.settleIn, lastSettle)
+	f.settle.Reset(jittered(f.settleIn))
+	return nil
 }
 
 // wait waits for what happens next, and says whether newest is due to be shown.
 func (f *follower) wait(ctx context.Context, updates <-chan Update) (due bool, err error) {
-	var patience, spread <-chan time.Time
+	var patience, spread, settle <-chan time.Time
+	if f.settle != nil {
+		settle = f.settle.C
+	}
 	if f.patience != nil {
 		patience = f.patience.C
 	}
@@ -318,6 +348,8 @@ func (f *follower) wait(ctx context.Context, updates <-chan Update) (due bool, e
 	case <-spread:
 		f.calm()
 		return true, nil
+	case <-settle:
+		return false, f.look(ctx)
 	case <-f.Again:
 		if err := f.ask(); err != nil {
 			return false, err

@@ -57,6 +57,10 @@ type Caller struct {
 	// Fleeting says that an equal State does not mean that Selectors still hold, since the content of the executable could
 	// change without a trace in it. The endpoint attests such a caller again before each answer.
 	Fleeting bool
+
+	// Provisional says that there is more to be found out, which so far decides nothing: the caller is answered at once. A stream
+	// is attested again soon.
+	Provisional bool
 }
 
 // An Identity is one X509-SVID with what its holder may know.

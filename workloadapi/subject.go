@@ -108,12 +108,15 @@ func (s *processSubject) Check(ctx context.Context, caller Caller) error {
 }
 
 // sameSelectors compares two lists without repetitions.
-func sameSelectors(a, b []spiffe.Selector) bool {
+func sameSelectors(a, b []spiffe.Selector) bool { return len(a) == len(b) && hasAll(a, b) }
+
+// hasAll tells whether all of b are in a.
+func hasAll(a, b []spiffe.Selector) bool {
 	in := make(map[spiffe.Selector]bool, len(a))
 	for _, s := range a {
 		in[s] = true
 	}
-	return len(a) == len(b) && !slices.ContainsFunc(b, func(s spiffe.Selector) bool { return !in[s] })
+	return !slices.ContainsFunc(b, func(s spiffe.Selector) bool { return !in[s] })
 }
 
 // A FoundProcess is a process that somebody else speaks for, pinned when it was looked up. Close gives it up.

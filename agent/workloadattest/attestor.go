@@ -30,6 +30,20 @@ type Method interface {
 	Selectors(ctx context.Context, p *peer.Process, state peer.Snapshot) ([]spiffe.Selector, error)
 }
 
+// A Gradual is a Method that knows some selectors of a process before the others, such as those of a pod before those of the
+// container.
+type Gradual interface {
+	Method
+
+	// Gradually is Selectors that returns what it knows, with more true, as soon as enough says that this will do. later tells of
+	// a selector whether it may be among those that are still to be found out. What is returned beside more holds.
+	Gradually(ctx context.Context, p *peer.Process, state peer.Snapshot, enough Enough) (selectors []spiffe.Selector, more bool, err error)
+}
+
+// Enough tells whether who has these selectors, all of one method, need not wait for further ones of the method of which later is
+// true: what is asked about matches by these, and whatever may match by those besides does not. A nil one is never so.
+type Enough func(have []spiffe.Selector, later func(spiffe.Selector) bool) bool
+
 // A Dependent is a Method that asks something that may be away, such as the kubelet or an engine's socket.
 type Dependent interface {
 	// Available returns nil if what the method asks answers now, or is known not to be on this machine and so needs not
@@ -63,6 +77,9 @@ type Config struct {
 
 	// Now is the clock for MaxAge. Nil means time.Now.
 	Now func() time.Time
+
+	// Enough, if not nil, lets a Gradual method answer before it knows all.
+	Enough Enough
 
 	// OnFailure, if not nil, is told the name of a method that could not find out everything. It must not block.
 	OnFailure func(method string)
@@ -141,20 +158,20 @@ func (a *Attestor) Close() error {
 // Attest returns the process with all its selectors. See workloadapi.Attestor.
 //
 // A result is used again only for the same pinned process in the same state. One with something missing is never used
-// again, so that a passing failure passes, and neither is one that a method doubts.
+// again, so that a passing failure passes, and neither is one that a method doubts, nor one to which more is to come.
 func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Caller, error) {
 	state, err := p.Snapshot()
 	if err != nil {
 		return workloadapi.Caller{}, err
 	}
 	before := a.recall(p.ID())
-	if before != nil && before.missing == "" && !before.caller.Fleeting && before.caller.State.Equal(state) && a.cfg.Now().Sub(before.at) < a.cfg.MaxAge {
+	if before != nil && before.missing == "" && !before.caller.Fleeting && !before.caller.Provisional && before.caller.State.Equal(state) && a.cfg.Now().Sub(before.at) < a.cfg.MaxAge {
 		caller := before.caller
 		caller.Known = true
 		return caller, nil
 	}
 	at := a.cfg.Now()
-	selectors, missing, settled := a.ask(ctx, p, state)
+	selectors, more, missing, settled := a.ask(ctx, p, state)
 	if err := ctx.Err(); err != nil {
 		return workloadapi.Caller{}, context.Cause(ctx)
 	}
@@ -163,7 +180,7 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Cal
 		return workloadapi.Caller{}, err
 	}
 	r := &result{process: p.ID(), at: at, caller: workloadapi.Caller{
-		PID: p.PID, UID: state.EffectiveUID, GID: state.EffectiveGID, Selectors: selectors, State: state, Fleeting: a.doubtful(p, state),
+		PID: p.PID, UID: state.EffectiveUID, GID: state.EffectiveGID, Selectors: selectors, State: state, Fleeting: a.doubtful(p, state), Provisional: more,
 	}}
 	if missing != nil {
 		r.missing = missing.Error()
@@ -181,10 +198,11 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Process) (workloadapi.Cal
 }
 
 // ask asks the methods side by side. One that fails, is too slow or returns selectors of another type hides nothing of
-// the others. missing is what failed, settled what is not to be had.
-func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot) (all []spiffe.Selector, missing, settled error) {
+// the others. missing is what failed, settled what is not to be had; more says that a method has more to come.
+func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot) (all []spiffe.Selector, more bool, missing, settled error) {
 	type answer struct {
 		selectors []spiffe.Selector
+		more      bool
 		err       error
 	}
 	answers := make([]answer, len(a.cfg.Methods))
@@ -197,6 +215,10 @@ func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot
 		wg.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, timeout)
 			defer cancel()
+			if g, ok := m.(Gradual); ok && a.cfg.Enough != nil {
+				answers[i].selectors, answers[i].more, answers[i].err = g.Gradually(ctx, p, state, a.cfg.Enough)
+				return
+			}
 			answers[i].selectors, answers[i].err = m.Selectors(ctx, p, state)
 		})
 	}
@@ -205,6 +227,7 @@ func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot
 	var failures, absences []error
 	seen := map[spiffe.Selector]bool{}
 	for i, m := range a.cfg.Methods {
+		more = more || answers[i].more
 		err, absent := unsettled(answers[i].err)
 		if absent != nil {
 			absences = append(absences, fmt.Errorf("%s: %w", m.Name(), absent))
@@ -231,7 +254,7 @@ func (a *Attestor) ask(ctx context.Context, p *peer.Process, state peer.Snapshot
 			}
 		}
 	}
-	return all, errors.Join(failures...), errors.Join(absences...)
+	return all, more, errors.Join(failures...), errors.Join(absences...)
 }
 
 func (a *Attestor) doubtful(p *peer.Process, state peer.Snapshot) bool {

@@ -246,6 +246,15 @@ func in(pod, id string) container.Container {
 	return container.Container{ID: id, PodUID: pod, Path: "/kubepods/pod" + pod + "/" + id}
 }
 
+// selectors are all of a container.
+func (m *Method) selectors(ctx context.Context, c container.Container) ([]spiffe.Selector, error) {
+	all, more, err := m.gradually(ctx, c, nil)
+	if more {
+		panic("more is to come, though nobody said that this is enough")
+	}
+	return all, err
+}
+
 func values(all []spiffe.Selector) []string {
 	var v []string
 	for _, s := range all {

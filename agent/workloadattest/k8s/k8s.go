@@ -8,7 +8,8 @@
 //
 // The container and the pod come from the process's cgroup (package container), what they are from the pod list of the
 // node's kubelet, and labels of a namespace, if they are wanted, from the API server. A pod counts only if cgroup and
-// kubelet agree on it, and a container only while the kubelet says that it runs.
+// kubelet agree on it, and a container only while the kubelet says that it runs. Kubelets tell of a container up to a second
+// after it has started, and more if they are busy; of its pod they have told long before. [docs/decisions/0058]
 package k8s
 
 import (
@@ -18,6 +19,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/signet-id/signet/agent/workloadattest"
 	"github.com/signet-id/signet/agent/workloadattest/container"
 	"github.com/signet-id/signet/spiffe"
 	"github.com/signet-id/signet/workloadapi/peer"
@@ -106,33 +108,52 @@ func (m *Method) Available(ctx context.Context) error {
 // Selectors returns the selectors of a process; none if it is not in a pod.
 //
 // A container that the kubelet does not know yet is waited for until ctx ends.
-func (m *Method) Selectors(ctx context.Context, p *peer.Process, _ peer.Snapshot) ([]spiffe.Selector, error) {
-	where, err := m.finder.Find(p)
-	if err != nil {
-		return nil, err
-	}
-	if where.Container == (container.Container{}) {
-		return nil, nil
-	}
-	return m.selectors(ctx, where.Container)
+func (m *Method) Selectors(ctx context.Context, p *peer.Process, state peer.Snapshot) ([]spiffe.Selector, error) {
+	all, _, err := m.Gradually(ctx, p, state, nil)
+	return all, err
 }
 
-func (m *Method) selectors(ctx context.Context, c container.Container) ([]spiffe.Selector, error) {
-	pod, member, stale, err := m.find(ctx, c)
-	if err != nil || pod == nil {
-		return nil, err
+// Gradually implements workloadattest.Gradual: of a pod whose containers are just starting it returns what the pod is, if that is
+// enough, before the kubelet tells of the container.
+func (m *Method) Gradually(ctx context.Context, p *peer.Process, _ peer.Snapshot, enough workloadattest.Enough) (all []spiffe.Selector, more bool, err error) {
+	where, err := m.finder.Find(p)
+	if err != nil {
+		return nil, false, err
 	}
-	all := podSelectors(pod)
+	if where.Container == (container.Container{}) {
+		return nil, false, nil
+	}
+	return m.gradually(ctx, where.Container, enough)
+}
+
+func (m *Method) gradually(ctx context.Context, c container.Container, enough workloadattest.Enough) (all []spiffe.Selector, more bool, err error) {
+	var early []spiffe.Selector
+	will := func(p *pod) bool {
+		if enough == nil {
+			return false
+		}
+		labels, err := m.namespaceSelectors(ctx, p.namespace)
+		early = append(lastingSelectors(p), labels...)
+		return err == nil && enough(early, comesLater)
+	}
+	pod, member, stale, err := m.find(ctx, c, will)
+	switch {
+	case errors.Is(err, errEnough):
+		return early, true, nil
+	case err != nil || pod == nil:
+		return nil, false, err
+	}
+	all = podSelectors(pod)
 	if member != nil {
 		all = append(all, containerSelectors(member)...)
 	}
 	labels, err := m.namespaceSelectors(ctx, pod.namespace)
-	return append(all, labels...), errors.Join(stale, err)
+	return append(all, labels...), false, errors.Join(stale, err)
 }
 
 // find looks a container up. A pod of nil without an error says that it is not of Kubernetes. stale says why an older list
-// was used.
-func (m *Method) find(ctx context.Context, c container.Container) (found *pod, member *member, stale, err error) {
+// was used. The error is errEnough if the container's pod is known and is starting, and will says that the pod will do.
+func (m *Method) find(ctx context.Context, c container.Container, will func(*pod) bool) (found *pod, member *member, stale, err error) {
 	begun := m.now()
 	since := begun
 	if known := m.pods.held(); known != nil && known.started.After(begun.Add(-staleFor)) {
@@ -161,9 +182,14 @@ func (m *Method) find(ctx context.Context, c container.Container) (found *pod, m
 		case !ofKubernetes(c):
 			return nil, nil, nil, nil
 		}
+		if p := l.starting(c); p != nil && will(p) {
+			return nil, nil, nil, errEnough
+		}
 		since = l.started.Add(1)
 	}
 }
+
+var errEnough = errors.New("the pod will do")
 
 // refresh sees to a newer list, and leaves time to answer by an older one.
 func (m *Method) refresh(ctx context.Context, since time.Time) error {

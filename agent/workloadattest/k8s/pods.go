@@ -155,6 +155,25 @@ func (l *podList) look(c container.Container) (*pod, *member, error) {
 	return nil, nil, nil
 }
 
+// starting returns the pod of a container that find does not know yet, if the kubelet may be about to tell of one: it has told of
+// none of the pod's, or one of them neither runs nor has ended.
+func (l *podList) starting(c container.Container) *pod {
+	p := l.byUID[c.PodUID]
+	if p == nil || p.ended || p.deleted || p.excess {
+		return nil
+	}
+	told := false
+	for m := range p.members {
+		if told = true; !m.running && !m.ended {
+			return p
+		}
+	}
+	if told {
+		return nil
+	}
+	return p
+}
+
 // place is where a container is: in p, if p says so.
 func (l *podList) place(id string, p *pod) (place, bool) {
 	if p != nil {
@@ -365,7 +384,7 @@ func members(statuses []statusJSON) []member {
 		all = append(all, member{
 			name: s.Name, image: s.Image, imageID: s.ImageID, id: id, running: s.State.Running != nil,
 			// Until a container is made anew, its status has the id of the one before, which is also that of the last state.
-			ended: s.State.Terminated != nil || s.State.Running == nil && s.LastState.Terminated.ContainerID == s.ContainerID,
+			ended: s.State.Terminated != nil || s.State.Running == nil && s.ContainerID != "" && s.LastState.Terminated.ContainerID == s.ContainerID,
 		})
 	}
 	return all

@@ -2,6 +2,7 @@ package k8s
 
 import (
 	"strconv"
+	"strings"
 
 	"github.com/signet-id/signet/spiffe"
 )
@@ -12,13 +13,22 @@ func selector(kind, value string) spiffe.Selector {
 
 // podSelectors are those that all processes of a pod have.
 func podSelectors(p *pod) []spiffe.Selector {
+	all := append(lastingSelectors(p), selector("pod-image-count", strconv.Itoa(len(p.containers))), selector("pod-init-image-count", strconv.Itoa(len(p.inits))))
+	all = append(all, images("pod-image", p.containers)...)
+	return append(all, images("pod-init-image", p.inits)...)
+}
+
+// comesLater tells of selectors that show what the kubelet has told of containers, all others being known from the pod's beginning.
+func comesLater(s spiffe.Selector) bool {
+	return strings.HasPrefix(s.Value, "container-") || strings.HasPrefix(s.Value, "pod-image") || strings.HasPrefix(s.Value, "pod-init-image")
+}
+
+// lastingSelectors are those of podSelectors that are the same before and after containers start.
+func lastingSelectors(p *pod) []spiffe.Selector {
 	all := []spiffe.Selector{
 		selector("ns", p.namespace), selector("sa", p.serviceAccount), selector("node-name", p.nodeName),
 		selector("pod-name", p.name), selector("pod-uid", p.uid),
-		selector("pod-image-count", strconv.Itoa(len(p.containers))), selector("pod-init-image-count", strconv.Itoa(len(p.inits))),
 	}
-	all = append(all, images("pod-image", p.containers)...)
-	all = append(all, images("pod-init-image", p.inits)...)
 	for k, v := range p.labels {
 		all = append(all, selector("pod-label", k+":"+v))
 	}
