@@ -137,8 +137,9 @@ type Config struct {
 // A Cache is safe for concurrent use.
 type Cache struct {
 	config Config
-	state  atomic.Pointer[state] // written under mu only
-	synced chan struct{}         // closed by the first Apply
+	state  atomic.Pointer[state]     // written under mu only
+	late   atomic.Pointer[undecided] // see Enough
+	synced chan struct{}             // closed by the first Apply
 
 	ctx    context.Context // of the tasks that outlive a call; ends with Run
 	cancel context.CancelFunc

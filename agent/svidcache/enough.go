@@ -3,38 +3,65 @@ package svidcache
 import "github.com/signet-id/signet/spiffe"
 
 // Enough tells whether one method of attestation need not find out more about a caller: an entry may match by what it has found, and none
-// that may match has a selector that is still to come, of which later tells. What other methods find is left open. So who is answered
-// by these selectors gets neither less nor anything else than by all of them, as long as no other entry comes. Entries of the node
-// are looked through one by one; it is asked while a container starts.
+// that may match has a selector that is still to come, of which later tells, the same of each selector at all times. What other
+// methods find is left open. So who is answered by these selectors gets neither less nor anything else than by all of them, as
+// long as no other entry comes. It is asked while a container starts.
 func (c *Cache) Enough(have []spiffe.Selector, later func(spiffe.Selector) bool) bool {
 	if len(have) == 0 {
 		return false
 	}
-	method, now := have[0].Type, c.config.Now()
+	s, method, now := c.state.Load(), have[0].Type, c.config.Now()
 	known := make(map[spiffe.Selector]struct{}, len(have))
-	for _, s := range have {
-		known[s] = struct{}{}
+	for _, h := range have {
+		known[h] = struct{}{}
 	}
-	some, waits := false, false
-	c.state.Load().entries.all(func(_ string, e *entry) bool {
-		if e.expired(now) {
-			return true
-		}
-		by, open := false, false
-		for _, s := range e.selectors {
-			if s.Type != method {
-				continue
+	// may tells whether e may match by what is known, what other methods find, and, if wait, what is to come.
+	may := func(e *entry, wait bool) bool {
+		for _, sel := range e.selectors {
+			if _, ok := known[sel]; !ok && sel.Type == method && !(wait && later(sel)) {
+				return false
 			}
-			if _, ok := known[s]; ok {
-				by = true
-			} else if later(s) {
-				open = true
-			} else {
+		}
+		return !e.expired(now)
+	}
+	for _, e := range c.undecided(s, method, later) {
+		if may(e, true) {
+			return false
+		}
+	}
+	for h := range known {
+		candidates, _ := s.index.get(h)
+		for _, e := range candidates {
+			if may(e, false) {
 				return true
 			}
 		}
-		some, waits = some || by, waits || open
-		return !waits
+	}
+	return false
+}
+
+// An undecided list has those of some entries that ask one method for what is known late.
+type undecided struct {
+	of      *table[string, *entry]
+	method  string
+	entries []*entry
+}
+
+// undecided looks through all entries once after each change of them.
+func (c *Cache) undecided(s *state, method string, later func(spiffe.Selector) bool) []*entry {
+	if u := c.late.Load(); u != nil && u.of == s.entries && u.method == method {
+		return u.entries
+	}
+	u := &undecided{of: s.entries, method: method}
+	s.entries.all(func(_ string, e *entry) bool {
+		for _, sel := range e.selectors {
+			if sel.Type == method && later(sel) {
+				u.entries = append(u.entries, e)
+				break
+			}
+		}
+		return true
 	})
-	return some && !waits
+	c.late.Store(u)
+	return u.entries
 }

@@ -1,6 +1,7 @@
 package svidcache
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -59,6 +60,36 @@ func TestEnough(t *testing.T) {
 		w.jump(2 * time.Hour)
 		if !w.cache.Enough(have, later) {
 			t.Error("the entry is waited for though it has ended")
+		}
+	})
+}
+
+// What it costs to look through a node's entries, beside matching one caller.
+func BenchmarkEnough(b *testing.B) {
+	later := func(s spiffe.Selector) bool { return strings.HasPrefix(s.Value, "container-") }
+	have := caller(0, "k8s:ns:shop", "k8s:sa:web", "k8s:pod-uid:1", "k8s:pod-label:a:b").Selectors
+	w := newWorld(b, nil)
+	var entries []*nodev1.Entry
+	for i := range 10_000 {
+		entries = append(entries, anEntry(fmt.Sprintf("e%d", i), fmt.Sprintf("/x/%d", i), "k8s:ns:shop", fmt.Sprintf("k8s:pod-uid:%d", i), "k8s:pod-label:a:b"))
+	}
+	w.start(entries...)
+	known := map[spiffe.Selector]struct{}{}
+	for _, s := range have {
+		known[s] = struct{}{}
+	}
+	b.Run("enough", func(b *testing.B) {
+		for b.Loop() {
+			if !w.cache.Enough(have, later) {
+				b.Fatal("it is not enough")
+			}
+		}
+	})
+	b.Run("match", func(b *testing.B) {
+		for b.Loop() {
+			if len(w.cache.state.Load().match(known, time.Now())) != 1 {
+				b.Fatal("no match")
+			}
 		}
 	})
 }
