@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
-	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -206,6 +205,7 @@ func (p *parser) services(list []text) []string {
 		return nil
 	}
 	var out []string
+	seen := make(map[string]bool, len(list))
 	for _, t := range list {
 		s, pattern, ok := p.full(t)
 		switch {
@@ -214,10 +214,10 @@ func (p *parser) services(list []text) []string {
 			p.fail(t, "service %q is not in the trust domain %s; a CallPolicy governs local services only", s, p.td.Name())
 		case len(pattern.segments) > 0 && pattern.segments[0] == reserved:
 			p.fail(t, "service %q is under /%s; CallPolicies do not govern the CA and its agents", s, reserved)
-		case slices.Contains(out, s):
+		case seen[s]:
 			p.fail(t, "service %q is listed twice", s)
 		default:
-			out = append(out, s)
+			out, seen[s] = append(out, s), true
 		}
 	}
 	return out

@@ -176,6 +176,8 @@ func overlap(template, service []string) bool {
 func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 	td := "spiffe://" + r.c.TrustDomain.Name()
 	templates := r.ix.templates.at(r.ix.asOf)
+	ids := templates.sorted()
+	below := map[string][]*Entry{} // foreign entries, by what their IDs begin with: a policy may have ten thousand patterns
 	for _, text := range x.compiled.Services {
 		refuse := func(format string, args ...any) error {
 			return &NamespaceError{fmt.Sprintf("%s: service %q is not of namespace %q of cluster %q: %s", where(*x.source, "service"), clip(text), ns.Name, ns.Cluster, fmt.Sprintf(format, args...))}
@@ -185,7 +187,6 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 			return refuse("it is of another trust domain")
 		}
 		service := strings.Split(path, "/")
-		ids := templates.sorted()
 		own := slices.IndexFunc(ids, func(id EntryID) bool { return templates[id].gives(ns, service) })
 		if own < 0 {
 			return refuse("%s; let an admin of the cluster write a ClusterCallPolicy for others", templates.advice(td, ns))
@@ -196,7 +197,8 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 				return refuse("pods of other namespaces or clusters, such as of cluster %q, can have such an ID by Identity %q; write {{ .k8s.cluster }} into its template or name its cluster in `on`, if that is why, or let an admin of the cluster write a ClusterCallPolicy", c, n.name)
 			}
 		}
-		if e := r.ix.foreign(ns, text); e != nil && e.Pod != nil {
+		begin := td + "/" + strings.Join(service[:templates[ids[own]].ns+1], "/")
+		if e := r.ix.foreign(ns, text, begin, below); e != nil && e.Pod != nil {
 			return refuse("%s is that of pod %s/%s of cluster %q by %s; let an admin of the cluster write a ClusterCallPolicy", e.SPIFFEID, e.Pod.Namespace, e.Pod.Name, e.Pod.Cluster, e.Rule)
 		} else if e != nil && e.ofOnePod() {
 			return refuse("%s was registered as an entry (%s) for one pod, of which it does not say that it is of the namespace; if spire-controller-manager made it, delete it once that has ended ('signet entry delete'), or let an admin of the cluster write a ClusterCallPolicy until then", e.SPIFFEID, e.ID)
@@ -215,44 +217,52 @@ func (r *Registry) checkNamespace(p *Plan, x *resource, ns Namespace) error {
 
 // foreign returns an entry whose ID a service's pattern stands for and which is not for pods of the namespace alone: an
 // operator gave a name below the namespace's segment to something else, or a rule that is no Identity gives it to pods elsewhere.
-func (ix *index) foreign(ns Namespace, service string) *Entry {
-	look := func(id spiffeid.ID) *Entry {
-		for _, e := range ix.byID[id] {
-			if !e.ofNamespace(ns) {
-				return e
-			}
-		}
-		if ix.derived.beside[id] == 0 {
-			return nil
-		}
-		for _, e := range ix.derived.byID[id] {
-			if e.BesideEntries && (e.Pod.Namespace != ns.Name || e.Pod.Cluster != ns.Cluster) {
-				return e
-			}
-		}
-		return nil
-	}
-	begin, wild := beforeWildcard(service)
-	if !wild {
+// Begin is what the service begins with, up to that segment; below remembers what was found there.
+func (ix *index) foreign(ns Namespace, service, begin string, below map[string][]*Entry) *Entry {
+	if _, wild := beforeWildcard(service); !wild {
 		id, err := spiffeid.FromString(service)
 		if err != nil {
 			return nil // no pattern is none
 		}
-		return look(id)
+		return ix.foreignOf(ns, id)
 	}
-	found := func(id spiffeid.ID) *Entry {
-		if strings.HasPrefix(id.String(), begin) && policy.ServiceMatches(service, id) {
-			return look(id)
+	all, looked := below[begin]
+	if !looked {
+		look := func(id spiffeid.ID) {
+			if rest, ok := strings.CutPrefix(id.String(), begin); ok && (rest == "" || rest[0] == '/') {
+				if e := ix.foreignOf(ns, id); e != nil {
+					all = append(all, e)
+				}
+			}
 		}
-		return nil
+		for id := range ix.byID {
+			look(id)
+		}
+		for id := range ix.derived.beside {
+			look(id)
+		}
+		below[begin] = all
 	}
-	for id := range ix.byID {
-		if e := found(id); e != nil {
+	for _, e := range all {
+		if policy.ServiceMatches(service, e.SPIFFEID) {
 			return e
 		}
 	}
-	for id := range ix.derived.beside {
-		if e := found(id); e != nil {
+	return nil
+}
+
+// foreignOf returns an entry of an ID that is not for pods of the namespace alone.
+func (ix *index) foreignOf(ns Namespace, id spiffeid.ID) *Entry {
+	for _, e := range ix.byID[id] {
+		if !e.ofNamespace(ns) {
+			return e
+		}
+	}
+	if ix.derived.beside[id] == 0 {
+		return nil
+	}
+	for _, e := range ix.derived.byID[id] {
+		if e.BesideEntries && (e.Pod.Namespace != ns.Name || e.Pod.Cluster != ns.Cluster) {
 			return e
 		}
 	}

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/signet-id/signet/ca/template"
 	"github.com/signet-id/signet/spiffe"
 )
@@ -172,6 +174,33 @@ func TestANamespaceDoesNotSpeakForWhatWasRegistered(t *testing.T) {
 				t.Error("what is registered elsewhere has every policy judged anew")
 			}
 		})
+	}
+}
+
+// A policy may have ten thousand patterns, and the registry a hundred thousand IDs: these are looked through once, not for each pattern.
+func TestManyPatternsOfOneNamespace(t *testing.T) {
+	r := open(t)
+	node := spiffeid.RequireFromPath(td, "/spire/agent/x509pop/one")
+	for _, e := range []*Entry{
+		{SPIFFEID: spiffeid.RequireFromPath(td, "/ns/web/sa/own"), ParentID: node, Selectors: []spiffe.Selector{sel("k8s:ns:web")}},
+		{SPIFFEID: spiffeid.RequireFromPath(td, "/ns/web/sa/machine"), ParentID: node, Selectors: []spiffe.Selector{sel("unix:uid:1")}},
+		{SPIFFEID: spiffeid.RequireFromPath(td, "/ns/web2/sa/machine"), ParentID: node, Selectors: []spiffe.Selector{sel("unix:uid:1")}},
+	} {
+		if got := r.CreateEntries(t.Context(), []*Entry{e})[0]; got.Err != nil {
+			t.Fatal(got.Err)
+		}
+	}
+	ns, below, begin := Namespace{Cluster: "prod", Name: "web", Clusters: []string{"prod"}}, map[string][]*Entry{}, "spiffe://example.org/ns/web"
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if e := r.ix.foreign(ns, begin+"/sa/x/*", begin, below); e != nil || len(below[begin]) != 1 {
+		t.Errorf("foreign %v, below %v", e, below)
+	}
+	empty := newIndex() // what was found counts
+	for pattern, want := range map[string]string{"/**": "machine", "/sa/*": "machine", "/sb/*": ""} {
+		if e := empty.foreign(ns, begin+pattern, begin, below); (e != nil) != (want != "") || e != nil && !strings.HasSuffix(e.SPIFFEID.Path(), want) {
+			t.Errorf("%s: %v, want %q", pattern, e, want)
+		}
 	}
 }
 
