@@ -117,7 +117,7 @@ func (s *Signer) Run(ctx context.Context) error {
 	tries := &jittered{workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](firstRetry, maxRetry)}
 	s.tries.Store(tries)
 	s.queue = workqueue.NewTypedRateLimitingQueue[types.NamespacedName](tries)
-	s.waiting = &waiting{queue: s.queue, requests: map[types.NamespacedName]*certificatesv1beta1.PodCertificateRequest{}}
+	s.waiting = newWaiting(s.queue, s.whose, s.full())
 	ours := fields.OneTermEqualSelector("spec.signerName", SignerName).String()
 	requests := s.c.Requests("")
 	f := follow.New(follow.Config{Name: "PodCertificateRequests", Store: s.waiting, Log: s.c.Log.With("cluster", s.c.Cluster),
@@ -163,7 +163,8 @@ func (s *Signer) next(ctx context.Context) bool {
 		s.queue.Forget(key)
 		return true
 	}
-	if wait := s.rates.wait(string(r.Spec.NodeName), string(r.Spec.PodUID)); wait > 0 {
+	whose, _ := s.whose(r)
+	if wait := s.rates.wait(whose, whose+" "+string(r.Spec.PodUID)); wait > 0 {
 		s.queue.AddAfter(key, wait)
 		return true
 	}
@@ -181,6 +182,27 @@ func (s *Signer) next(ctx context.Context) bool {
 		s.queue.AddRateLimited(key)
 	}
 	return true
+}
+
+// whose says to whom a request counts: to its node, if it is for a pod of its namespace on that node. Otherwise to whoever may make
+// requests in the namespace, who must not use up what the node or the pod that he names has. most is how many of them may wait.
+func (s *Signer) whose(r *certificatesv1beta1.PodCertificateRequest) (whose string, most int) {
+	p := s.c.Pods.Pod(s.c.Cluster, string(r.Spec.PodUID))
+	if p != nil && p.Namespace == r.Namespace && p.NodeName == string(r.Spec.NodeName) || p == nil && !s.c.Pods.IsSynced(s.c.Cluster) {
+		return "node " + string(r.Spec.NodeName), maxOfNode
+	}
+	return "namespace " + r.Namespace, maxOfNamespace
+}
+
+// full returns what logs, once a minute at most, that somebody has too many requests.
+func (s *Signer) full() func(whose string) {
+	var at time.Time
+	return func(whose string) {
+		if now := time.Now(); now.Sub(at) >= time.Minute {
+			at = now
+			s.c.Log.Warn("there are too many requests for Pod Certificates; those for which there is no room are not answered", "cluster", s.c.Cluster, "of", clip(whose), "most_in_all", maxWaiting)
+		}
+	}
 }
 
 // answered tells whether a request has its final answer.

@@ -19,6 +19,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/util/workqueue"
 
 	"github.com/signet-id/signet/ca/kube/pods"
 	"github.com/signet-id/signet/ca/registry"
@@ -431,6 +433,64 @@ func TestOthersRequests(t *testing.T) {
 	leafOf(t, w.answered(w.request(p, newKey(t), nil))) // what came first was looked at by now
 	if got := w.get(foreign); len(got.Status.Conditions) != 0 {
 		t.Errorf("a request for another signer was answered: %+v", got.Status)
+	}
+}
+
+// TestWhoAsksForOthersPods: whoever may make requests in a namespace of his own, for pods of other namespaces, uses up nothing of what
+// these pods and their nodes have.
+func TestWhoAsksForOthersPods(t *testing.T) {
+	w := newWorld(t)
+	victim := w.pod("1", nil, "/web")
+	for range podBurst + 20 {
+		w.request(victim, newKey(t), func(r *certificatesv1beta1.PodCertificateRequest) { r.Namespace = "evil" })
+	}
+	eventually(t, "refusals up to the burst", func() bool { return len(w.records("x509svid.refused")) >= podBurst })
+	leafOf(t, w.answered(w.request(victim, newKey(t), nil)))
+	if wait := w.signer.rates.wait("node one", "node one 1"); wait > 0 {
+		t.Errorf("the pod waits for %v because of what others asked for", wait)
+	}
+}
+
+// TestManyWait: one node, or one namespace, fills neither the room of the others nor the memory with requests, however large they are.
+func TestManyWait(t *testing.T) {
+	w := newWorld(t)
+	w.pod("1", func(p *pods.Pod) { p.NodeName = "evil" })
+	w.pod("2", nil)
+	queue := workqueue.NewTypedRateLimitingQueue(workqueue.DefaultTypedControllerRateLimiter[types.NamespacedName]())
+	defer queue.ShutDown()
+	full := map[string]int{}
+	held := newWaiting(queue, w.signer.whose, func(whose string) { full[whose]++ })
+	put := func(i int, uid, node string) *certificatesv1beta1.PodCertificateRequest {
+		r := &certificatesv1beta1.PodCertificateRequest{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: fmt.Sprint(node, "-", uid, "-", i), ResourceVersion: "1", Annotations: map[string]string{"x": strings.Repeat("x", 1000)}},
+			Spec: certificatesv1beta1.PodCertificateRequestSpec{SignerName: SignerName, PodUID: types.UID(uid), NodeName: types.NodeName(node), PKIXPublicKey: make([]byte, 10<<10), ProofOfPossession: make([]byte, 10<<10),
+				UnverifiedUserAnnotations: map[string]string{AnnotationID: "/" + strings.Repeat("a", 100<<10)}}}
+		held.Put(r)
+		return r
+	}
+	var all []*certificatesv1beta1.PodCertificateRequest
+	for i := range maxOfNode + 10 {
+		all = append(all, put(i, "1", "evil"))
+	}
+	for i := range maxOfNamespace + 10 {
+		all = append(all, put(i, "absent", "one"))
+	}
+	if full["node evil"] != 10 || full["namespace shop"] != 10 || len(held.requests) != maxOfNode+maxOfNamespace {
+		t.Errorf("%v had no room, %d wait", full, len(held.requests))
+	}
+	all = append(all, put(0, "2", "one"))
+	if r := held.get(types.NamespacedName{Namespace: "shop", Name: "one-2-0"}); r == nil {
+		t.Error("there is no room for another node's")
+	} else if n := r.Size(); n > 8<<10 {
+		t.Errorf("a request that waits has %d bytes", n)
+	} else if _, err := w.signer.wanted(r.Spec.UnverifiedUserAnnotations); err == nil {
+		t.Error("an ID that is too long became one that is not")
+	}
+	held.Put(all[0]) // it changed
+	for _, r := range all {
+		held.Delete(r)
+	}
+	if len(held.requests)+len(held.of) != 0 {
+		t.Errorf("left: %d requests, of %v", len(held.requests), held.of)
 	}
 }
 
