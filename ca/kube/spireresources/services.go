@@ -7,12 +7,20 @@ import (
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/signet-id/signet/ca/registry"
 )
 
 // Bounds of what is kept of EndpointSlices.
 const (
 	maxSlices       = 200_000
 	maxSliceMembers = 1000 // the API server takes no more
+	// maxMembers bounds the pods that all slices name. It is several Services for each pod that Kubernetes is made for.
+	maxMembers = 1_000_000
+	// namespaceShare is the part of both that the slices of one namespace may take.
+	namespaceShare = 4
+	maxUIDBytes    = 64     // those of API servers have 36
+	maxLeft        = 10_000 // that are counted
 )
 
 // services know behind which Services each pod is, by EndpointSlices. They implement follow.Store.
@@ -22,12 +30,21 @@ type services struct {
 
 	mu     sync.Mutex
 	serial uint64                         // rises with each change
-	moved  map[string]bool                // UIDs of pods whose Services changed since take
+	moved  map[member]bool                // pods whose Services changed since take
 	whole  bool                           // all were listed once
 	slices map[string]slice               // by namespace/name
-	byPod  map[string]map[string]struct{} // names of slices, by UID of a pod
-	listed map[string]bool
+	byPod  map[member]map[string]struct{} // names of slices, by pod
+	listed map[string]bool                // of those that are held
+	taken  share
+	shares map[string]share    // by namespace
+	left   map[string]struct{} // for which there is no room
 }
+
+// A member is a pod as a slice of its namespace names it. A slice of another one was written by hand, by somebody with no say over the pod.
+type member struct{ namespace, uid string }
+
+// A share is what some slices take.
+type share struct{ slices, members int }
 
 // A slice says that pods are behind a Service.
 type slice struct {
@@ -36,7 +53,7 @@ type slice struct {
 }
 
 func newServices(changed func()) *services {
-	return &services{place: place{moved: changed}, changed: changed, slices: map[string]slice{}, byPod: map[string]map[string]struct{}{}, moved: map[string]bool{}}
+	return &services{place: place{moved: changed}, changed: changed, slices: map[string]slice{}, byPod: map[member]map[string]struct{}{}, moved: map[member]bool{}, shares: map[string]share{}, left: map[string]struct{}{}}
 }
 
 // known tells whether all were listed once.
@@ -46,8 +63,8 @@ func (s *services) known() bool {
 	return s.whole
 }
 
-// take returns the UIDs of the pods whose Services changed since it was called last.
-func (s *services) take() []string {
+// take returns the pods whose Services changed since it was called last.
+func (s *services) take() []member {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := slices.Collect(maps.Keys(s.moved))
@@ -62,21 +79,23 @@ func (s *services) version() uint64 {
 }
 
 // dnsNames returns the names of the Services that the pod is behind, as the cluster's DNS has them, in order. Services are in their
-// pods' namespace: a slice of another one was written by hand, by somebody with no say over the pod.
+// pods' namespace.
 func (s *services) dnsNames(pod, namespace, domain string) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	behind := map[string]struct{}{}
+	for key := range s.byPod[member{namespace, pod}] {
+		behind[s.slices[key].service] = struct{}{}
+		if len(behind) > registry.MaxDNSNames { // the pod gets none of them
+			break
+		}
+	}
 	var out []string
-	for key := range s.byPod[pod] {
-		x := s.slices[key]
-		if x.namespace != namespace {
-			continue
-		}
-		names := []string{x.service, x.service + "." + x.namespace, x.service + "." + x.namespace + ".svc"}
+	for service := range behind {
+		out = append(out, service, service+"."+namespace, service+"."+namespace+".svc")
 		if domain != "" {
-			names = append(names, x.service+"."+x.namespace+".svc."+domain)
+			out = append(out, service+"."+namespace+".svc."+domain)
 		}
-		out = append(out, names...)
 	}
 	slices.Sort(out)
 	return slices.Compact(out)
@@ -87,6 +106,7 @@ func (s *services) Begin() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.listed = map[string]bool{}
+	clear(s.left)
 }
 
 // End implements follow.Store.
@@ -111,7 +131,7 @@ func (s *services) Put(o metav1.Object) {
 	s.saw(o)
 	now := slice{namespace: x.Namespace, service: x.Labels[discoveryv1.LabelServiceName]}
 	for i, e := range x.Endpoints {
-		if i < maxSliceMembers && e.TargetRef != nil && e.TargetRef.Kind == "Pod" && e.TargetRef.UID != "" {
+		if t := e.TargetRef; i < maxSliceMembers && t != nil && t.Kind == "Pod" && t.UID != "" && len(t.UID) <= maxUIDBytes && (t.Namespace == "" || t.Namespace == x.Namespace) {
 			now.pods = append(now.pods, string(e.TargetRef.UID))
 		}
 	}
@@ -119,26 +139,56 @@ func (s *services) Put(o metav1.Object) {
 	now.pods = slices.Compact(now.pods)
 	key := x.Namespace + "/" + x.Name
 	s.mu.Lock()
-	if s.listed != nil {
-		s.listed[key] = true
-	}
 	was, there := s.slices[key]
-	if now.service == "" || len(now.pods) == 0 {
+	if !there || was.service != now.service || !slices.Equal(was.pods, now.pods) {
 		s.drop(key)
-	} else if (there || len(s.slices) < maxSlices) && !(there && was.service == now.service && slices.Equal(was.pods, now.pods)) {
-		s.drop(key)
-		s.slices[key] = now
-		s.serial++
-		for _, uid := range now.pods {
-			s.moved[uid] = true
-			if s.byPod[uid] == nil {
-				s.byPod[uid] = map[string]struct{}{}
-			}
-			s.byPod[uid][key] = struct{}{}
+		if now.service != "" && len(now.pods) > 0 {
+			s.hold(key, now)
 		}
+	}
+	if _, held := s.slices[key]; held && s.listed != nil {
+		s.listed[key] = true
 	}
 	s.mu.Unlock()
 	s.changed()
+}
+
+// hold keeps one, if there is room. mu is held.
+func (s *services) hold(key string, x slice) {
+	has := s.shares[x.namespace]
+	if s.taken.slices >= maxSlices || s.taken.members+len(x.pods) > maxMembers || has.slices >= maxSlices/namespaceShare || has.members+len(x.pods) > maxMembers/namespaceShare {
+		if len(s.left) < maxLeft {
+			s.left[key] = struct{}{}
+		}
+		return
+	}
+	s.slices[key] = x
+	s.count(x, 1)
+	s.serial++
+	for _, uid := range x.pods {
+		m := member{x.namespace, uid}
+		s.moved[m] = true
+		if s.byPod[m] == nil {
+			s.byPod[m] = map[string]struct{}{}
+		}
+		s.byPod[m][key] = struct{}{}
+	}
+}
+
+// count notes that n more are held that are like x. mu is held.
+func (s *services) count(x slice, n int) {
+	add := func(to share) share { return share{to.slices + n, to.members + n*len(x.pods)} }
+	s.taken = add(s.taken)
+	if s.shares[x.namespace] = add(s.shares[x.namespace]); s.shares[x.namespace].slices == 0 {
+		delete(s.shares, x.namespace)
+	}
+}
+
+// leftOut returns for how many there is no room.
+func (s *services) leftOut() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.left)
 }
 
 // Delete implements follow.Store.
@@ -152,17 +202,20 @@ func (s *services) Delete(o metav1.Object) {
 
 // drop forgets one. mu is held.
 func (s *services) drop(key string) {
+	delete(s.left, key)
 	was, there := s.slices[key]
 	if !there {
 		return
 	}
 	s.serial++
 	delete(s.slices, key)
+	s.count(was, -1)
 	for _, uid := range was.pods {
-		s.moved[uid] = true
-		delete(s.byPod[uid], key)
-		if len(s.byPod[uid]) == 0 {
-			delete(s.byPod, uid)
+		m := member{was.namespace, uid}
+		s.moved[m] = true
+		delete(s.byPod[m], key)
+		if len(s.byPod[m]) == 0 {
+			delete(s.byPod, m)
 		}
 	}
 }

@@ -58,6 +58,7 @@ type Expander interface {
 	Expect(origins ...string)
 	SetRules(origin string, rules []pods.Rule)
 	Again(cluster string, uids []string)
+	Pod(cluster, uid string) *pods.Pod
 	All(cluster string) []*pods.Pod
 	Refusals(cluster, uid string) []pods.Refusal
 }
@@ -145,6 +146,10 @@ func (r *Reader) Problems() (out []string) {
 		if err := f.Status().Err; err != nil && !f.absent() {
 			out = append(out, fmt.Sprintf("cluster %s: changes of the resources of spire-controller-manager are not seen: %v", r.c.Client.Cluster, err))
 		}
+	}
+	if n := r.services.leftOut(); n > 0 {
+		out = append(out, fmt.Sprintf("cluster %s: there is no room for %d EndpointSlices, and pods lack the names of their Services (%d slices and %d pods in them in all, of which one namespace has a quarter)",
+			r.c.Client.Cluster, n, maxSlices, maxMembers))
 	}
 	return out
 }
@@ -289,8 +294,8 @@ func (r *Reader) tell(all []*clusterSPIFFEID, serial uint64) {
 	r.mu.Unlock()
 	moved := r.services.take()
 	if same {
-		if len(moved) > 0 {
-			r.c.Expander.Again(r.c.Client.Cluster, moved)
+		if uids := r.known(moved); len(uids) > 0 {
+			r.c.Expander.Again(r.c.Client.Cluster, uids)
 		}
 		return
 	}
@@ -302,6 +307,17 @@ func (r *Reader) tell(all []*clusterSPIFFEID, serial uint64) {
 	}
 	r.c.Expander.SetRules(r.origin, rules)
 	notify(r.leading)
+}
+
+// known returns the UIDs of those that are pods of the namespace that they are said to be of: whoever may write slices in one namespace
+// does not have the CA look at the pods of others again and again.
+func (r *Reader) known(all []member) (uids []string) {
+	for _, m := range all {
+		if p := r.c.Expander.Pod(r.c.Client.Cluster, m.uid); p != nil && p.Namespace == m.namespace {
+			uids = append(uids, m.uid)
+		}
+	}
+	return uids
 }
 
 // follower keeps up with one kind.
