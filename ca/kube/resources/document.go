@@ -7,6 +7,7 @@ import (
 	"maps"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"go.yaml.in/yaml/v3"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -161,11 +162,18 @@ func explain(w *wanted, err error) string {
 		}
 		text = strings.TrimPrefix(rest, " ")
 	}
+	// Who writes a resource chooses its keys, and others show the message on their terminals.
+	message := strings.Map(func(r rune) rune {
+		if r == '\n' || unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, out.String())
 	const most = 4096
-	if out.Len() > most {
-		return strings.ToValidUTF8(out.String()[:most], "") + " ..."
+	if len(message) > most {
+		return strings.ToValidUTF8(message[:most], "") + " ..."
 	}
-	return out.String()
+	return message
 }
 
 // number takes a number and the colon behind it off.

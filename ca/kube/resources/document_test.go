@@ -58,6 +58,23 @@ func TestMistakesNameTheirField(t *testing.T) {
 	}
 }
 
+// Who writes a resource chooses its keys, and somebody else shows what is wrong with it on a terminal.
+func TestMistakesShowNoControlCharacters(t *testing.T) {
+	for _, spec := range []string{"service: /a\n\"\\e[2J\\e]0;x\\a\": 1\n", "service: /a\nallow: [{\"\\u202ex\": {y: 1}}]\n"} {
+		w := resourceOf(t, "ClusterCallPolicy", "", "p", spec)
+		if w.err != nil {
+			t.Fatal(w.err)
+		}
+		_, err := policy.ParsePolicy(w.doc, spiffeid.RequireTrustDomainFromString("example.org"))
+		if err == nil {
+			t.Fatalf("%q is taken", spec)
+		}
+		if got := explain(w, err); strings.ContainsAny(got, "\x1b\a\u202e") {
+			t.Errorf("%q: explained as %q", spec, got)
+		}
+	}
+}
+
 func TestDocumentsOfResources(t *testing.T) {
 	w := resourceOf(t, "CallPolicy", "web", "p.x", "service: /a\n")
 	if w.err != nil || w.ref != (registry.Ref{Kind: "CallPolicy", Name: "prod_web_p.x"}) || w.file != "kubernetes/prod/CallPolicy/web/p.x" {

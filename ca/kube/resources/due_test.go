@@ -2,12 +2,17 @@ package resources
 
 import (
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/time/rate"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/dynamic/fake"
+	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/signet-id/signet/ca/kube"
 	"github.com/signet-id/signet/ca/registry"
@@ -87,5 +92,43 @@ func TestManyChangesOfANamespaceWait(t *testing.T) {
 	now = now.Add(lookAgain)
 	if !r.due(w, stored, 1, &left) {
 		t.Error("the last state is not planned after a while")
+	}
+}
+
+// TestStatusesOfANamespaceWait: who writes nonsense into the statuses of thousands of resources keeps the CA from nothing else: some are
+// put right at each look, and those of others at once.
+func TestStatusesOfANamespaceWait(t *testing.T) {
+	kind := Kinds[1]
+	api := fake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{kind.resource(): kind.Kind + "List"})
+	var mu sync.Mutex
+	written := map[string]int{}
+	api.PrependReactor("update", "*", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		written[a.GetNamespace()]++
+		return true, a.(clienttesting.UpdateAction).GetObject(), nil
+	})
+	r := &run{Controller: New(Config{Client: &kube.Client{Cluster: "prod", Dynamic: api}}), judged: map[types.UID]verdict{}, wake: make(chan struct{}, 1)}
+	w := &watched{Kind: kind, kept: newKept(func() {})}
+	r.kinds = []*watched{w}
+	add := func(namespace string, i int) {
+		obj := &unstructured.Unstructured{Object: map[string]any{"metadata": map[string]any{"uid": fmt.Sprint(namespace, i), "name": fmt.Sprint("p", i), "namespace": namespace, "generation": int64(1)}, "status": map[string]any{"document": "nonsense"}}}
+		w.kept.Put(obj)
+		r.judge(&wanted{kind: &kind, obj: obj}, verdict{reason: reasonInvalid, message: "no"}, 1)
+	}
+	for i := range 1000 {
+		add("evil", i)
+	}
+	add("shop", 1)
+	if err := r.report(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if written["evil"] != statusesAtOnce || written["shop"] != 1 {
+		t.Errorf("written at one look: %v", written)
+	}
+	select {
+	case <-r.wake:
+	default:
+		t.Error("the rest waits for something to change")
 	}
 }

@@ -130,11 +130,22 @@ func since(obj *unstructured.Unstructured) string {
 	return at
 }
 
-const statusWriters = 4
+const (
+	statusWriters = 4
+	// statusesAtOnce bounds how many statuses of one namespace are written at one look: who may write them there, too, and does so all the
+	// time, would keep the CA from looking at the resources of others.
+	statusesAtOnce = 50
+)
 
 // report writes the verdicts into the resources whose status says something else, and Events where a resource is refused or
 // accepted again.
 func (r *run) report(ctx context.Context) error {
+	written, more := map[string]int{}, false
+	defer func() {
+		if more {
+			r.lookAgain()
+		}
+	}()
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(statusWriters)
 	for _, k := range r.kinds {
@@ -148,6 +159,13 @@ func (r *run) report(ctx context.Context) error {
 			status, changed, event := r.status(obj, v)
 			if !changed {
 				continue
+			}
+			if ns := obj.GetNamespace(); ns != "" {
+				if written[ns] == statusesAtOnce {
+					more = true
+					continue
+				}
+				written[ns]++
 			}
 			g.Go(func() error {
 				next := obj.DeepCopy()
