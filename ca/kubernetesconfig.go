@@ -15,8 +15,8 @@ type Kubernetes struct {
 
 // KubernetesCluster says how one cluster is reached and what the CA does there. Whatever is absent is off.
 type KubernetesCluster struct {
-	// Kubeconfig is a file that says how to reach the API server. Programs for credentials (exec) are refused, and plain HTTP but
-	// to loopback addresses. Default: as a pod of that cluster does.
+	// Kubeconfig is a file that says how to reach the API server. It and the files that it names are read again when they change.
+	// Programs for credentials (exec) are refused, and plain HTTP but to loopback addresses. Default: as a pod of that cluster does.
 	Kubeconfig string `yaml:"kubeconfig"`
 	// Namespace is the CA's own namespace in the cluster, where it keeps its Lease. Default: that of its pod (POD_NAMESPACE, or
 	// the mounted service account's), and signet-system with a kubeconfig.

@@ -16,8 +16,6 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/util/flowcontrol"
-
-	"github.com/signet-id/signet/internal/version"
 )
 
 // SignerName is the CA as a signer of the API certificates.k8s.io: of Pod Certificates, and of its ClusterTrustBundle.
@@ -45,26 +43,18 @@ type Client struct {
 // Requests returns how much was asked of the API server until now.
 func (c *Client) Requests() Requests { return c.guard.requests() }
 
-// Open makes a client from a kubeconfig file, or, without one, as a pod of the cluster does. It makes no request.
-// Tokens and certificates that are files are read again when they change.
+// Open makes a client from a kubeconfig file, or, without one, as a pod of the cluster does. It makes no request. The kubeconfig, and
+// files that it names, are read again when they change.
 func Open(cluster, kubeconfig string) (*Client, error) {
-	c, err := load(kubeconfig)
+	t := &current{kubeconfig: kubeconfig}
+	c, err := t.take()
 	if err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
 	}
-	c.UserAgent = "signet-ca/" + version.String()
 	c.RateLimiter = flowcontrol.NewTokenBucketRateLimiter(requestsPerSecond, requestBurst)
-	g := &guard{timeout: requestTimeout, silence: watchSilence, limit: maxResponseBytes}
-	c.Wrap(func(next http.RoundTripper) http.RoundTripper {
-		g.next = next
-		return g
-	})
-	h, err := rest.HTTPClientFor(c)
-	if err != nil {
-		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
-	}
+	g := &guard{next: t, timeout: requestTimeout, silence: watchSilence, limit: maxResponseBytes}
 	// An API server does not redirect. Whoever it names would be sent requests of the CA, deletions too.
-	h.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	h := &http.Client{Transport: g, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	client := &Client{Cluster: cluster, guard: g}
 	if client.apis, err = newAPIs(c, h); err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", cluster, err)
