@@ -7,12 +7,14 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -32,12 +34,19 @@ const (
 	patchTime  = 10 * time.Second
 	firstPatch = 500 * time.Millisecond
 	maxPatch   = 30 * time.Second
+	// fightBurst is how often the caBundle is put right at once, and fightEvery how often in the long run: somebody else may take it
+	// away each time, as quickly as the API server takes it.
+	fightBurst = 10
+	fightEvery = 10 * time.Second
 )
+
+var errFight = errors.New("somebody changes it each time that it was put right; it is put right six times a minute at most: find out who (kubectl get --show-managed-fields), and have them leave it")
 
 // A bundleKeeper follows the webhook's configuration at the API server, and, where it leads, keeps its caBundle.
 type bundleKeeper struct {
 	c       *Config
 	changed chan struct{} // one slot: look again
+	pace    *rate.Limiter // of patches
 
 	mu    sync.Mutex // guards what follows
 	shown *admissionregistrationv1.MutatingWebhookConfiguration
@@ -51,7 +60,7 @@ type leaving struct {
 }
 
 func newBundleKeeper(c *Config) *bundleKeeper {
-	return &bundleKeeper{c: c, changed: make(chan struct{}, 1), since: map[[sha256.Size]byte]time.Time{}, left: map[[sha256.Size]byte]leaving{}}
+	return &bundleKeeper{c: c, changed: make(chan struct{}, 1), pace: rate.NewLimiter(rate.Every(fightEvery), fightBurst), since: map[[sha256.Size]byte]time.Time{}, left: map[[sha256.Size]byte]leaving{}}
 }
 
 // trusts tells since when the API server's configuration has had an authority.
@@ -190,6 +199,9 @@ func (b *bundleKeeper) keep(ctx context.Context) error {
 	patch, err := json.Marshal(ops)
 	if err != nil {
 		return err
+	}
+	if !b.pace.Allow() {
+		return errFight
 	}
 	ctx, cancel := context.WithTimeout(ctx, patchTime)
 	defer cancel()

@@ -40,6 +40,12 @@ type certificate struct {
 	half, end time.Time
 }
 
+// early says that the certificate is not valid yet: the clock went back since it was made.
+func (c *certificate) early(now time.Time) bool { return now.Before(c.tls.Leaf.NotBefore) }
+
+// fresh says that it need not be replaced.
+func (c *certificate) fresh(now time.Time) bool { return !c.early(now) && now.Before(c.half) }
+
 // get returns what handshakes show.
 func (h *held) get() (*tls.Certificate, error) {
 	h.mu.Lock()
@@ -76,10 +82,10 @@ func (h *held) renew(ctx context.Context) error {
 	h.mu.Lock()
 	shown, waiting := h.now, h.next
 	h.mu.Unlock()
-	if shown != nil && shown.active == active && now.Before(shown.half) {
+	if shown != nil && shown.active == active && shown.fresh(now) {
 		return nil
 	}
-	if waiting == nil || waiting.active != active || !now.Before(waiting.half) {
+	if waiting == nil || waiting.active != active || !waiting.fresh(now) {
 		var err error
 		if waiting, err = h.sign(ctx, active); err != nil {
 			return err
@@ -91,7 +97,7 @@ func (h *held) renew(ctx context.Context) error {
 	defer h.mu.Unlock()
 	h.next = waiting
 	// What nobody trusts any more, or is about to end, is no better than what nobody trusts yet.
-	if ready || shown == nil || shown.root.Equal(waiting.root) || !h.published(shown.root) || shown.end.Sub(now) < shown.end.Sub(shown.half)/2 {
+	if ready || shown == nil || shown.root.Equal(waiting.root) || !h.published(shown.root) || shown.early(now) || shown.end.Sub(now) < shown.end.Sub(shown.half)/2 {
 		h.now, h.next = waiting, nil
 	}
 	return nil

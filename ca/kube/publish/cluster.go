@@ -3,6 +3,7 @@ package publish
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"regexp"
@@ -163,6 +164,10 @@ func (p *Publisher) reconcileCluster(ctx context.Context) {
 		p.noteCluster(nil)
 		return
 	}
+	if err := p.may(""); err != nil {
+		p.noteCluster(err)
+		return
+	}
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
 	u := &unstructured.Unstructured{Object: map[string]any{
@@ -190,6 +195,7 @@ func (p *Publisher) noteCluster(err error) {
 	p.mu.Lock()
 	before := p.cluster.failed
 	p.cluster.failed = err != nil
+	p.soon = p.soon || err != nil && (!before || errors.Is(err, errFight))
 	p.mu.Unlock()
 	if err != nil && !before {
 		p.c.Log.Warn("the ClusterTrustBundle is not as it should be; trying again", "err", err)

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"regexp"
 	"sync"
@@ -24,6 +25,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/time/rate"
 
 	"github.com/signet-id/signet/ca/authority"
 	"github.com/signet-id/signet/ca/kube"
@@ -78,8 +80,10 @@ type Publisher struct {
 	maps     map[string]held // ConfigMaps of our name by namespace
 	dirty    map[string]struct{}
 	failed   map[string]struct{}
+	soon     bool // something fails that did not a moment ago, or waits for its turn
 	foreign  map[string]struct{}
 	cluster  clusterBundle
+	paces    map[string]*rate.Limiter // by namespace; "": of the ClusterTrustBundle
 	writes   uint64
 }
 
@@ -109,7 +113,7 @@ func New(c Config) *Publisher {
 		c.retry = retryAfter
 	}
 	return &Publisher{c: c, owner: ownerValue(c.TrustDomain), wake: make(chan struct{}, 1), labelled: map[string]bool{}, maps: map[string]held{},
-		dirty: map[string]struct{}{}, failed: map[string]struct{}{}, foreign: map[string]struct{}{}}
+		dirty: map[string]struct{}{}, failed: map[string]struct{}{}, foreign: map[string]struct{}{}, paces: map[string]*rate.Limiter{}}
 }
 
 var labelValue = regexp.MustCompile(`^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$`)
@@ -168,6 +172,10 @@ const (
 	retryAfter    = 5 * time.Second
 	maxRetryAfter = 5 * time.Minute
 	writeTimeout  = time.Minute
+	// fightBurst is how often the bundle of one namespace is put right at once, and fightEvery how often in the long run: somebody else
+	// may change it back each time, as quickly as the API server takes it.
+	fightBurst = 10
+	fightEvery = 10 * time.Second
 )
 
 // Run publishes until ctx ends. One replica at a time should; that two do, for a moment, does no harm.
@@ -213,7 +221,7 @@ func (p *Publisher) Run(ctx context.Context) error {
 	known := func() bool { return maps.Status().Known && labelled.Status().Known }
 	retry := time.NewTimer(time.Hour)
 	defer retry.Stop()
-	delay := p.c.retry
+	delay, due := p.c.retry, time.Time{} // zero: nothing is to be tried again
 	for {
 		select {
 		case <-ctx.Done():
@@ -221,6 +229,7 @@ func (p *Publisher) Run(ctx context.Context) error {
 			return nil
 		case <-p.wake:
 		case <-retry.C:
+			due = time.Time{}
 			p.again()
 		}
 		if !p.refresh() {
@@ -230,11 +239,18 @@ func (p *Publisher) Run(ctx context.Context) error {
 		if known() {
 			p.reconcile(ctx)
 		}
-		if p.failing() {
-			retry.Reset(delay/2 + rand.N(delay))
-			delay = min(2*delay, maxRetryAfter)
-		} else {
+		failing, soon := p.failing()
+		if soon {
 			delay = p.c.retry
+		}
+		switch next := time.Now().Add(delay/2 + rand.N(delay)); {
+		case !failing:
+			retry.Stop()
+			due = time.Time{}
+		case due.IsZero() || soon && next.Before(due): // what others do all the time does not put it off
+			due = next
+			retry.Reset(time.Until(due))
+			delay = min(2*delay, maxRetryAfter)
 		}
 	}
 }
@@ -275,10 +291,27 @@ func (p *Publisher) wanted(ns string) bool {
 	return p.labelled[ns] || ns == p.c.Namespace && ns != ""
 }
 
-func (p *Publisher) failing() bool {
+// failing tells whether something is to be tried again, and whether that is to be soon.
+func (p *Publisher) failing() (failing, soon bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.failed) > 0 || p.cluster.failed
+	soon, p.soon = p.soon, false
+	return len(p.failed) > 0 || p.cluster.failed, soon
+}
+
+// may tells whether the bundle of a namespace may be written now.
+func (p *Publisher) may(ns string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.paces[ns]
+	if l == nil {
+		l = rate.NewLimiter(rate.Every(fightEvery), fightBurst)
+		p.paces[ns] = l
+	}
+	if !l.Allow() {
+		return errFight
+	}
+	return nil
 }
 
 func (p *Publisher) again() {
@@ -306,6 +339,7 @@ func (p *Publisher) reconcile(ctx context.Context) {
 			delete(p.failed, ns)
 		} else {
 			p.failed[ns] = struct{}{}
+			p.soon = p.soon || !failedBefore || errors.Is(err, errFight)
 		}
 		first := err != nil && len(p.failed) == 1
 		p.mu.Unlock()
@@ -313,6 +347,9 @@ func (p *Publisher) reconcile(ctx context.Context) {
 			p.c.Log.Warn("the bundle is not published as it should be; trying again", "namespace", ns, "err", err)
 		}
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	maps.DeleteFunc(p.paces, func(_ string, l *rate.Limiter) bool { return l.Tokens() >= fightBurst })
 }
 
 // one brings the ConfigMap of a namespace to what it should be.
@@ -336,14 +373,19 @@ func (p *Publisher) one(ctx context.Context, ns string) error {
 			p.reportForeign(ns)
 		}
 		return nil
-	case want && !there:
-		return p.create(ctx, ns, content)
-	case want && have.sum != content.sum:
-		return p.update(ctx, ns, have, content)
-	case !want && there && have.ours:
-		return p.remove(ctx, ns, have)
+	case want && there && have.sum == content.sum, !want && !have.ours:
+		return nil
 	}
-	return nil
+	if err := p.may(ns); err != nil {
+		return err
+	}
+	switch {
+	case !there:
+		return p.create(ctx, ns, content)
+	case want:
+		return p.update(ctx, ns, have, content)
+	}
+	return p.remove(ctx, ns, have)
 }
 
 func (p *Publisher) reportForeign(ns string) {
@@ -369,6 +411,9 @@ func (p *Publisher) hold(cm *corev1.ConfigMap) held {
 func gone(err error) bool {
 	return apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) || apierrors.IsNotFound(err)
 }
+
+// errFight tells that somebody else changes what was put right a moment ago, again and again.
+var errFight = errors.New("somebody changes it each time that it was put right; it is put right six times a minute at most: find out who (kubectl get --show-managed-fields), and take it from them")
 
 // errTaken tells that somebody else made a ConfigMap at the same moment.
 var errTaken = errors.New("a ConfigMap of that name was made by somebody else at the same moment")

@@ -45,6 +45,9 @@ const (
 	// changeRate and changeBurst bound how often resources of one namespace are changed: each change is a commit and records in the audit
 	// log, and a full disk ends issuance for all.
 	changeRate, changeBurst = 1, 1000
+	// tellEvery and tellBurst bound how often the status of one resource is written: somebody else may write another each time, such as
+	// a CA of another trust domain that reads the same cluster.
+	tellEvery, tellBurst = 30 * time.Second, 10
 	// perCommit is how many documents are planned as one commit: fewer than the registry takes, since some are two writes.
 	perCommit = registry.MaxDocuments / 2
 )
@@ -97,10 +100,11 @@ type run struct {
 	kinds []*watched
 	wake  chan struct{} // one slot: look again
 
-	templates int                      // as the namespaces of policies were judged
-	judged    map[types.UID]verdict    // by the resource
-	failures  int                      // in a row, which were of the moment
-	changes   map[string]*rate.Limiter // by namespace, of those that changed lately
+	templates int                         // as the namespaces of policies were judged
+	judged    map[types.UID]verdict       // by the resource
+	failures  int                         // in a row, which were of the moment
+	changes   map[string]*rate.Limiter    // by namespace, of those that changed lately
+	told      map[types.UID]*rate.Limiter // by the resource, of those whose status was written lately
 }
 
 type watched struct {
@@ -112,7 +116,7 @@ type watched struct {
 
 // Run works until ctx ends. An API server that is away leaves everything as it is.
 func (c *Controller) Run(ctx context.Context) error {
-	r := &run{Controller: c, wake: make(chan struct{}, 1), judged: map[types.UID]verdict{}, templates: -1, changes: map[string]*rate.Limiter{}}
+	r := &run{Controller: c, wake: make(chan struct{}, 1), judged: map[types.UID]verdict{}, templates: -1, changes: map[string]*rate.Limiter{}, told: map[types.UID]*rate.Limiter{}}
 	g, ctx := errgroup.WithContext(ctx)
 	for _, k := range Kinds {
 		w := &watched{Kind: k, kept: newKept(r.lookAgain), read: map[types.UID]*wanted{}}
@@ -251,6 +255,7 @@ func (r *run) reconcile(ctx context.Context) error {
 		}
 	}
 	maps.DeleteFunc(r.changes, func(_ string, l *rate.Limiter) bool { return l.TokensAt(r.c.Now()) >= changeBurst })
+	maps.DeleteFunc(r.told, func(_ types.UID, l *rate.Limiter) bool { return l.TokensAt(r.c.Now()) >= tellBurst })
 	errs = append(errs, r.report(ctx))
 	return errors.Join(errs...)
 }
@@ -306,6 +311,16 @@ func (r *run) mayChange(namespace string) bool {
 	if l == nil {
 		l = rate.NewLimiter(changeRate, changeBurst)
 		r.changes[namespace] = l
+	}
+	return l.AllowN(r.c.Now(), 1)
+}
+
+// mayTell tells whether the status of a resource is written now. One that is not is later.
+func (r *run) mayTell(uid types.UID) bool {
+	l := r.told[uid]
+	if l == nil {
+		l = rate.NewLimiter(rate.Every(tellEvery), tellBurst)
+		r.told[uid] = l
 	}
 	return l.AllowN(r.c.Now(), 1)
 }

@@ -157,7 +157,7 @@ func (r *run) report(ctx context.Context) error {
 				continue
 			}
 			status, changed, event := r.status(obj, v)
-			if !changed {
+			if !changed || !r.mayTell(obj.GetUID()) {
 				continue
 			}
 			if ns := obj.GetNamespace(); ns != "" {
