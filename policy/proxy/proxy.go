@@ -213,6 +213,10 @@ func (p *Proxy) Run(ctx context.Context) error {
 		g.Go(func() error { return p.metrics.serve(ctx, p.listen, p.notReady) })
 	}
 	g.Go(func() error {
+		p.sayWhatIsMissing(ctx)
+		return nil
+	})
+	g.Go(func() error {
 		defer cut()
 		<-ctx.Done()
 		p.drain()
@@ -271,6 +275,32 @@ func (p *Proxy) drain() {
 func (p *Proxy) changed() {
 	if p.notReady() == "" {
 		p.once.Do(func() { close(p.ready) })
+	}
+}
+
+// missingEvery is how often it is looked whether something is missing. A start takes less.
+const missingEvery = 3 * time.Second
+
+// sayWhatIsMissing logs, until ctx ends, why the proxy is not ready, and that it is again.
+func (p *Proxy) sayWhatIsMissing(ctx context.Context) {
+	t := time.NewTicker(missingEvery)
+	defer t.Stop()
+	said := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		why := p.notReady()
+		switch {
+		case why == said:
+		case why == "":
+			p.log.Info("ready: nothing is missing any more")
+		default:
+			p.log.Warn("not ready", "missing", why)
+		}
+		said = why
 	}
 }
 
