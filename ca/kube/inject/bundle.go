@@ -161,10 +161,11 @@ func (b *bundleKeeper) lead(ctx context.Context) error {
 			case err == nil:
 				wait, said = 0, false
 			case ctx.Err() == nil:
-				if !said {
-					b.c.Log.Warn("the caBundle of the admission webhook cannot be kept", "cluster", b.c.Cluster, "webhook", b.c.Webhook, "err", err)
+				// A conflict is that somebody changed it, such as this CA a moment ago: what is there now comes by the watch.
+				if !said && !apierrors.IsConflict(err) {
+					b.c.Log.Warn("the caBundle of the admission webhook cannot be kept; trying again", "cluster", b.c.Cluster, "webhook", b.c.Webhook, "err", err)
+					said = true
 				}
-				said = true
 				wait = min(max(2*wait, firstPatch), maxPatch)
 				next = time.Now().Add(wait/2 + rand.N(wait/2+1))
 			}
@@ -187,7 +188,8 @@ func (b *bundleKeeper) keep(ctx context.Context) error {
 	if shown == nil {
 		return nil // the chart has not made it yet; it comes by the watch
 	}
-	ops := []operation{{"test", "/metadata/resourceVersion", shown.ResourceVersion}}
+	// The version that was seen: of another one the API server says that this is a conflict.
+	ops := []operation{{"add", "/metadata/resourceVersion", shown.ResourceVersion}}
 	for i, w := range shown.Webhooks {
 		if !bytes.Equal(w.ClientConfig.CABundle, want) {
 			ops = append(ops, operation{"add", fmt.Sprintf("/webhooks/%d/clientConfig/caBundle", i), want})

@@ -58,12 +58,20 @@ const dnsName = "signet-inject.signet-system.svc"
 
 func start(t *testing.T) *webhook {
 	t.Helper()
+	return startWith(t, slog.New(slog.DiscardHandler), nil)
+}
+
+// startWith starts one that logs to log, after arrange has seen the cluster, if that is not nil.
+func startWith(t *testing.T, log *slog.Logger, arrange func(*fake.Clientset)) *webhook {
+	t.Helper()
 	fail := admissionregistrationv1.Fail
 	url := "https://example.test"
 	w := &webhook{t: t, client: fake.NewClientset(&admissionregistrationv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: "signet-inject", ResourceVersion: "1"},
 		Webhooks: []admissionregistrationv1.MutatingWebhook{{Name: "inject.signet-id.github.io", FailurePolicy: &fail, ClientConfig: admissionregistrationv1.WebhookClientConfig{URL: &url}}}})}
 	now := func() time.Time { return time.Now().Add(time.Duration(w.ahead.Load())) }
-	log := slog.New(slog.DiscardHandler)
+	if arrange != nil {
+		arrange(w.client)
+	}
 	store, err := bolt.Open(bolt.Config{Dir: t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
