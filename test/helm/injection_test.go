@@ -8,6 +8,8 @@ import (
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 )
 
 // By default nobody is asked about pods. Switched on, the API server finds the CA by the Service, and asks about pods with the label alone.
@@ -40,8 +42,18 @@ func TestInjection(t *testing.T) {
 	if len(w.ClientConfig.CABundle) > 0 {
 		t.Error("the chart has a caBundle: an upgrade would take away the one that the CA wrote")
 	}
-	if len(w.ObjectSelector.MatchLabels) != 1 || w.ObjectSelector.MatchLabels["signet-id.github.io/inject"] != "true" {
-		t.Errorf("it is asked about the pods %+v", w.ObjectSelector)
+	asked, err := metav1.LabelSelectorAsSelector(w.ObjectSelector)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What is misspelt is asked about, so that somebody hears of it.
+	for value, want := range map[string]bool{"true": true, "yes": true, "True": true, "": true, "false": false} {
+		if got := asked.Matches(labels.Set{"app": "web", "signet-id.github.io/inject": value}); got != want {
+			t.Errorf("it is asked about pods whose label is %q: %t", value, got)
+		}
+	}
+	if asked.Matches(labels.Set{"app": "web", "inject": "true"}) {
+		t.Error("it is asked about pods without the label")
 	}
 	e := w.NamespaceSelector.MatchExpressions
 	if len(e) != 2 || strings.Join(e[0].Values, " ") != "kube-system kube-public kube-node-lease signet-system" || e[0].Operator != "NotIn" || e[1].Key != "stage" || w.NamespaceSelector.MatchLabels["team"] != "payments" {

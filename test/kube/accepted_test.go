@@ -75,3 +75,30 @@ func TestChartAccepted(t *testing.T) {
 		}
 	}
 }
+
+// TestInstalledNamesStay: by another trust domain or another name of the cluster no pod would have its identity any more. An upgrade to one is
+// refused before anything is changed; any other is not.
+func TestInstalledNamesStay(t *testing.T) {
+	k := first(t, bounded(t))
+	env := k.environment()
+	helm := func(command string, values string) (string, error) {
+		return k.tryShell(env, "helm "+command+" names deploy/helm/signet --namespace "+k.namespace+" --set crds.install=false,"+values)
+	}
+	const installed = "trustDomain=example.org,clusterName=prod"
+	if out, err := helm("install", installed); err != nil {
+		t.Fatal(out, err)
+	}
+	k.afterwards(func() { k.shell(env, "helm uninstall names --namespace "+k.namespace) })
+	for values, want := range map[string]string{
+		"trustDomain=example.com,clusterName=prod":  `trustDomain: "names-ca" here was installed with "example.org", which cannot be changed`,
+		"trustDomain=example.org,clusterName=prod2": `clusterName: "names-ca" here was installed with "prod", which cannot be changed`,
+		"ca.enabled=false,agent.serverAddress=ca:1,agent.bundleConfigMap=b,trustDomain=example.org,clusterName=x": `clusterName: "names-`,
+	} {
+		if out, err := helm("upgrade", values); err == nil || !strings.Contains(out, want) {
+			t.Errorf("%s: %v, %s", values, err, out)
+		}
+	}
+	if out, err := helm("upgrade", installed+",log.level=debug"); err != nil {
+		t.Error(out, err)
+	}
+}

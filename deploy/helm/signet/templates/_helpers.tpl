@@ -46,11 +46,26 @@ imagePullSecrets:
 {{- range $i, $key := uniq $keys }}{{ if $i }}, {{ end }}{key: {{ quote $key }}, path: {{ quote $key }}}{{ end -}}
 {{- end }}
 
+{{/* What a configuration is for, by which an upgrade to another one is known. */}}
+{{- define "signet.of" -}}
+signet-id.github.io/trust-domain: {{ quote .Values.trustDomain }}
+signet-id.github.io/cluster: {{ quote .Values.clusterName }}
+{{- end }}
+
 {{/* Mistakes that a schema cannot see. */}}
 {{- define "signet.check" -}}
 {{- $v := .Values -}}
 {{- if or (contains "." .Release.Name) (gt (len .Release.Name) 40) }}
 {{- fail (printf "release name %q: names of pods and Services begin with it; take one of 40 letters, digits and dashes at most" .Release.Name) }}
+{{- end }}
+{{- range $name := list (include "signet.ca" .) (include "signet.agent" .) }}
+{{- $was := dig "metadata" "annotations" dict (lookup "v1" "ConfigMap" $.Release.Namespace $name) }}
+{{- range $value, $is := dict "trustDomain" $v.trustDomain "clusterName" $v.clusterName }}
+{{- $before := dig (ternary "signet-id.github.io/trust-domain" "signet-id.github.io/cluster" (eq $value "trustDomain")) $is $was }}
+{{- if ne $is $before }}
+{{- fail (printf "%s: %q here was installed with %q, which cannot be changed: no pod would have its identity any more; put that back, or uninstall first" $value $name $before) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- if $v.agent.enabled }}
 {{- $data := printf "%s/agent/" $v.agent.dataDirectory }}
