@@ -1,10 +1,14 @@
 package svidcache
 
-import "github.com/signet-id/signet/spiffe"
+import (
+	"slices"
 
-// Enough tells whether one method of attestation need not find out more about a caller: an entry may match by what it has found, and none
-// that may match has a selector that is still to come, of which later tells, the same of each selector at all times. What other
-// methods find is left open. So who is answered by these selectors gets neither less nor anything else than by all of them, as
+	"github.com/signet-id/signet/spiffe"
+)
+
+// Enough tells whether one method of attestation need not find out more about a caller: an entry matches by what it has found, and none
+// that may match, whatever other methods find, has a selector that is still to come, of which later tells, the same of each
+// selector at all times. So who is answered by these selectors gets neither less nor anything else than by all of them, as
 // long as no other entry comes. It is asked while a container starts.
 func (c *Cache) Enough(have []spiffe.Selector, later func(spiffe.Selector) bool) bool {
 	if len(have) == 0 {
@@ -15,29 +19,16 @@ func (c *Cache) Enough(have []spiffe.Selector, later func(spiffe.Selector) bool)
 	for _, h := range have {
 		known[h] = struct{}{}
 	}
-	// may tells whether e may match by what is known, what other methods find, and, if wait, what is to come.
-	may := func(e *entry, wait bool) bool {
-		for _, sel := range e.selectors {
-			if _, ok := known[sel]; !ok && sel.Type == method && !(wait && later(sel)) {
-				return false
-			}
-		}
-		return !e.expired(now)
-	}
 	for _, e := range c.undecided(s, method, later) {
-		if may(e, true) {
+		never := slices.ContainsFunc(e.selectors, func(sel spiffe.Selector) bool {
+			_, ok := known[sel]
+			return !ok && sel.Type == method && !later(sel)
+		})
+		if !never && !e.expired(now) {
 			return false
 		}
 	}
-	for h := range known {
-		candidates, _ := s.index.get(h)
-		for _, e := range candidates {
-			if may(e, false) {
-				return true
-			}
-		}
-	}
-	return false
+	return len(s.match(known, now)) > 0
 }
 
 // An undecided list has those of some entries that ask one method for what is known late.

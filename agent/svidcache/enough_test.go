@@ -21,7 +21,8 @@ func TestEnough(t *testing.T) {
 	}{
 		{"no entry", "", false},
 		{"one by what is known", "k8s:pod-uid:1", true},
-		{"one that asks another method too", "k8s:pod-uid:1 unix:uid:0", true},
+		{"one that asks another method too", "k8s:pod-uid:1 unix:uid:0", false},
+		{"one beside it that does not", "k8s:pod-uid:1 unix:uid:0; k8s:pod-uid:1", true},
 		{"one by another method alone", "unix:uid:0", false},
 		{"one of another pod", "k8s:pod-uid:2", false},
 		{"one that needs what is to come", "k8s:pod-uid:1 k8s:container-name:web", false},
