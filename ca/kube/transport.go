@@ -14,9 +14,9 @@ import (
 // Bounds of one request to an API server, whatever it answers.
 const (
 	requestTimeout = 30 * time.Second
-	// maxResponseBytes is what one answer may have. 500 pods of the largest kind in practice have a third of it; what is decoded from
-	// JSON takes up to twenty times as much. A list with more is asked for in smaller pages: package follow.
-	maxResponseBytes = 16 << 20
+	// maxResponseBytes is what one answer may have. 500 pods of the largest kind in practice have two thirds of it; what is decoded takes
+	// up to forty times as much, and several lists are read at once. One with more is asked for in smaller pages: package follow.
+	maxResponseBytes = 8 << 20
 	// watchSilence is how long a watch may say nothing. An API server sends a bookmark about once a minute, so a watch that
 	// says nothing for three is a connection of which only this side is left.
 	watchSilence = 3 * time.Minute
