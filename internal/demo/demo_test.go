@@ -160,6 +160,15 @@ func TestDemo(t *testing.T) {
 	if text := s.text.String(); strings.Contains(text, "\x1b") || strings.Contains(text, "✓") {
 		t.Error("what goes into a pipe has colours or is not ASCII")
 	}
+	// Serial numbers are there to be told apart.
+	if serials := regexp.MustCompile(`serial (\S+) after (\S+)`).FindStringSubmatch(s.text.String()); serials == nil || serials[1] == serials[2] {
+		t.Errorf("new X509-SVIDs are shown by the serial numbers %q", serials)
+	}
+	for _, through := range regexp.MustCompile(`went through \d+ X509-SVIDs: (.*)`).FindAllStringSubmatch(s.text.String(), -1) {
+		if all := strings.Split(through[1], ", "); len(all) < 2 || all[0] == all[1] {
+			t.Errorf("and %q", through[1])
+		}
+	}
 	if s.stderr.Len() > 0 {
 		t.Errorf("stderr: %s", s.stderr.String())
 	}

@@ -52,7 +52,7 @@ func (s *show) issue(ctx context.Context) error {
 	}
 	for _, name := range []string{Documents, Trusty, Utility} {
 		st, want := states[name], "spiffe://"+trustDomain+"/"+name
-		claim := fmt.Sprintf("%s is %s, serial %.8s..., valid until %s", name, st.ID, st.Serial, st.NotAfter.Local().Format("15:04:05"))
+		claim := fmt.Sprintf("%s is %s, serial %s, valid until %s", name, st.ID, short(st.Serial), st.NotAfter.Local().Format("15:04:05"))
 		if err := s.check(st.ID == want && time.Until(st.NotAfter) > 0, claim, "the valid X509-SVID of "+want, fmt.Sprintf("%q until %v", st.ID, st.NotAfter)); err != nil {
 			return err
 		}

@@ -138,7 +138,7 @@ func (s *show) reconnected(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := s.check(now.Serial != old.Serial, fmt.Sprintf("the running trusty-service gets new X509-SVIDs again: serial %.8s... after %.8s...", now.Serial, old.Serial),
+	if err := s.check(now.Serial != old.Serial, fmt.Sprintf("the running trusty-service gets new X509-SVIDs again: serial %s after %s", short(now.Serial), short(old.Serial)),
 		"another serial number than "+old.Serial, now.Serial); err != nil {
 		return err
 	}
@@ -267,11 +267,14 @@ func (s *show) eventually(ctx context.Context, wait, every time.Duration, look f
 	}
 }
 
-// shortSerials is the beginnings of serial numbers, in the order in which they were seen.
+// short is the end of a serial number: those of one CA begin alike.
+func short(serial string) string { return "..." + serial[max(0, len(serial)-6):] }
+
+// shortSerials are serial numbers in the order in which they were seen.
 func shortSerials(serials []string) string {
-	short := make([]string, len(serials))
+	all := make([]string, len(serials))
 	for i, s := range serials {
-		short[i] = fmt.Sprintf("%.6s", s)
+		all[i] = short(s)
 	}
-	return strings.Join(short, ", ")
+	return strings.Join(all, ", ")
 }
