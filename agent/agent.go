@@ -229,6 +229,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	group.Go(func() error { return a.node.run(inner) })
 	group.Go(func() error { return a.node.renew(inner) })
+	group.Go(func() error { return a.keepPlaces(ctx) })
 	group.Go(func() error {
 		select {
 		case <-a.cache.Ready():

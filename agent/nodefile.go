@@ -67,17 +67,15 @@ func openNodeDir(path string, td spiffeid.TrustDomain) (*nodeDir, error) {
 	if err := durable.MkdirPrivate(path); err != nil {
 		return nil, fmt.Errorf("data_dir: %w", err)
 	}
-	lock, err := os.OpenFile(filepath.Join(path, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
+	d := &nodeDir{path: path, td: td}
+	var err error
+	if d.lock, err = d.takeLock(); err != nil {
 		return nil, fmt.Errorf("data_dir: %w", err)
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("data_dir: %q is in use by another agent; give each its own", path), lock.Close())
-	}
 	if err := durable.CleanTemp(path); err != nil {
-		return nil, errors.Join(fmt.Errorf("data_dir: %w", err), lock.Close())
+		return nil, errors.Join(fmt.Errorf("data_dir: %w", err), d.close())
 	}
-	return &nodeDir{path: path, td: td, lock: lock}, nil
+	return d, nil
 }
 
 func (d *nodeDir) close() error { return d.lock.Close() }
@@ -111,6 +109,7 @@ func (c *Config) DataDirInUse() (bool, error) {
 	return false, nil
 }
 
+func (d *nodeDir) lockPath() string    { return filepath.Join(d.path, "lock") }
 func (d *nodeDir) recordPath() string  { return filepath.Join(d.path, "node.json") }
 func (d *nodeDir) sparePath() string   { return filepath.Join(d.path, "node.json.spare") }
 func (d *nodeDir) pendingPath() string { return filepath.Join(d.path, "attest.key") }

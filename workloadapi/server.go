@@ -330,6 +330,10 @@ func (c *Config) fitDescriptors(level slog.Level) error {
 // Addr is the socket's address as SPIFFE_ENDPOINT_SOCKET wants it.
 func (s *Server) Addr() string { return "unix://" + s.socket.path }
 
+// InPlace says whether the socket is still where callers look for it: somebody may have removed it, or put another there; and
+// whether a server that is started anew could make it, as a service manager's alone can only that one.
+func (s *Server) InPlace() (there, ours bool) { return s.socket.inPlace(), s.socket.lock != nil }
+
 // Files are the listening socket and its lock, for who serves it next. The caller closes them. From then on the socket is
 // not removed at the end. lock is nil if there is none.
 func (s *Server) Files() (listening, lock *os.File, err error) {

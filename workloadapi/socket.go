@@ -100,7 +100,13 @@ func adopt(path string, listening, lock *os.File, log *slog.Logger) (_ *socket, 
 		return nil, l.Close()
 	case err != nil:
 		return nil, errors.Join(err, l.Close())
-	case !here:
+	case here:
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return nil, errors.Join(err, l.Close())
+		}
+		s.dev, s.ino = st.Dev, st.Ino
+	default:
 		return nil, errors.Join(fmt.Errorf("socket %s: the socket that was passed in is another one (bound to %q); the unit's ListenStream must be socket_path", path, l.Addr()), l.Close())
 	}
 	if lock != nil {
@@ -263,6 +269,13 @@ func (s *socket) bind(dir string, mode os.FileMode) error {
 	}
 	s.dev, s.ino = st.Dev, st.Ino
 	return nil
+}
+
+// inPlace says whether the socket is at its path. Where that cannot be told, it is.
+func (s *socket) inPlace() bool {
+	var st unix.Stat_t
+	err := unix.Lstat(s.path, &st)
+	return err == nil && st.Dev == s.dev && st.Ino == s.ino || err != nil && !errors.Is(err, fs.ErrNotExist)
 }
 
 // close stops listening and removes the socket, if it is still ours.

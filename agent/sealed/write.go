@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -206,6 +207,9 @@ func (s *Store) write(ctx context.Context, t *take) (err error) {
 		}
 		if err != nil {
 			s.closeLog()
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			s.holder = nil // a file of its key may be gone with the directory
 		}
 	}()
 	anew := s.log == nil || s.log.owner != t.owner || s.log.length > minGrown && s.log.length > growth*s.log.began
