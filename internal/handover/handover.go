@@ -202,14 +202,19 @@ type Config struct {
 }
 
 // Await returns when the place is free: at once, if nobody holds it, and otherwise when who holds it has ended. The sockets are
-// those of the one before, if it offered any; the caller closes them.
-func Await(ctx context.Context, c Config) (sockets map[string]*os.File, err error) {
+// those of the one before, if it offered any; the caller closes them. Until the caller closes turn, nobody else's Await returns:
+// several may wait, and the place is free before they all can see who takes it.
+func Await(ctx context.Context, c Config) (sockets map[string]*os.File, turn *os.File, err error) {
 	defer func() {
 		if err != nil {
 			closeAll(sockets)
-			sockets = nil
+			turn.Close() // which may be nil
+			sockets, turn = nil, nil
 		}
 	}()
+	if turn, err = awaitTurn(ctx, c.Dir); err != nil {
+		return nil, nil, err
+	}
 	began := time.Now()
 	said := false
 	say := func(how string) {
@@ -224,7 +229,7 @@ func Await(ctx context.Context, c Config) (sockets map[string]*os.File, err erro
 	for {
 		taken, err := c.Taken()
 		if err != nil || !taken {
-			return sockets, err
+			return sockets, turn, err
 		}
 		conn, got, err := ask(ctx, c.Dir)
 		wait := lookEvery
@@ -235,7 +240,7 @@ func Await(ctx context.Context, c Config) (sockets map[string]*os.File, err erro
 			say("received")
 			err = untilEnd(ctx, conn)
 			if err != nil {
-				return sockets, err
+				return sockets, turn, err
 			}
 		case errors.Is(err, errRefused):
 			wait = refusedWait
@@ -246,7 +251,35 @@ func Await(ctx context.Context, c Config) (sockets map[string]*os.File, err erro
 		select {
 		case <-ctx.Done():
 			timer.Stop()
-			return sockets, ctx.Err()
+			return sockets, turn, ctx.Err()
+		case <-timer.C:
+		}
+	}
+}
+
+// awaitTurn waits until no other one waits for the place, and returns what keeps them waiting. There is none in a directory that does
+// not exist, which nobody has held yet.
+func awaitTurn(ctx context.Context, dir string) (*os.File, error) {
+	turn, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(turn.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return turn, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, errors.Join(fmt.Errorf("locking %s: %w", dir, err), turn.Close())
+		}
+		timer := time.NewTimer(refusedWait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil, errors.Join(ctx.Err(), turn.Close())
 		case <-timer.C:
 		}
 	}

@@ -61,6 +61,7 @@ func (p *place) offer() *Offer {
 
 type outcome struct {
 	sockets map[string]*os.File
+	turn    *os.File
 	err     error
 }
 
@@ -68,8 +69,8 @@ type outcome struct {
 func (p *place) await(ctx context.Context) (waiting chan struct{}, done chan outcome) {
 	waiting, done = make(chan struct{}), make(chan outcome, 1)
 	go func() {
-		s, err := Await(ctx, Config{Dir: p.dir, Taken: func() (bool, error) { return p.taken.Load(), nil }, Waiting: func() { close(waiting) }, Log: quiet})
-		done <- outcome{s, err}
+		s, turn, err := Await(ctx, Config{Dir: p.dir, Taken: func() (bool, error) { return p.taken.Load(), nil }, Waiting: func() { close(waiting) }, Log: quiet})
+		done <- outcome{s, turn, err}
 	}()
 	return waiting, done
 }
@@ -124,11 +125,13 @@ func TestFree(t *testing.T) {
 	p := newPlace(t)
 	p.taken.Store(false)
 	_, done := p.await(bounded(t))
-	if got := <-done; got.err != nil || len(got.sockets) != 0 {
+	got := <-done
+	if got.err != nil || len(got.sockets) != 0 {
 		t.Errorf("%v, %v", got.sockets, got.err)
 	}
+	got.turn.Close()
 	broken := errors.New("broken")
-	if _, err := Await(bounded(t), Config{Dir: p.dir, Taken: func() (bool, error) { return false, broken }, Log: quiet}); !errors.Is(err, broken) {
+	if _, _, err := Await(bounded(t), Config{Dir: p.dir, Taken: func() (bool, error) { return false, broken }, Log: quiet}); !errors.Is(err, broken) {
 		t.Error(err)
 	}
 }
@@ -157,6 +160,41 @@ func TestSuccessorThatEnds(t *testing.T) {
 		t.Errorf("%v, %v", got.sockets, got.err)
 	}
 	closeAll(got.sockets)
+}
+
+// Of two that wait, the second does not take the place when its holder lets it go, a moment before that one ends: the first has the
+// sockets. The second comes after the first.
+func TestTwoThatWait(t *testing.T) {
+	ctx := bounded(t)
+	p := newPlace(t)
+	o := p.offer()
+	waiting, first := p.await(ctx)
+	<-waiting
+	waitingToo, second := p.await(ctx)
+	p.taken.Store(false) // and it looks once a second
+	select {
+	case got := <-second:
+		t.Fatalf("the second has the place before the first: %v, %v", got.sockets, got.err)
+	case <-time.After(3 * refusedWait):
+	}
+	o.Close()
+	got := <-first
+	if got.err != nil || len(got.sockets) != 1 {
+		t.Fatalf("%v, %v", got.sockets, got.err)
+	}
+	defer closeAll(got.sockets)
+	p.taken.Store(true)
+	next := p.offer()
+	got.turn.Close()
+	<-waitingToo
+	p.taken.Store(false)
+	next.Close()
+	if got := <-second; got.err != nil || len(got.sockets) != 1 {
+		t.Errorf("%v, %v", got.sockets, got.err)
+	} else {
+		closeAll(got.sockets)
+		got.turn.Close()
+	}
 }
 
 // A holder that has no descriptor left when a successor comes takes it when there is one again.

@@ -65,8 +65,11 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 		}
 		defer s.Close()
 	}
+	var turn *os.File
 	if c.HandOver {
-		inherited, err := standBy(ctx, c, log)
+		var inherited map[string]*os.File
+		inherited, turn, err = standBy(ctx, c, log)
+		defer turn.Close()
 		if ctx.Err() != nil {
 			return nil // ended while it waited
 		}
@@ -112,6 +115,7 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 			return errors.Join(offerErr, a.Close())
 		}
 		defer func() { err = errors.Join(err, offer.Close()) }() // when the agent has let go of everything
+		turn.Close()                                             // whoever waits next finds the offer
 	}
 	if err := restrict(privileges, log); err != nil {
 		return errors.Join(err, a.Close())

@@ -15,16 +15,16 @@ import (
 	"github.com/signet-id/signet/internal/handover"
 )
 
-// standBy waits until the agent that runs with the same data directory has ended, and returns its sockets. Meanwhile it answers
-// /live, and /ready as soon as it may be ended: whoever rolls agents out ends the other one then.
-func standBy(ctx context.Context, c agent.Config, log *slog.Logger) (sockets map[string]*os.File, err error) {
+// standBy waits until the agent that runs with the same data directory has ended, and returns its sockets, and what keeps others from
+// taking its place too. Meanwhile it answers /live, and /ready as soon as it may be ended: whoever rolls agents out ends the other one then.
+func standBy(ctx context.Context, c agent.Config, log *slog.Logger) (sockets map[string]*os.File, turn *os.File, err error) {
 	stop := func() error { return nil }
-	sockets, err = handover.Await(ctx, handover.Config{
+	sockets, turn, err = handover.Await(ctx, handover.Config{
 		Dir: c.DataDir, Log: log,
 		Taken:   c.DataDirInUse,
 		Waiting: func() { stop = answerProbes(c.Metrics.Listen, log) },
 	})
-	return sockets, errors.Join(err, stop())
+	return sockets, turn, errors.Join(err, stop())
 }
 
 // answerProbes says at address, if there is one, that this process lives and is ready, until it is stopped.
