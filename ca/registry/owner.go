@@ -19,11 +19,14 @@ type Ref struct{ Kind, Name string }
 // An OwnedError says that a document belongs to somebody else.
 type OwnedError struct {
 	Ref
-	// Document is the one that is there.
+	// Document is the one that is there; without a name, a relationship with the trust domain Name that is no document's.
 	Document Document
 }
 
 func (e *OwnedError) Error() string {
+	if e.Kind == KindFederation && e.Document.Name == "" {
+		return fmt.Sprintf("the relationship with the trust domain %q is an operator's, made with 'signet federation'; end it there first, or leave it there", e.Name)
+	}
 	if e.Document.Owner == "" {
 		return fmt.Sprintf("%s %q was applied by an operator (%s); delete that one with 'signet delete', or choose another name", e.Kind, e.Name, clip(e.Document.File))
 	}
@@ -62,7 +65,11 @@ func (r *Registry) checkOwner(x *resource, o Options) error {
 		return &OwnedError{Ref{x.kind, x.name}, *doc}
 	}
 	if x.federation != nil {
-		if f := r.ix.federations[x.federation.TrustDomain]; f != nil && f.Document != nil && f.Document.Owner != o.Owner {
+		switch f := r.ix.federations[x.federation.TrustDomain]; {
+		case f == nil:
+		case f.Document == nil && o.Owner != "" && !o.TakesOver:
+			return &OwnedError{Ref{x.kind, f.TrustDomain.Name()}, Document{}}
+		case f.Document != nil && f.Document.Owner != o.Owner:
 			return &OwnedError{Ref{x.kind, f.Document.Name}, *f.Document}
 		}
 	}

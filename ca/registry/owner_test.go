@@ -172,3 +172,21 @@ func TestACustomResourceHasNoIDWithMoreRights(t *testing.T) {
 		t.Errorf("the resource as it is: %v", err)
 	}
 }
+
+// A relationship that an operator made without a document is no custom resource's: it would say where the partner's authorities come from.
+func TestACustomResourceTakesNoRelationship(t *testing.T) {
+	r := open(t)
+	if err := r.CreateFederation(t.Context(), &Federation{TrustDomain: spiffeid.RequireTrustDomainFromString("a.example"), URL: "https://operators.example/", Profile: ProfileWeb}, nil); err != nil {
+		t.Fatal(err)
+	}
+	text := one[KindFederation]
+	_, err := planOf(r, text, Options{Owner: ofProd})
+	if _, ok := errors.AsType[*OwnedError](err); !ok || !strings.Contains(err.Error(), "\"a.example\" is an operator's, made with 'signet federation'") {
+		t.Errorf("of a custom resource: %v", err)
+	}
+	for what, o := range map[string]Options{"an operator's document": {}, "who made it by the API": {Owner: "kubernetes/prod/spire", TakesOver: true}} {
+		if p, err := planOf(r, text, o); err != nil || len(p.Changes) != 1 || p.Changes[0].Action == Create {
+			t.Errorf("%s: %v, %+v", what, err, p)
+		}
+	}
+}

@@ -84,6 +84,8 @@ type Options struct {
 	// what Document.Definition becomes.
 	Owner       string
 	Definitions map[Ref]string
+	// TakesOver tells that relationships with trust domains that are no document's become the owner's: it made them itself, elsewhere.
+	TakesOver bool
 	// Delete names documents of the owner to be deleted by the same plan.
 	Delete []Ref
 	// Namespaces are, by the name of the CallPolicy, the namespaces that may speak for services of their own only.

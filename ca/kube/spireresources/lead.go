@@ -235,7 +235,7 @@ func (r *Reader) writeDomains(ctx context.Context) error {
 		}
 		ref := registry.Ref{Kind: registry.KindFederation, Name: federationName(r.c.Client.Cluster, f)}
 		wanted[ref] = true
-		docs, o := []strictyaml.Document{doc}, registry.Options{Owner: r.source()}
+		docs, o := []strictyaml.Document{doc}, registry.Options{Owner: r.source(), TakesOver: true} // the controller made them by the API
 		p, err := r.c.Registry.Plan(docs, o)
 		switch {
 		case errors.Is(err, registry.ErrConflict), errors.Is(err, registry.ErrNotReady):
