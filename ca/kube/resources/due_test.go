@@ -108,7 +108,7 @@ func TestStatusesOfANamespaceWait(t *testing.T) {
 		written[a.GetNamespace()]++
 		return true, a.(clienttesting.UpdateAction).GetObject(), nil
 	})
-	r := &run{Controller: New(Config{Client: &kube.Client{Cluster: "prod", Dynamic: api}}), judged: map[types.UID]verdict{}, wake: make(chan struct{}, 1)}
+	r := &run{Controller: New(Config{Client: &kube.Client{Cluster: "prod", Dynamic: api}}), judged: map[types.UID]verdict{}, told: map[types.UID]*rate.Limiter{}, wake: make(chan struct{}, 1)}
 	w := &watched{Kind: kind, kept: newKept(func() {})}
 	r.kinds = []*watched{w}
 	add := func(namespace string, i int) {
@@ -125,6 +125,9 @@ func TestStatusesOfANamespaceWait(t *testing.T) {
 	}
 	if written["evil"] != statusesAtOnce || written["shop"] != 1 {
 		t.Errorf("written at one look: %v", written)
+	}
+	if len(r.told) != statusesAtOnce+1 {
+		t.Errorf("the turns of %d are used up", len(r.told))
 	}
 	select {
 	case <-r.wake:

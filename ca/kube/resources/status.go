@@ -157,16 +157,18 @@ func (r *run) report(ctx context.Context) error {
 				continue
 			}
 			status, changed, event := r.status(obj, v)
-			if !changed || !r.mayTell(obj.GetUID()) {
+			if !changed {
 				continue
 			}
-			if ns := obj.GetNamespace(); ns != "" {
-				if written[ns] == statusesAtOnce {
-					more = true
-					continue
-				}
-				written[ns]++
+			ns := obj.GetNamespace()
+			if ns != "" && written[ns] == statusesAtOnce {
+				more = true
+				continue
 			}
+			if !r.mayTell(obj.GetUID()) {
+				continue
+			}
+			written[ns]++
 			g.Go(func() error {
 				next := obj.DeepCopy()
 				next.Object["status"] = status
