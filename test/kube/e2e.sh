@@ -3,6 +3,7 @@
 # test/kube, and removes all it made, also when it fails or is interrupted, and what a run left that was killed. Needs root, Go,
 # git and apt. make e2e-kube calls it.
 set -euo pipefail
+[ "$(id -u)" = 0 ] || { echo "e2e-kube: needs root: it makes namespaces, mounts and cgroups" >&2 && exit 1; }
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 box=test/kube/box
 build=${KUBEBOX_BUILD:-${XDG_CACHE_HOME:-$HOME/.cache}/kubebox}
@@ -14,7 +15,8 @@ nodes=()
 
 # began PID: when a process began, which tells it from another one that has its number later. Nothing if it has ended.
 began() { sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20; }
-echo "$$ $(began $$)" >"$dir/owner"
+echo "$$ $(began $$)" >"$dir/owner" && mkdir "$dir/t" || { rm -rf "$dir" && exit 1; }
+export TMPDIR=$dir/t KUBECACHEDIR=$dir/t # what is in use when it is interrupted would be left, and kubectl's cache always
 
 # run CMD...: in a process group of its own, which an interrupt ends.
 run() {
@@ -23,16 +25,19 @@ run() {
 	echo "$child $(began "$child")" >"$dir/child"
 	local status=0
 	wait "$child" || status=$?
+	kill -KILL -- "-$child" 2>/dev/null || true # go test may have been killed, and not what it ran
 	child=
 	return $status
 }
 
 cleanup() {
 	local status=$? left=0 n
-	trap '' INT TERM
+	trap '' INT TERM HUP PIPE
+	set +e # to the end, also where nobody reads what is said
 	if [ -n "$child" ]; then
-		kill -- "-$child" 2>/dev/null || true
-		wait "$child" 2>/dev/null || true
+		kill -- "-$child" 2>/dev/null || kill "$child" 2>/dev/null # which may not have a group yet
+		wait "$child" 2>/dev/null
+		kill -KILL -- "-$child" 2>/dev/null
 	fi
 	for n in a b c; do
 		if [ $status != 0 ] && [ -d "$dir/$n/logs" ]; then
@@ -69,7 +74,9 @@ abandoned() {
 	done 2>/dev/null
 }
 trap cleanup EXIT
+trap 'exit 129' HUP
 trap 'exit 130' INT
+trap 'exit 141' PIPE
 trap 'exit 143' TERM
 
 lap=$(date +%s)

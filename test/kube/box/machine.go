@@ -27,13 +27,16 @@ func mount(source, target, fstype string, flags uintptr, data string) error {
 	return nil
 }
 
-// mounts gives the node its own /proc, /run, /var/lib/kubelet and /var/log.
+// mounts gives the node its own /proc, /run, /var/lib/kubelet, /var/lib/cni
+// and /var/log.
 func (n *node) mounts() error {
 	err := errors.Join(
 		os.MkdirAll("/var/lib/kubelet", 0o755),
+		os.MkdirAll("/var/lib/cni", 0o700),
 		privateProc(),
 		mount("run", "/run", "tmpfs", syscall.MS_NOSUID|syscall.MS_NODEV, "mode=755"),
 		mount(filepath.Join(n.dir, "kubelet"), "/var/lib/kubelet", "", syscall.MS_BIND, ""),
+		mount("cni", "/var/lib/cni", "tmpfs", syscall.MS_NOSUID|syscall.MS_NODEV, "mode=700"),
 		mount(filepath.Join(n.dir, "podlogs"), "/var/log", "", syscall.MS_BIND, ""),
 	)
 	if err != nil {
