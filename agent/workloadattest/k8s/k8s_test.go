@@ -339,7 +339,7 @@ func TestHostilePods(t *testing.T) {
 					t.Errorf("the other pod: %q, %v", values(got), err)
 				}
 				got, err = m.selectors(within(t, 20*time.Second), in(podB, id("b")))
-				if tt.want == "" && (err != nil || !slices.Contains(values(got), "ns:evil")) || tt.want != "" && (err == nil || !says(err, tt.want) || len(got) > 0) {
+				if tt.want == "" && (err != nil || !slices.Contains(values(got), "ns:evil")) || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want) || len(got) > 0) {
 					t.Errorf("the hostile pod: %q, %v; want %q", values(got), err, tt.want)
 				}
 				// A container whose cgroup does not tell the pod is nobody's if two claim it.
@@ -385,7 +385,7 @@ func TestFaults(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		handler http.HandlerFunc
-		want    string // one of these
+		want    string
 	}{
 		{"hangs", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "not answered in time"},
 		{"stops in the middle", func(w http.ResponseWriter, r *http.Request) {
@@ -405,11 +405,11 @@ func TestFaults(t *testing.T) {
 		{"a pod without a uid", text(podListOf(podObject("", "shop", "web"))), "no uid"},
 		{"a pod twice", text(podListOf(good, good)), "there twice"},
 		{"another node", text(podListOf(good, elsewhere)), "another node"},
-		{"a pod without end", endless(`{"kind":"PodList","items":[{"metadata":{"name":"`, "a"), "larger than|within 4s"},
+		{"a pod without end", endless(`{"kind":"PodList","items":[{"metadata":{"name":"`, "a"), "larger than"},
 		{"pods without end", endless(`{"kind":"PodList","items":[`+podListItem(good), `,{"metadata":{"name":"a","namespace":"b","uid":"c"}}`), "there twice"},
-		{"blanks without end", endless(`{"kind":"PodList","items":[`, " "), "larger than|within 4s"},
-		{"something else without end", endless(`{"kind":"PodList","x":[`, `[],`), "larger than|within 4s"},
-		{"too deep", endless(`{"kind":"PodList","items":[`, `[`), "not a PodList|within 4s"},
+		{"blanks without end", endless(`{"kind":"PodList","items":[`, " "), "larger than"},
+		{"something else without end", endless(`{"kind":"PodList","x":[`, `[],`), "larger than"},
+		{"too deep", endless(`{"kind":"PodList","items":[`, `[`), "not a PodList"},
 		{"too many pods", text(many(maxPods+1, func(i int) object { return podObject(fmt.Sprint(i), "n", fmt.Sprint(i)) })), "more than 4096 pods"},
 		{"broken", status(http.StatusInternalServerError, "boom"), `answers 500: "boom"`},
 		{"tells our token", status(http.StatusInternalServerError, "bad "+ownToken), "[a text with the token in it]"},
@@ -426,31 +426,32 @@ func TestFaults(t *testing.T) {
 			n.says(tt.handler)
 			m := n.method()
 			if tt.want != "not answered in time" {
-				if err := m.Available(within(t, time.Minute)); err == nil || !says(err, tt.want) {
+				m.kubelet.door.timeout = time.Minute // what never ends is ended by its size, however slow the machine is
+				if err := m.Available(within(t, time.Minute)); err == nil || !strings.Contains(err.Error(), tt.want) {
 					t.Errorf("Available: %.300v; want %q", err, tt.want)
 				}
 			}
 			got, err := m.selectors(within(t, 200*time.Millisecond), in(podA, id("a")))
-			if err == nil || !says(err, tt.want) || len(got) > 0 {
+			if err == nil || !strings.Contains(err.Error(), tt.want) || len(got) > 0 {
 				t.Errorf("%q, %.300v; want %q", values(got), err, tt.want)
 			}
 			if err != nil && (strings.Contains(err.Error(), ownToken) || len(err.Error()) > 2000) {
 				t.Errorf("the error repeats the token, or too much: %.3000v", err)
 			}
 			n.has(good)
-			if got, err := m.selectors(within(t, 20*time.Second), in(podA, id("a"))); err != nil || !slices.Contains(values(got), "ns:shop") {
+			ctx := within(t, time.Minute)
+			got, err = m.selectors(ctx, in(podA, id("a")))
+			for err != nil && ctx.Err() == nil { // what was asked before may still be under way
+				got, err = m.selectors(ctx, in(podA, id("a")))
+			}
+			if err != nil || !slices.Contains(values(got), "ns:shop") {
 				t.Errorf("after it was mended: %q, %v", values(got), err)
 			}
-			if err := m.Available(within(t, 20*time.Second)); err != nil {
+			if err := m.Available(within(t, time.Minute)); err != nil {
 				t.Errorf("Available after it was mended: %v", err)
 			}
 		})
 	}
-}
-
-// says tells whether an error has one of some texts. A slow machine may take longer over an endless answer than a request may.
-func says(err error, some string) bool {
-	return slices.ContainsFunc(strings.Split(some, "|"), func(text string) bool { return strings.Contains(err.Error(), text) })
 }
 
 func podListItem(o object) string {

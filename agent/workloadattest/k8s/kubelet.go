@@ -2,6 +2,7 @@ package k8s
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -68,6 +69,7 @@ type door struct {
 	certificatePath, keyPath string // instead of the token
 	forbidden                string // what helps against a 403
 	skipVerification, plain  bool
+	timeout                  time.Duration // not changed once it is used; zero means requestTimeout
 
 	mu sync.Mutex
 	// client is the one for shown, which are the files that it was made of.
@@ -77,7 +79,8 @@ type door struct {
 
 // get makes a request and hands on the body of its answer.
 func (d *door) get(ctx context.Context, url string, read func(io.Reader) error) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, fmt.Errorf("%s did not answer within %s", d.whom, requestTimeout))
+	timeout := cmp.Or(d.timeout, requestTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%s did not answer within %s", d.whom, timeout))
 	defer cancel()
 	client, err := d.open()
 	if err != nil {
