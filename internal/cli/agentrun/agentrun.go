@@ -56,32 +56,13 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 		return err
 	}
 	defer notifier.Close()
-	if c.Sockets, err = manager.Sockets(); err != nil {
+	turn, letGo, err := takeSockets(ctx, &c, log)
+	defer letGo()
+	switch {
+	case ctx.Err() != nil:
+		return nil // ended while it waited
+	case err != nil:
 		return err
-	}
-	for name, s := range c.Sockets {
-		if name != agent.SocketWorkload {
-			log.Warn("a socket that was passed in is not used", "name", name, "known", agent.SocketWorkload)
-		}
-		defer s.Close()
-	}
-	var turn *os.File
-	if c.HandOver {
-		var inherited map[string]*os.File
-		inherited, turn, err = standBy(ctx, c, log)
-		defer turn.Close()
-		if ctx.Err() != nil {
-			return nil // ended while it waited
-		}
-		if err != nil {
-			return err
-		}
-		for name, s := range inherited {
-			defer s.Close()
-			if c.Sockets[name] == nil { // the service manager's come first
-				c.Sockets = with(c.Sockets, name, s)
-			}
-		}
 	}
 	held, err := sandbox.Held()
 	if err != nil {
@@ -93,14 +74,9 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 	}
 	watch := func(context.Context) error { return nil }
 	if privileges.Examiner {
-		// While this process still may start another.
-		self, err := os.Executable()
-		if err != nil {
-			return err
-		}
-		e, err := examiner.Start(examiner.Config{Command: append([]string{self}, examine...), Seccomp: c.Sandbox.Seccomp, Log: log})
-		if err != nil {
-			return err
+		e, startErr := startExaminer(c, examine, log)
+		if startErr != nil {
+			return startErr
 		}
 		defer func() { err = errors.Join(err, e.Close()) }()
 		c.Executables, watch = e, e.Watch
@@ -120,15 +96,8 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 	if err := restrict(privileges, log); err != nil {
 		return errors.Join(err, a.Close())
 	}
-	if notifier.Keeps() {
-		sockets, err := a.Sockets()
-		if err != nil {
-			return errors.Join(err, a.Close())
-		}
-		for name, s := range sockets {
-			notifier.Keep(name, s)
-			s.Close()
-		}
+	if err := keepSockets(a, notifier); err != nil {
+		return errors.Join(err, a.Close())
 	}
 	return daemon.Serve(ctx, watched{a, watch}, notifier, stderr, c.Logging.Format, func() ([]string, error) {
 		c, err := read()
@@ -137,6 +106,63 @@ func Run(ctx context.Context, f daemon.Flags, examine []string, stderr io.Writer
 		}
 		return a.Reload(c)
 	})
+}
+
+// takeSockets takes those that the service manager passes in and, if the agent before this one hands over, what that has, once it has ended or
+// ctx has. turn keeps others from its place, too, until it is closed. letGo closes all; whoever uses a socket has a copy by then.
+func takeSockets(ctx context.Context, c *agent.Config, log *slog.Logger) (turn *os.File, letGo func(), err error) {
+	var all []*os.File
+	letGo = func() {
+		turn.Close()
+		for _, s := range all {
+			s.Close()
+		}
+	}
+	if c.Sockets, err = manager.Sockets(); err != nil {
+		return nil, letGo, err
+	}
+	for name, s := range c.Sockets {
+		if name != agent.SocketWorkload {
+			log.Warn("a socket that was passed in is not used", "name", name, "known", agent.SocketWorkload)
+		}
+		all = append(all, s)
+	}
+	if !c.HandOver {
+		return nil, letGo, nil
+	}
+	inherited, turn, err := standBy(ctx, *c, log)
+	for name, s := range inherited {
+		all = append(all, s)
+		if c.Sockets[name] == nil { // the service manager's come first
+			c.Sockets = with(c.Sockets, name, s)
+		}
+	}
+	return turn, letGo, err
+}
+
+// startExaminer starts the process that looks at executables, while this one still may start another.
+func startExaminer(c agent.Config, examine []string, log *slog.Logger) (*examiner.Client, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	return examiner.Start(examiner.Config{Command: append([]string{self}, examine...), Seccomp: c.Sandbox.Seccomp, Log: log})
+}
+
+// keepSockets gives the agent's sockets to a service manager that keeps them.
+func keepSockets(a *agent.Agent, notifier *manager.Notifier) error {
+	if !notifier.Keeps() {
+		return nil
+	}
+	sockets, err := a.Sockets()
+	if err != nil {
+		return err
+	}
+	for name, s := range sockets {
+		notifier.Keep(name, s)
+		s.Close()
+	}
+	return nil
 }
 
 // restrict gives up what the agent does not need, and says what it runs with and what will not work.
