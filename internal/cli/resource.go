@@ -69,17 +69,20 @@ type resource struct {
 	File      string `json:"file,omitempty"`
 	Line      uint32 `json:"line,omitempty"`
 	Document  string `json:"document"`
-	// Of a templated Identity.
-	Templated   bool  `json:"templated,omitempty"`
-	Pods        int64 `json:"pods,omitempty"`
-	RefusedPods int64 `json:"refused_pods,omitempty"`
+	// Of a templated Identity, which may stand for none.
+	Templated   bool   `json:"templated,omitempty"`
+	Pods        *int64 `json:"pods,omitempty"`
+	RefusedPods *int64 `json:"refused_pods,omitempty"`
 }
 
 func resourceOf(r *adminv1.Resource) resource {
-	out := resource{Kind: r.GetKind(), Name: r.GetName(), Revision: r.GetRevision(), EntryID: r.GetEntryId(), Templated: r.GetTemplated(), Pods: r.GetPods(), RefusedPods: r.GetRefusedPods(),
+	out := resource{Kind: r.GetKind(), Name: r.GetName(), Revision: r.GetRevision(), EntryID: r.GetEntryId(), Templated: r.GetTemplated(),
 		File: r.GetDocument().GetFile(), Line: r.GetDocument().GetLine(), Document: string(r.GetDocument().GetContent())}
 	if r.GetCreatedAt() != nil {
 		out.CreatedAt = stamp(r.GetCreatedAt().AsTime())
+	}
+	if out.Templated {
+		out.Pods, out.RefusedPods = &r.Pods, &r.RefusedPods
 	}
 	return out
 }
@@ -133,15 +136,15 @@ func (a *app) printResources(ctx context.Context, c *caConn, f format, req *admi
 		{name: "ENTRY ID", wide: true, value: func(r resource) string { return r.EntryID }},
 	}}
 	if req.Kind == registry.KindIdentity {
-		templated := func(name string, count func(resource) int64) column[resource] {
+		templated := func(name string, count func(resource) *int64) column[resource] {
 			return column[resource]{name: name, value: func(r resource) string {
-				if !r.Templated {
-					return ""
+				if n := count(r); n != nil {
+					return fmt.Sprint(*n)
 				}
-				return fmt.Sprint(count(r))
+				return ""
 			}}
 		}
-		l.columns = slices.Insert(l.columns, 1, templated("PODS", func(r resource) int64 { return r.Pods }), templated("REFUSED", func(r resource) int64 { return r.RefusedPods }))
+		l.columns = slices.Insert(l.columns, 1, templated("PODS", func(r resource) *int64 { return r.Pods }), templated("REFUSED", func(r resource) *int64 { return r.RefusedPods }))
 	}
 	if req.Kind == policy.KindRevocation {
 		l.columns = slices.Insert(l.columns, 1, column[resource]{name: "REVOKED", value: func(r resource) string {
