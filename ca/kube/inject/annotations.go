@@ -109,26 +109,34 @@ func read(annotations map[string]string, namespace, serviceAccount string, o Opt
 			return nil, &mistake{key, value, fmt.Sprintf("has %d bytes, %d at most", len(value), maxValueBytes)}
 		}
 	}
-	bad := func(key, format string, args ...any) error {
-		return &mistake{key, annotations[key], fmt.Sprintf(format, args...)}
-	}
 	if v, ok := annotations[annotationStatus]; ok {
 		port, err := readPort(v)
 		if err != nil {
-			return nil, bad(annotationStatus, "%v", err)
+			return nil, &mistake{annotationStatus, v, err.Error()}
 		}
 		w.statusPort = port
 	}
 	w.inboundPortsTaken[w.statusPort] = annotationStatus
 	if v, ok := annotations[annotationSocket]; ok {
 		if v != volumeCSI && v != volumeHostPath {
-			return nil, bad(annotationSocket, "is neither %s nor %s", volumeHostPath, volumeCSI)
+			return nil, &mistake{annotationSocket, v, fmt.Sprintf("is neither %s nor %s", volumeHostPath, volumeCSI)}
 		}
 		w.volume = v
 	}
+	if err := w.readListeners(annotations, namespace, serviceAccount, o.TrustDomain); err != nil {
+		return nil, err
+	}
+	return w, w.readResources(annotations)
+}
+
+// readListeners reads what comes in and what goes out, and as whom.
+func (w *wish) readListeners(annotations map[string]string, namespace, serviceAccount string, td spiffeid.TrustDomain) error {
+	bad := func(key, format string, args ...any) error {
+		return &mistake{key, annotations[key], fmt.Sprintf(format, args...)}
+	}
 	id := func(key, text string) (string, error) {
 		if strings.HasPrefix(text, "/") {
-			text = o.TrustDomain.IDString() + text
+			text = td.IDString() + text
 		}
 		parsed, err := spiffe.ParseWorkloadID(text)
 		if err != nil || strings.Contains(text, "$") {
@@ -136,68 +144,69 @@ func read(annotations map[string]string, namespace, serviceAccount string, o Opt
 		}
 		return parsed.String(), nil
 	}
-	service, own := "", ""
-	if v, ok := annotations[annotationService]; ok {
-		var err error
-		if service, err = id(annotationService, v); err != nil {
-			return nil, err
-		}
-	} else if made, err := spiffeid.FromSegments(o.TrustDomain, "ns", namespace, "sa", serviceAccount); err == nil {
-		service = made.String()
+	ids := map[string]string{} // what the annotations of one ID say
+	if made, err := spiffeid.FromSegments(td, "ns", namespace, "sa", serviceAccount); err == nil {
+		ids[annotationService] = made.String()
 	}
-	if v, ok := annotations[annotationID]; ok {
-		var err error
-		if own, err = id(annotationID, v); err != nil {
-			return nil, err
+	for _, key := range []string{annotationService, annotationID} {
+		if v, ok := annotations[key]; ok {
+			var err error
+			if ids[key], err = id(key, v); err != nil {
+				return err
+			}
 		}
 	}
 	for i, item := range items(annotations[annotationInbound]) {
 		in, err := readInbound(item)
 		if err != nil {
-			return nil, bad(annotationInbound, "%v; write LISTEN=[http:|h2c:]PORT, such as 8443=http:8080", err)
+			return bad(annotationInbound, "%v; write LISTEN=[http:|h2c:]PORT, such as 8443=http:8080", err)
 		}
-		if service == "" {
-			return nil, bad(annotationInbound, "set %s to the SPIFFE ID of the service, which cannot be made from namespace and service account", annotationService)
+		if ids[annotationService] == "" {
+			return bad(annotationInbound, "set %s to the SPIFFE ID of the service, which cannot be made from namespace and service account", annotationService)
 		}
 		if err := w.take(in.port, annotationInbound); err != nil {
-			return nil, bad(annotationInbound, "%v", err)
+			return bad(annotationInbound, "%v", err)
 		}
-		in.Name, in.Service = fmt.Sprintf("in-%d", i), service
+		in.Name, in.Service = fmt.Sprintf("in-%d", i), ids[annotationService]
 		w.inbound = append(w.inbound, in)
 	}
 	for i, item := range items(annotations[annotationOutbound]) {
 		out, port, err := readOutbound(item, func(text string) (string, error) { return id(annotationOutbound, text) })
 		if err != nil {
 			if m, ok := err.(*mistake); ok {
-				return nil, m
+				return m
 			}
-			return nil, bad(annotationOutbound, "%v; write PORT=[http:]HOST:PORT SPIFFE-ID..., such as 15001=documents.shop.svc:8443 /ns/shop/sa/documents", err)
+			return bad(annotationOutbound, "%v; write PORT=[http:]HOST:PORT SPIFFE-ID..., such as 15001=documents.shop.svc:8443 /ns/shop/sa/documents", err)
 		}
 		if err := w.take(port, annotationOutbound); err != nil {
-			return nil, bad(annotationOutbound, "%v", err)
+			return bad(annotationOutbound, "%v", err)
 		}
-		out.Name, out.ID = fmt.Sprintf("out-%d", i), own
+		out.Name, out.ID = fmt.Sprintf("out-%d", i), ids[annotationID]
 		w.outbound = append(w.outbound, out)
 	}
 	switch n := len(w.inbound) + len(w.outbound); {
 	case n == 0:
-		return nil, fmt.Errorf("label %s is set, and neither annotation %s nor %s says what the proxy is to do; set one, such as %s: 8443=http:8080", Label, annotationInbound, annotationOutbound, annotationInbound)
+		return fmt.Errorf("label %s is set, and neither annotation %s nor %s says what the proxy is to do; set one, such as %s: 8443=http:8080", Label, annotationInbound, annotationOutbound, annotationInbound)
 	case n > maxListeners:
-		return nil, fmt.Errorf("annotations %s and %s: %d listeners, %d at most", annotationInbound, annotationOutbound, n, maxListeners)
+		return fmt.Errorf("annotations %s and %s: %d listeners, %d at most", annotationInbound, annotationOutbound, n, maxListeners)
 	}
-	var err error
+	return nil
+}
+
+// readResources reads what the proxy's container asks for and may take.
+func (w *wish) readResources(annotations map[string]string) (err error) {
 	if w.requests, err = readResources(annotationRequests, annotations, "cpu=10m,memory=32Mi"); err != nil {
-		return nil, err
+		return err
 	}
 	if w.limits, err = readResources(annotationLimits, annotations, "memory=128Mi"); err != nil {
-		return nil, err
+		return err
 	}
 	for name, q := range w.requests {
 		if l, ok := w.limits[name]; ok && q.Cmp(l) > 0 {
-			return nil, bad(annotationRequests, "asks for more %s than the limit, %s", name, l.String())
+			return &mistake{annotationRequests, annotations[annotationRequests], fmt.Sprintf("asks for more %s than the limit, %s", name, l.String())}
 		}
 	}
-	return w, nil
+	return nil
 }
 
 var known = []string{annotationInbound, annotationOutbound, annotationService, annotationID, annotationSocket, annotationStatus, annotationRequests, annotationLimits}
