@@ -2,7 +2,6 @@ package ca
 
 import (
 	"cmp"
-	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -11,7 +10,6 @@ import (
 	"github.com/signet-id/signet/ca/kube/podcert"
 	"github.com/signet-id/signet/ca/nodeattest/k8spsat"
 	"github.com/signet-id/signet/ca/registry"
-	"github.com/signet-id/signet/spiffe"
 )
 
 // PodCertificates makes the CA the signer signet-id.github.io/x509-svid of the cluster: it answers the
@@ -62,21 +60,16 @@ func (ca *CA) signPodCertificates(c KubernetesCluster, k *kubeCluster) {
 // agentsOfNode returns the attested agents of a node of a cluster: one that is named after the node, or, where agents are
 // named after their pods, all that attested there.
 func (ca *CA) agentsOfNode(cluster, nodeUID string) []*registry.Node {
-	if !ca.c.NodeAttestors.namesAgentsAfterPods(cluster) {
-		id, err := spiffeid.FromPath(ca.td, "/spire/agent/"+k8spsat.Type+"/"+cluster+"/"+nodeUID)
-		if err != nil {
-			return nil
-		}
-		n, err := ca.reg.Node(id)
-		if err != nil {
-			return nil
-		}
-		return []*registry.Node{n}
+	if ca.c.NodeAttestors.namesAgentsAfterPods(cluster) {
+		return ca.reg.NodesOfPods(cluster, nodeUID)
 	}
-	of, uid := spiffe.Selector{Type: k8spsat.Type, Value: "cluster:" + cluster}, spiffe.Selector{Type: k8spsat.Type, Value: "agent_node_uid:" + nodeUID}
-	const most = 100
-	nodes, _ := ca.reg.ListNodes(func(n *registry.Node) bool {
-		return n.Attestation == k8spsat.Type && slices.Contains(n.Selectors, of) && slices.Contains(n.Selectors, uid)
-	}, "", most)
-	return nodes
+	id, err := spiffeid.FromPath(ca.td, "/spire/agent/"+k8spsat.Type+"/"+cluster+"/"+nodeUID)
+	if err != nil {
+		return nil
+	}
+	n, err := ca.reg.Node(id)
+	if err != nil {
+		return nil
+	}
+	return []*registry.Node{n}
 }

@@ -395,29 +395,7 @@ func (f *Follower) Next(force bool) *Delta {
 	before := len(h.ids) + len(h.feds)
 	changedIDs := m.full
 	if m.full {
-		roots := ix.roots(f.r.c.TrustDomain, f.agent, now)
-		f.r.follow.mu.Lock()
-		f.setRoots(roots)
-		f.r.follow.mu.Unlock()
-		scope := map[EntryID]*Entry{}
-		ix.descend(roots, now, func(e *Entry) {
-			if e.Pod == nil || !m.behind { // the agent keeps those that it has, and one that is gone does not come back to it
-				scope[e.ID] = e
-			}
-		})
-		for id := range h.entries {
-			if scope[id] == nil {
-				f.dropEntry(h, d, id)
-			}
-		}
-		for k := range h.items { // rewound removals
-			if k.kind == 'e' && scope[EntryID(k.name)] == nil {
-				f.dropEntry(h, d, EntryID(k.name))
-			}
-		}
-		for _, e := range scope {
-			f.holdEntry(h, d, e)
-		}
+		f.rescope(ix, h, d, now, m.behind)
 	} else {
 		for id := range m.dirty {
 			e := ix.entry(id)
@@ -465,6 +443,34 @@ func (f *Follower) Next(force bool) *Delta {
 		}
 	}
 	return d
+}
+
+// rescope works out anew what the agent may serve, and says what of it came or went. behind: of pods nothing is said, since the agent was told more than is
+// known here. What it has of them it keeps, and one that is gone does not come back to it.
+func (f *Follower) rescope(ix *index, h *held, d *Delta, now time.Time, behind bool) {
+	roots := ix.roots(f.r.c.TrustDomain, f.agent, now)
+	f.r.follow.mu.Lock()
+	f.setRoots(roots)
+	f.r.follow.mu.Unlock()
+	scope := map[EntryID]*Entry{}
+	ix.descend(roots, now, func(e *Entry) {
+		if e.Pod == nil || !behind {
+			scope[e.ID] = e
+		}
+	})
+	for id := range h.entries {
+		if scope[id] == nil {
+			f.dropEntry(h, d, id)
+		}
+	}
+	for k := range h.items { // rewound removals
+		if k.kind == 'e' && scope[EntryID(k.name)] == nil {
+			f.dropEntry(h, d, EntryID(k.name))
+		}
+	}
+	for _, e := range scope {
+		f.holdEntry(h, d, e)
+	}
 }
 
 func equalRoots(a, b map[spiffeid.ID]bool) bool {
@@ -536,29 +542,6 @@ func (h *held) drop(k itemKey, at store.Revision) bool {
 	delete(h.items, k)
 	h.removed = append(h.removed, removal{k, at})
 	return true
-}
-
-func (f *Follower) policies(ix *index, h *held, d *Delta) {
-	concern := f.concern(ix, h)
-	for name, c := range concern {
-		if h.hold(itemKey{'p', name}, itemVersion{c.policy.Revision, c.sum(ix)}, d.To) {
-			d.Policies = append(d.Policies, c.wire(ix))
-		}
-	}
-	for k := range h.items {
-		if k.kind == 'p' && concern[k.name] == nil && h.drop(k, d.To) {
-			d.RemovedPolicies = append(d.RemovedPolicies, k.name)
-		}
-	}
-	f.userIssuers(ix, h, d, len(concern) > 0)
-	mode := policyv1.DefaultsMode_DEFAULTS_MODE_DENY
-	if ix.defaults != nil {
-		mode = ix.defaults.Mode
-	}
-	if h.defaults != mode || d.Snapshot {
-		h.defaults, h.defSentAt = mode, d.To
-		d.Defaults = &mode
-	}
 }
 
 func (f *Follower) foreignBundles(ix *index, h *held, d *Delta) {

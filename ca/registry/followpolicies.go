@@ -18,6 +18,30 @@ type concerning struct {
 	former  *concerning
 }
 
+// policies says what of the policies that concern the agent came, changed or went.
+func (f *Follower) policies(ix *index, h *held, d *Delta) {
+	concern := f.concern(ix, h)
+	for name, c := range concern {
+		if h.hold(itemKey{'p', name}, itemVersion{c.policy.Revision, c.sum(ix)}, d.To) {
+			d.Policies = append(d.Policies, c.wire(ix))
+		}
+	}
+	for k := range h.items {
+		if k.kind == 'p' && concern[k.name] == nil && h.drop(k, d.To) {
+			d.RemovedPolicies = append(d.RemovedPolicies, k.name)
+		}
+	}
+	f.userIssuers(ix, h, d, len(concern) > 0)
+	mode := policyv1.DefaultsMode_DEFAULTS_MODE_DENY
+	if ix.defaults != nil {
+		mode = ix.defaults.Mode
+	}
+	if h.defaults != mode || d.Snapshot {
+		h.defaults, h.defSentAt = mode, d.To
+		d.Defaults = &mode
+	}
+}
+
 // concern returns what the agent is to have, by name.
 func (f *Follower) concern(ix *index, h *held) map[string]*concerning {
 	out := map[string]*concerning{}

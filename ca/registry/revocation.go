@@ -318,13 +318,6 @@ func (r *Registry) Revocations() []*Revocation {
 	return out
 }
 
-// CountRevocations counts what documents were compiled into.
-func (r *Registry) CountRevocations() int {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	return len(r.ix.revocations.items)
-}
-
 // control tells whether id is the CA's or an agent's.
 func control(id spiffeid.ID) bool { return id.Path() == serverPath || IsAgentID(id) }
 

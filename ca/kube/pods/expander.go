@@ -268,13 +268,6 @@ func takenReason(e, by *registry.Entry) string {
 	return fmt.Sprintf("%s is the SPIFFE ID of %s", e.SPIFFEID, by.Called())
 }
 
-// Pods returns how many pods are known, of all clusters.
-func (x *Expander) Pods() int {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return len(x.pods)
-}
-
 // Again expands pods anew by all rules, since something changed that a rule asks about besides the pod.
 func (x *Expander) Again(cluster string, uids []string) {
 	w := &work{x: x}

@@ -91,8 +91,6 @@ func (r identity) Differences(s *Subject) []Difference {
 // An Explanation is what the rules make of a pod.
 type Explanation struct {
 	Pod *Pod
-	// Rules is how many there are that are for pods of its cluster.
-	Rules int
 	// Verdicts are those on the pod: what it is given, then what it is refused, then what has ended, then the rules that come nearest.
 	Verdicts []Verdict
 	// More is how many are left out.
@@ -162,7 +160,6 @@ func (x *Expander) Explain(ctx context.Context, cluster, uid string) (*Explanati
 	}
 	x.mu.Unlock()
 
-	out.Rules = len(rules)
 	concerned := map[*ranked]bool{}
 	var given, not []Verdict
 	for _, d := range held {

@@ -148,15 +148,13 @@ type Status struct {
 	Namespaces, Failing, Foreign int
 	// Writes is how often something was written since the start.
 	Writes uint64
-	// ClusterTrustBundle is the version of the API by which the bundle is published for the cluster; empty: it is not.
-	ClusterTrustBundle string
 }
 
 // Status returns the numbers.
 func (p *Publisher) Status() Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := Status{Failing: len(p.failed), Foreign: len(p.foreign), Writes: p.writes, ClusterTrustBundle: p.cluster.version}
+	s := Status{Failing: len(p.failed), Foreign: len(p.foreign), Writes: p.writes}
 	for ns := range p.labelled {
 		if p.wanted(ns) {
 			s.Namespaces++
