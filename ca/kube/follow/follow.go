@@ -41,6 +41,8 @@ const (
 	logEvery            = time.Minute
 	maxErrorText        = 400
 	watchContactTimeout = time.Second
+	// roomEvery is how often a Hungry Store is asked, give or take a half.
+	roomEvery = time.Minute
 )
 
 // A Store is told what there is. It is called by one goroutine at a time, and keeps nothing of an object that it need not.
@@ -62,6 +64,12 @@ type Placed interface {
 	At(version uint64)
 }
 
+// A Hungry Store has a bound, and tells that it left something out for which there may be room by now. All is listed again then, once in a
+// minute at most: no change of what was left out would bring it otherwise.
+type Hungry interface {
+	Hungry() bool
+}
+
 // Config says what a Follower follows.
 type Config struct {
 	// Name says what the objects are, such as "pods".
@@ -74,7 +82,7 @@ type Config struct {
 	Log     *slog.Logger
 
 	// For tests; zero means the constants above.
-	LostAfter, MinDelay, MaxDelay time.Duration
+	LostAfter, MinDelay, MaxDelay, RoomEvery time.Duration
 }
 
 // Status says how far a Follower is.
@@ -109,6 +117,9 @@ func New(c Config) *Follower {
 	if c.MaxDelay == 0 {
 		c.MaxDelay = maxDelay
 	}
+	if c.RoomEvery == 0 {
+		c.RoomEvery = roomEvery
+	}
 	if c.Changed == nil {
 		c.Changed = func() {}
 	}
@@ -122,7 +133,7 @@ func (f *Follower) Status() Status {
 	return f.status
 }
 
-// errExpired tells that a watch cannot be continued where it ended.
+// errExpired tells that a watch cannot be continued where it ended, or should not be: all is listed again.
 var errExpired = errors.New("what was seen last is too old for the API server to go on from")
 
 // Run follows until ctx ends. Whatever the API server does, it goes on.
@@ -264,12 +275,23 @@ func (f *Follower) watch(ctx context.Context, version string) (string, error) {
 	// An API server may take the request and refuse it in the first event.
 	quiet := time.NewTimer(watchContactTimeout)
 	defer quiet.Stop()
+	var room <-chan time.Time
+	hungry, bounded := f.c.Store.(Hungry)
+	if bounded {
+		t := time.NewTicker(f.c.RoomEvery/2 + rand.N(f.c.RoomEvery))
+		defer t.Stop()
+		room = t.C
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return version, nil
 		case <-quiet.C:
 			f.heard(false)
+		case <-room:
+			if hungry.Hungry() {
+				return version, errExpired
+			}
 		case e, ok := <-w.ResultChan():
 			if !ok {
 				return version, nil

@@ -20,7 +20,8 @@ const (
 )
 
 // waiting holds the requests for our signer that have no answer yet, and queues each when it comes or changes. One for which there is
-// no room is forgotten: it is one of a node that has a thousand others, or of nobody's pod.
+// no room is one of a node that has a thousand others, or of nobody's pod; it is told again when there is room. It implements follow.Store and
+// follow.Hungry.
 type waiting struct {
 	queue  workqueue.TypedRateLimitingInterface[types.NamespacedName]
 	whose  func(*certificatesv1beta1.PodCertificateRequest) (whose string, most int)
@@ -30,6 +31,8 @@ type waiting struct {
 	mu       sync.Mutex // guards what follows
 	requests map[types.NamespacedName]waits
 	of       map[string]int // how many each has
+	over     bool           // there were some for which there was no room
+	freed    bool           // and there may be now
 }
 
 type waits struct {
@@ -53,11 +56,14 @@ func (w *waiting) hold(key types.NamespacedName, r *certificatesv1beta1.PodCerti
 	whose, most := w.whose(r)
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	freed := w.freed
 	w.drop(key)
 	if len(w.requests) >= maxWaiting || w.of[whose] >= most {
 		w.full(whose)
+		w.over = true
 		return false
 	}
+	w.freed = freed // it is in the place of itself
 	w.requests[key] = waits{slim(r), whose}
 	w.of[whose]++
 	return true
@@ -70,6 +76,7 @@ func (w *waiting) drop(key types.NamespacedName) {
 		return
 	}
 	delete(w.requests, key)
+	w.freed = true
 	if w.of[r.whose]--; w.of[r.whose] == 0 {
 		delete(w.of, r.whose)
 	}
@@ -93,7 +100,18 @@ func slim(r *certificatesv1beta1.PodCertificateRequest) *certificatesv1beta1.Pod
 }
 
 // Begin implements follow.Store.
-func (w *waiting) Begin() { w.listed = map[types.NamespacedName]bool{} }
+func (w *waiting) Begin() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.listed, w.over, w.freed = map[types.NamespacedName]bool{}, false, false
+}
+
+// Hungry implements follow.Hungry.
+func (w *waiting) Hungry() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.over && w.freed
+}
 
 // Put implements follow.Store.
 func (w *waiting) Put(o metav1.Object) {

@@ -40,7 +40,7 @@ type share struct {
 	bytes int64
 }
 
-// kept are the resources of one kind as the API server has them. It implements follow.Store.
+// kept are the resources of one kind as the API server has them. It implements follow.Store and follow.Hungry.
 type kept struct {
 	changed func() // something came, went or is another
 
@@ -51,6 +51,7 @@ type kept struct {
 	listed map[types.NamespacedName]struct{} // while a list is under way: what it held until now
 	whole  bool                              // a list has come to its end, once
 	left   map[types.NamespacedName]struct{} // for which there is no room
+	freed  bool                              // there is more room than when the last list began
 }
 
 func newKept(changed func()) *kept {
@@ -86,6 +87,7 @@ func (k *kept) set(name types.NamespacedName, h held) {
 		k.byName[name] = h
 	}
 	k.taken.n, k.taken.bytes = k.taken.n+n, k.taken.bytes+more
+	k.freed = k.freed || n < 0 || more < 0
 	if name.Namespace == "" {
 		return
 	}
@@ -148,7 +150,14 @@ func nameOf(o metav1.Object) types.NamespacedName {
 func (k *kept) Begin() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.listed = map[types.NamespacedName]struct{}{}
+	k.listed, k.freed = map[types.NamespacedName]struct{}{}, false
+}
+
+// Hungry implements follow.Hungry.
+func (k *kept) Hungry() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.freed && len(k.left) > 0
 }
 
 // Put implements follow.Store.

@@ -43,7 +43,17 @@ func TestANamespaceTakesItsShare(t *testing.T) {
 			if k.byName[mine].obj.GetResourceVersion() != "2" {
 				t.Error("there is no room for a resource of another namespace")
 			}
+			if k.Hungry() {
+				t.Error("it wants to be told again though nothing went")
+			}
+			k.Delete(object("evil", "0", "1", nil))
+			if !k.Hungry() {
+				t.Error("with room again it does not want to be told of those that were left out")
+			}
 			k.Begin()
+			if k.Hungry() {
+				t.Error("it wants to be told again while it is told")
+			}
 			k.End()
 			if k.taken != (share{}) || len(k.shares)+len(k.left)+len(k.byName) != 0 {
 				t.Errorf("with nothing left %+v are taken, %v", k.taken, k.shares)

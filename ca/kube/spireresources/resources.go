@@ -19,7 +19,7 @@ const maxResources = 10_000
 // API server that begins may not know it yet.
 const absentFor = time.Minute
 
-// resources are those of one kind, each in the form that parse makes of it. They implement follow.Store.
+// resources are those of one kind, each in the form that parse makes of it. They implement follow.Store and follow.Hungry.
 type resources[T any] struct {
 	place
 	kind    string
@@ -33,7 +33,8 @@ type resources[T any] struct {
 	listed   map[string]bool
 	complete bool
 	gone     time.Time // since when the API server does not know the kind; zero: it does
-	over     bool
+	over     bool      // there are more
+	freed    bool      // and may be room for them
 }
 
 type held[T any] struct {
@@ -100,6 +101,13 @@ func (s *resources[T]) absent(now time.Time) {
 	s.changed()
 }
 
+// isOver tells whether there are more than are read.
+func (s *resources[T]) isOver() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.over
+}
+
 // isAbsent tells whether the API server does not know the kind, or did not when it was asked last.
 func (s *resources[T]) isAbsent() bool {
 	s.mu.Lock()
@@ -111,7 +119,14 @@ func (s *resources[T]) isAbsent() bool {
 func (s *resources[T]) Begin() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.listed = map[string]bool{}
+	s.listed, s.over, s.freed = map[string]bool{}, false, false
+}
+
+// Hungry implements follow.Hungry.
+func (s *resources[T]) Hungry() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.over && s.freed
 }
 
 // Put implements follow.Store.
@@ -156,9 +171,10 @@ func (s *resources[T]) End() {
 		if !s.listed[name] {
 			delete(s.byName, name)
 			s.serial++
+			s.freed = true
 		}
 	}
-	s.listed, s.complete, s.over, s.gone = nil, true, false, time.Time{}
+	s.listed, s.complete, s.gone = nil, true, time.Time{}
 	s.mu.Unlock()
 	s.changed()
 }
@@ -170,6 +186,7 @@ func (s *resources[T]) Delete(o metav1.Object) {
 	if _, there := s.byName[o.GetName()]; there {
 		delete(s.byName, o.GetName())
 		s.serial++
+		s.freed = true
 	}
 	s.mu.Unlock()
 	s.changed()

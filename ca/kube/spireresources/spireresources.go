@@ -131,10 +131,13 @@ type Reader struct {
 	reasons map[string]string // why resources are refused, by kind/name
 }
 
-// followed is what keeps up with one kind, and whether the API server does not know the kind, which is no fault.
+// followed is what keeps up with one kind.
 type followed struct {
 	*follow.Follower
-	absent func() bool
+	of interface {
+		isAbsent() bool // which is no fault
+		isOver() bool
+	}
 }
 
 // Problems says in lines what keeps resources from being read.
@@ -143,8 +146,11 @@ func (r *Reader) Problems() (out []string) {
 	all := slices.Clone(r.followers)
 	r.mu.Unlock()
 	for _, f := range all {
-		if err := f.Status().Err; err != nil && !f.absent() {
+		if err := f.Status().Err; err != nil && !f.of.isAbsent() {
 			out = append(out, fmt.Sprintf("cluster %s: changes of the resources of spire-controller-manager are not seen: %v", r.c.Client.Cluster, err))
+		}
+		if f.of.isOver() {
+			out = append(out, fmt.Sprintf("cluster %s: more than %d resources of one kind of spire-controller-manager's; the rest is not read", r.c.Client.Cluster, maxResources))
 		}
 	}
 	if n := r.services.leftOut(); n > 0 {
@@ -210,23 +216,23 @@ func pause(ctx context.Context, d time.Duration) bool {
 func (r *Reader) Run(ctx context.Context) error {
 	var g sync.WaitGroup
 	defer g.Wait()
-	run := func(f *follow.Follower, absent func() bool) {
+	run := func(f followed) {
 		r.mu.Lock()
-		r.followers = append(r.followers, followed{f, absent})
+		r.followers = append(r.followers, f)
 		r.mu.Unlock()
 		g.Go(func() { f.Run(ctx) })
 	}
 	if r.c.reads(KindClusterStaticEntry) {
-		run(follower(r, clusterStaticEntries, r.entries), r.entries.isAbsent)
+		run(followed{follower(r, clusterStaticEntries, r.entries), r.entries})
 	}
 	if r.c.reads(KindClusterFederatedTrustDomain) {
-		run(follower(r, clusterFederatedTrustDomain, r.domains), r.domains.isAbsent)
+		run(followed{follower(r, clusterFederatedTrustDomain, r.domains), r.domains})
 	}
 	if !r.c.reads(KindClusterSPIFFEID) {
 		<-ctx.Done()
 		return nil
 	}
-	run(follower(r, clusterSPIFFEIDs, r.ids), r.ids.isAbsent)
+	run(followed{follower(r, clusterSPIFFEIDs, r.ids), r.ids})
 	g.Go(func() {
 		select {
 		case <-r.need:
