@@ -14,6 +14,7 @@ import (
 
 	"github.com/signet-id/signet/ca"
 	"github.com/signet-id/signet/ca/kube"
+	"github.com/signet-id/signet/test/replicatest"
 	"github.com/signet-id/signet/test/signettest"
 
 	adminv1 "github.com/signet-id/signet/api/signet/admin/v1"
@@ -30,7 +31,7 @@ func TestClockJumps(t *testing.T) {
 	node := k.namespace + "-node"
 	k.simulatedNode(node)
 	var ahead atomic.Int64
-	metrics := free(t)
+	metrics := replicatest.FreeAddress(t)
 	client, err := kube.Open("prod", k.kubeconfig)
 	if err != nil {
 		t.Fatal(err)

@@ -33,7 +33,7 @@ func TestThousandsOfPodsSeenByOneNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	roots := p.roots()
-	one, other := follow(t, ctx, p.addr, k.agentToken("agent-0", name(0)), roots), follow(t, ctx, p.addr, k.agentToken("agent-1", name(1)), roots)
+	one, other := follow(t, ctx, p.Addr, k.agentToken("agent-0", name(0)), roots), follow(t, ctx, p.Addr, k.agentToken("agent-1", name(1)), roots)
 	one.until(ctx, "the first snapshot is whole")
 	other.until(ctx, "the first snapshot is whole")
 	ids := func(node int) (out []string) {
@@ -42,7 +42,7 @@ func TestThousandsOfPodsSeenByOneNode(t *testing.T) {
 		}
 		return out
 	}
-	before, cpu := mib(t, p.pid(), "VmRSS"), cpuOf(t, []int{p.pid()})[p.pid()]
+	before, cpu := mib(t, p.PID(), "VmRSS"), cpuOf(t, []int{p.PID()})[p.PID()]
 
 	admin := k.admin()
 	next := make(chan int)
@@ -66,8 +66,8 @@ func TestThousandsOfPodsSeenByOneNode(t *testing.T) {
 	one.until(ctx, "one node has all of its pods", ids(0)...)
 	other.until(ctx, "another one has its own", ids(1)...)
 	seen := time.Now()
-	with := mib(t, p.pid(), "VmRSS")
-	spent := cpuOf(t, []int{p.pid()})[p.pid()] - cpu
+	with := mib(t, p.PID(), "VmRSS")
+	spent := cpuOf(t, []int{p.PID()})[p.PID()] - cpu
 
 	deleting := time.Now()
 	now := int64(0)
@@ -78,7 +78,7 @@ func TestThousandsOfPodsSeenByOneNode(t *testing.T) {
 	one.until(ctx, "one node has none of them any more")
 	other.until(ctx, "nor has the other")
 	t.Logf("%d pods made in %v; two nodes had all of theirs, and nothing else, %v after the last was made; CPU of the CA meanwhile %.2f s; resident %.1f MiB before, %.1f with them, %.1f after they were deleted, in %v, and gone from the nodes %v later",
-		n, made.Sub(began).Round(time.Millisecond), seen.Sub(made).Round(time.Millisecond), spent.Seconds(), before, with, mib(t, p.pid(), "VmRSS"), deleted.Sub(deleting).Round(time.Millisecond), time.Since(deleted).Round(time.Millisecond))
+		n, made.Sub(began).Round(time.Millisecond), seen.Sub(made).Round(time.Millisecond), spent.Seconds(), before, with, mib(t, p.PID(), "VmRSS"), deleted.Sub(deleting).Round(time.Millisecond), time.Since(deleted).Round(time.Millisecond))
 
 	// Nothing about other nodes was ever on the wire.
 	for i, f := range []*follower{one, other} {

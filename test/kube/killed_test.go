@@ -123,7 +123,7 @@ func TestKilledWhileResourcesCome(t *testing.T) {
 		for n := 0; wctx.Err() == nil; n++ {
 			name := fmt.Sprintf("o%04d", n)
 			actx, cancel := context.WithTimeout(wctx, 5*time.Second)
-			_, err := p.admin.Apply(actx, &adminv1.ApplyRequest{Yes: true, Documents: []*adminv1.Document{{Content: fmt.Appendf(nil, "{kind: Identity, name: %s, spiffeID: /o/%[1]s, match: ['unix:uid:7'], 'on': ['k8s_psat:agent_node_name:nobody']}", name), File: "t.yaml"}}})
+			_, err := p.Admin.Apply(actx, &adminv1.ApplyRequest{Yes: true, Documents: []*adminv1.Document{{Content: fmt.Appendf(nil, "{kind: Identity, name: %s, spiffeID: /o/%[1]s, match: ['unix:uid:7'], 'on': ['k8s_psat:agent_node_name:nobody']}", name), File: "t.yaml"}}})
 			cancel()
 			if err == nil {
 				mu.Lock()
@@ -182,7 +182,7 @@ func TestKilledWhileResourcesCome(t *testing.T) {
 			pauseFor(t, ctx, 5*time.Millisecond)
 		}
 		pauseFor(t, ctx, time.Duration(rnd.IntN(400))*time.Millisecond)
-		p.end(syscall.SIGKILL)
+		p.End(syscall.SIGKILL)
 		// Its Lease would last for a while; what another leader has to wait for is tried elsewhere.
 		k.kubectl("-n", k.namespace, "delete", "lease", "signet-ca", "--ignore-not-found")
 		mu.Lock() // nothing is acknowledged while nobody is there, but what the watch still brings
@@ -199,13 +199,13 @@ func TestKilledWhileResourcesCome(t *testing.T) {
 	}
 	working.Wait()
 	check("in the end")
-	agent := follow(t, ctx, p.addr, token, p.roots())
+	agent := follow(t, ctx, p.Addr, token, p.roots())
 	var ids []string
 	for name := range pods {
 		ids = append(ids, "/ns/"+k.namespace+"/pod/"+name)
 	}
 	agent.until(ctx, "a node has the identities of the pods that there are", ids...)
-	list, err := p.admin.GetResources(ctx, &adminv1.GetResourcesRequest{Kind: "CallPolicy"})
+	list, err := p.Admin.GetResources(ctx, &adminv1.GetResourcesRequest{Kind: "CallPolicy"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -18,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/signet-id/signet/test/replicatest"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -33,22 +34,12 @@ type measuredCA struct {
 	said    bytes.Buffer
 }
 
-func free(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // start starts it with what it is to do in the cluster. Its data stays from one start to the next.
 func (c *measuredCA) start(kubernetes string) {
 	c.t.Helper()
-	c.metrics = free(c.t)
+	c.metrics = replicatest.FreeAddress(c.t)
 	config := fmt.Sprintf("trust_domain: example.org\nlisten: %s\ndata_dir: %[2]s/data\nadmin_socket: {path: %[2]s/ca.sock}\nseal: {key_file: %[2]s/seal.key, create: true}\nmetrics: {listen: %[3]s}\nkubernetes: {clusters: {prod: %[4]s}}\n",
-		free(c.t), c.dir, c.metrics, kubernetes)
+		replicatest.FreeAddress(c.t), c.dir, c.metrics, kubernetes)
 	file := filepath.Join(c.dir, "ca.yaml")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		c.t.Fatal(err)
@@ -225,7 +216,7 @@ webhooks:
 	c.weigh(fmt.Sprintf("the same, started with %d pods", made), settle)
 	c.stop()
 
-	c.start(fmt.Sprintf("{%s, pod_certificates: {}, spire_resources: {}, injection: {listen: %q, image: 'signet.test/proxy:1'}, resources: {}}", base, free(t)))
+	c.start(fmt.Sprintf("{%s, pod_certificates: {}, spire_resources: {}, injection: {listen: %q, image: 'signet.test/proxy:1'}, resources: {}}", base, replicatest.FreeAddress(t)))
 	c.knows(n)
 	c.weigh(fmt.Sprintf("everything on, so that whole objects are kept, started with %d pods", made), settle)
 	audit, counted, cpu := len(k.auditLines()), c.metric("signet_ca_kubernetes_requests_total"), c.cpu()

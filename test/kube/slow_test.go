@@ -183,7 +183,7 @@ func TestSlowAPIServer(t *testing.T) {
 	p.start()
 	s.mustCreate("Identity", "pods", "spiffeID: '/ns/{{ .k8s.ns }}/pod/{{ .k8s.pod }}'\nmatch: ['k8s:pod-label:app:simulated']\n'on': ['k8s_psat:cluster:prod']\n")
 	s.accepted("Identity", "pods")
-	agent := follow(t, ctx, p.addr, k.agentToken("agent", node), p.roots())
+	agent := follow(t, ctx, p.Addr, k.agentToken("agent", node), p.roots())
 	account, err := admin.CoreV1().ServiceAccounts(k.namespace).Get(ctx, "web", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -245,7 +245,7 @@ func TestSlowAPIServer(t *testing.T) {
 			t.Logf("%s: everything is done after %v", name, time.Since(began).Round(100*time.Millisecond))
 		}
 	}
-	said := func(what string) int { return strings.Count(p.said.String(), what) }
+	said := func(what string) int { return strings.Count(p.Out.String(), what) }
 	goroutines := func() (n int) {
 		for l := range strings.Lines(p.page("/metrics")) {
 			fmt.Sscanf(l, "go_goroutines %d", &n)
@@ -258,7 +258,7 @@ func TestSlowAPIServer(t *testing.T) {
 	}
 	m.version = list.ResourceVersion
 	happens("well")()
-	before, resident := goroutines(), mib(t, p.pid(), "VmRSS")
+	before, resident := goroutines(), mib(t, p.PID(), "VmRSS")
 
 	for _, now := range []mood{late, drips, goesBack} {
 		m.be(now)
@@ -298,8 +298,8 @@ func TestSlowAPIServer(t *testing.T) {
 		}
 		pause(t, ctx)
 	}
-	t.Logf("resident %.1f MiB before and %.1f after, %d goroutines before and %d after", resident, mib(t, p.pid(), "VmRSS"), before, goroutines())
-	if now := mib(t, p.pid(), "VmRSS"); now > resident+64 {
+	t.Logf("resident %.1f MiB before and %.1f after, %d goroutines before and %d after", resident, mib(t, p.PID(), "VmRSS"), before, goroutines())
+	if now := mib(t, p.PID(), "VmRSS"); now > resident+64 {
 		t.Errorf("the CA grew from %.1f to %.1f MiB", resident, now)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/signet-id/signet/internal/why"
+	"github.com/signet-id/signet/test/replicatest"
 )
 
 // whySaid is what `signet why` says of one pod, for programs and for people.
@@ -42,7 +43,7 @@ type whyRule struct {
 // atTheCA runs a command in a shell as on the CA's host, where there is no agent: signet and kubectl are what they are there.
 func (d *daemonSet) atTheCA(line string) (status int, stdout, stderr string) {
 	d.k.t.Helper()
-	cmd := exec.CommandContext(d.k.ctx, "sh", "-c", `signet() { `+asSignet+`=1 "$SIGNET" "$@"; }; kubectl() { command "${SIGNET_KUBECTL:-kubectl}" "$@"; }; `+line)
+	cmd := exec.CommandContext(d.k.ctx, "sh", "-c", `signet() { `+replicatest.AsSignet+`=1 "$SIGNET" "$@"; }; kubectl() { command "${SIGNET_KUBECTL:-kubectl}" "$@"; }; `+line)
 	cmd.Env = append(os.Environ(), "SIGNET="+os.Args[0], "KUBECONFIG="+d.k.kubeconfig, "SIGNET_CA_SOCKET="+d.s.CASocket(), "SIGNET_AGENT_SOCKET="+filepath.Join(filepath.Dir(d.s.CASocket()), "no-agent.sock"))
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs

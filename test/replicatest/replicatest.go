@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -59,6 +60,8 @@ type Replica struct {
 	Addr  string // where agents reach it
 	Conn  *grpc.ClientConn
 	Admin adminv1.AdminClient
+	// Under is a command, with arguments, that is run with the replica's as its further arguments, and becomes it.
+	Under []string
 
 	mu  sync.Mutex // guards all below
 	cmd *exec.Cmd
@@ -108,28 +111,15 @@ func Start(t testing.TB, c Config) *Fleet {
 		t.Fatal(err)
 	}
 	f := &Fleet{Dir: dir}
-	t.Cleanup(func() {
-		if f.Front != nil {
-			f.Front.close()
-		}
-		for _, r := range f.Replicas {
-			r.End(syscall.SIGKILL)
-			r.Conn.Close()
-			if t.Failed() {
-				s := r.Out.String()
-				t.Logf("%s said:\n%s", r.Name, s[max(0, len(s)-3000):])
-			}
-		}
-		os.RemoveAll(dir)
-	})
+	t.Cleanup(func() { os.RemoveAll(dir) })
 	key := make([]byte, 32)
 	rand.Read(key)
 	if err := os.WriteFile(filepath.Join(dir, "seal.key"), key, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for i := range c.Replicas {
-		r := &Replica{t: t, Name: fmt.Sprintf("ca%d", i), Addr: FreeAddress(t), Out: &said{}}
-		r.Dir = filepath.Join(dir, r.Name)
+		name, addr := fmt.Sprintf("ca%d", i), FreeAddress(t)
+		own := filepath.Join(dir, name)
 		store := ""
 		if c.Etcd != nil {
 			store = "store: {etcd: {endpoints: ["
@@ -143,18 +133,8 @@ func Start(t testing.TB, c Config) *Fleet {
 			more = c.More(i)
 		}
 		config := fmt.Sprintf("trust_domain: example.org\nlisten: %s\ndata_dir: %s/data\nadmin_socket: {path: %s/ca.sock}\nseal: {key_file: %s/seal.key}\naudit: {reserve_bytes: 1048576}\nlimits: {attest: {rate: -1}, connections: {rate: -1}}\n%s%s",
-			r.Addr, r.Dir, r.Dir, dir, store, more)
-		if err := os.Mkdir(r.Dir, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(r.Dir, "ca.yaml"), []byte(config), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if r.Conn, err = grpc.NewClient("unix://"+r.Dir+"/ca.sock", grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
-			t.Fatal(err)
-		}
-		r.Admin = adminv1.NewAdminClient(r.Conn)
-		f.Replicas = append(f.Replicas, r)
+			addr, own, own, dir, store, more)
+		f.Replicas = append(f.Replicas, New(t, name, own, addr, config))
 	}
 	for _, r := range f.Replicas {
 		r.Start()
@@ -163,9 +143,37 @@ func Start(t testing.TB, c Config) *Fleet {
 		r.Answers()
 	}
 	f.Front = newFront(t, f.Replicas)
+	t.Cleanup(f.Front.close)
 	return f
 }
 
+// New returns a CA that has not been started. Its configuration names dir/ca.sock as its admin socket. It ends with the test.
+func New(t testing.TB, name, dir, addr, config string) *Replica {
+	t.Helper()
+	r := &Replica{t: t, Name: name, Dir: dir, Addr: addr, Out: &said{}}
+	err := os.MkdirAll(dir, 0o700)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "ca.yaml"), []byte(config), 0o600)
+	}
+	if err == nil {
+		r.Conn, err = grpc.NewClient("unix://"+dir+"/ca.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Admin = adminv1.NewAdminClient(r.Conn)
+	t.Cleanup(func() {
+		r.End(syscall.SIGKILL)
+		r.Conn.Close()
+		if t.Failed() {
+			s := r.Out.String()
+			t.Logf("%s said:\n%s", name, s[max(0, len(s)-6000):])
+		}
+	})
+	return r
+}
+
+// FreeAddress is one of this machine on which nobody listens.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -176,11 +184,13 @@ func FreeAddress(t testing.TB) string {
 	return l.Addr().String()
 }
 
+// Start starts the process.
 func (r *Replica) Start() {
 	r.t.Helper()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.cmd = exec.Command(os.Args[0], "ca", "run", "--config", filepath.Join(r.Dir, "ca.yaml"))
+	args := append(slices.Clone(r.Under), os.Args[0], "ca", "run", "--config", filepath.Join(r.Dir, "ca.yaml"))
+	r.cmd = exec.Command(args[0], args[1:]...)
 	r.cmd.Env = append(os.Environ(), AsSignet+"=1")
 	r.cmd.Stdout, r.cmd.Stderr = r.Out, r.Out
 	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -204,6 +214,7 @@ func (r *Replica) End(sig syscall.Signal) {
 // Answers waits until the replica's admin socket answers.
 func (r *Replica) Answers() {
 	r.t.Helper()
+	r.Conn.ResetConnectBackoff()
 	Eventually(r.t, r.Name+" to answer", func() error {
 		_, err := r.Admin.GetStatus(r.t.Context(), &adminv1.GetStatusRequest{})
 		return err
@@ -258,6 +269,7 @@ func (r *Replica) Apply(docs string) {
 	})
 }
 
+// Token returns a join token of the replica's.
 func (r *Replica) Token() nodeattest.Secret {
 	r.t.Helper()
 	var token *adminv1.CreateJoinTokenResponse
