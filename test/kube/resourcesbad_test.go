@@ -174,3 +174,35 @@ func TestNamespacesOfTwoClusters(t *testing.T) {
 		t.Errorf("%d policies (%v), want 3", len(list.Items), err)
 	}
 }
+
+// Who makes a resource so large that no status fits into it keeps nobody else from hearing what became of theirs, and the cluster from nothing.
+func TestAResourceWithoutRoomForAStatus(t *testing.T) {
+	ctx := bounded(t)
+	k := first(t, ctx)
+	k.allow()
+	k.define()
+	k.may("resources", resourceRules)
+	s, p := k.sceneOf("resources: {}", "")
+	p.start()
+	fits, largest := 0, "" // bytes of padding that the API server takes
+	for step := 1 << 20; step > 0; step /= 2 {
+		name := fmt.Sprint("large-", step)
+		_, err := s.create("CallPolicy", name, "service: /nobody\nallow: [{from: [/b]}]\npadding: "+strings.Repeat("x", fits+step)+"\n")
+		if err == nil {
+			fits, largest = fits+step, name
+		} else if !strings.Contains(err.Error(), "too large") {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("a resource may have %d bytes of padding", fits)
+	for i := range 5 {
+		name := fmt.Sprint("small-", i)
+		s.mustCreate("ClusterCallPolicy", name, "service: /a\nallow: [{from: [/b]}]\n")
+		s.accepted("ClusterCallPolicy", name)
+	}
+	k.until("the largest has an Event", func(out string, err error) bool { return err == nil && strings.Contains(out, "its text has more than") },
+		"-n", k.namespace, "get", "events", "--field-selector=involvedObject.kind=CallPolicy,involvedObject.name="+largest, "-o", "jsonpath={.items[*].message}")
+	if page := p.page("/ready"); !strings.HasPrefix(page, "200") || strings.Contains(page, "warning") {
+		t.Errorf("/ready says %s", page)
+	}
+}

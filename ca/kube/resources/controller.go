@@ -102,6 +102,7 @@ type run struct {
 
 	templates int                         // as the namespaces of policies were judged
 	judged    map[types.UID]verdict       // by the resource
+	mute      map[types.UID]string        // resource versions of those that take no status
 	failures  int                         // in a row, which were of the moment
 	changes   map[string]*rate.Limiter    // by namespace, of those that changed lately
 	told      map[types.UID]*rate.Limiter // by the resource, of those whose status was written lately
@@ -116,7 +117,7 @@ type watched struct {
 
 // Run works until ctx ends. An API server that is away leaves everything as it is.
 func (c *Controller) Run(ctx context.Context) error {
-	r := &run{Controller: c, wake: make(chan struct{}, 1), judged: map[types.UID]verdict{}, templates: -1, changes: map[string]*rate.Limiter{}, told: map[types.UID]*rate.Limiter{}}
+	r := &run{Controller: c, wake: make(chan struct{}, 1), judged: map[types.UID]verdict{}, mute: map[types.UID]string{}, templates: -1, changes: map[string]*rate.Limiter{}, told: map[types.UID]*rate.Limiter{}}
 	g, ctx := errgroup.WithContext(ctx)
 	for _, k := range Kinds {
 		w := &watched{Kind: k, kept: newKept(r.lookAgain), read: map[types.UID]*wanted{}}
@@ -249,11 +250,8 @@ func (r *run) reconcile(ctx context.Context) error {
 			errs = append(errs, r.remove(ctx, k, here, owned))
 		}
 	}
-	for uid := range r.judged {
-		if !present[uid] {
-			delete(r.judged, uid)
-		}
-	}
+	maps.DeleteFunc(r.judged, func(uid types.UID, _ verdict) bool { return !present[uid] })
+	maps.DeleteFunc(r.mute, func(uid types.UID, _ string) bool { return !present[uid] })
 	maps.DeleteFunc(r.changes, func(_ string, l *rate.Limiter) bool { return l.TokensAt(r.c.Now()) >= changeBurst })
 	maps.DeleteFunc(r.told, func(_ types.UID, l *rate.Limiter) bool { return l.TokensAt(r.c.Now()) >= tellBurst })
 	errs = append(errs, r.report(ctx))

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"reflect"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -137,9 +138,15 @@ const (
 	statusesAtOnce = 50
 )
 
+// tooLarge tells that a resource is so large that there is no room for a status in it. Its author can say so of his own alone: nobody else's waits for it.
+func tooLarge(err error) bool {
+	return apierrors.IsRequestEntityTooLargeError(err) || err != nil && strings.Contains(err.Error(), "request is too large") // by etcd, as an internal error
+}
+
 // report writes the verdicts into the resources whose status says something else, and Events where a resource is refused or
 // accepted again.
 func (r *run) report(ctx context.Context) error {
+	var mu sync.Mutex // guards r.mute
 	written, more := map[string]int{}, false
 	defer func() {
 		if more {
@@ -152,8 +159,14 @@ func (r *run) report(ctx context.Context) error {
 		objects, _ := k.kept.all()
 		for _, h := range objects {
 			obj := h.obj
-			v, ok := r.judged[obj.GetUID()]
-			if !ok || v.generation != obj.GetGeneration() {
+			v, known := r.judged[obj.GetUID()]
+			if !known || v.generation != obj.GetGeneration() {
+				continue
+			}
+			mu.Lock()
+			at, mute := r.mute[obj.GetUID()]
+			mu.Unlock()
+			if mute && at == obj.GetResourceVersion() {
 				continue
 			}
 			status, changed, event := r.status(obj, v)
@@ -176,6 +189,11 @@ func (r *run) report(ctx context.Context) error {
 				switch {
 				case apierrors.IsConflict(err), apierrors.IsNotFound(err): // it was changed: the watch brings what it is now
 					return nil
+				case tooLarge(err): // an Event has room
+					r.c.Log.Warn("a custom resource is so large that no status fits into it", "resource", v.of.file)
+					mu.Lock()
+					r.mute[obj.GetUID()] = obj.GetResourceVersion()
+					mu.Unlock()
 				case err != nil:
 					return fmt.Errorf("the status of %s: %w", v.of.file, err)
 				}
