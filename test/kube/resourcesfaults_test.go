@@ -30,7 +30,7 @@ func (k *cluster) sceneOf(kubernetes, more string) (*scene, *process) {
 	}
 	k.t.Cleanup(client.Close)
 	p := k.newProcess(fmt.Sprintf("kubeconfig: %s, namespace: %s, %s", k.credentials("ca"), k.namespace, kubernetes), more)
-	return &scene{cluster: k, dyn: client.Dynamic, admin: p.admin}, p
+	return &scene{cluster: k, dyn: client.Dynamic, admin: p.Admin}, p
 }
 
 // A CA that may not read custom resources, or whose cluster has no definitions of them, says so once, with what to do, and where an operator
@@ -70,7 +70,7 @@ func TestResourcesThatCannotBeRead(t *testing.T) {
 		pause(t, ctx)
 	}
 	warned := func() (n int) {
-		for l := range strings.Lines(p.said.String()) {
+		for l := range strings.Lines(p.Out.String()) {
 			if strings.Contains(l, "level=WARN") && strings.Contains(l, resources.Group) {
 				n++
 				if !strings.Contains(l, "cluster=prod") || !strings.Contains(l, "grant its service account") {
@@ -113,8 +113,10 @@ func TestResourcesOnAFullDisk(t *testing.T) {
 	k.may("resources", resourceRules)
 	node := k.namespace + "-node"
 	k.simulatedNode(node)
-	s, p := k.sceneOf("pods: {}, resources: {}", "audit: {reserve_bytes: 8388608}\n")
-	p.disk = 96 << 20
+	spire := newMadeUp(t, ctx)
+	k.may("spire", "- {apiGroups: [spire.spiffe.io], resources: [clusterstaticentries], verbs: [list, watch]}\n- {apiGroups: [spire.spiffe.io], resources: [clusterstaticentries/status], verbs: [patch]}")
+	s, p := k.sceneOf("pods: {}, resources: {}, spire_resources: {kinds: [ClusterStaticEntry], class_name: "+spire.class+"}", "audit: {reserve_bytes: 8388608}\n")
+	p.disk(96 << 20)
 	p.start()
 	template := "spiffeID: '/ns/{{ .k8s.ns }}/pod/{{ .k8s.pod }}'\nmatch: ['k8s:pod-label:app:simulated']\n'on': ['k8s_psat:cluster:prod']\n"
 	s.mustCreate("Identity", "pods", template)
@@ -123,12 +125,12 @@ func TestResourcesOnAFullDisk(t *testing.T) {
 		s.mustCreate("ClusterCallPolicy", name, "service: /web\nallow:\n- from: [/shop]\n")
 		s.accepted("ClusterCallPolicy", name)
 	}
-	agent := follow(t, ctx, p.addr, k.agentToken("agent", node), p.roots())
+	agent := follow(t, ctx, p.Addr, k.agentToken("agent", node), p.roots())
 	id := func(pod string) string { return "/ns/" + k.namespace + "/pod/" + pod }
 	k.simulate("before", node)
 	agent.until(ctx, "a pod has its identity", id("before"))
 
-	fill, err := os.Create(fmt.Sprintf("/proc/%d/root%s/disk/fill", p.pid(), p.dir)) // the mount is visible there only
+	fill, err := os.Create(fmt.Sprintf("/proc/%d/root%s/disk/fill", p.PID(), p.Dir)) // the mount is visible there only
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -185,6 +187,19 @@ func TestResourcesOnAFullDisk(t *testing.T) {
 			"CallPolicy": "service: /ns/" + k.namespace + "/pod/before\nallow:\n- from: [/shop]\n"}[kind])
 		s.refused(kind, "late", "DiskFull")
 	}
+	entryIs := func(status string) {
+		t.Helper()
+		until(t, ctx, func() string {
+			if got := spire.status("clusterstaticentry", "late"); got != status {
+				return fmt.Sprintf("the status of the ClusterStaticEntry is %s, want %s", got, status)
+			}
+			return ""
+		})
+	}
+	spire.resource("ClusterStaticEntry", "late", `spiffeID: "spiffe://example.org/static", parentID: "spiffe://example.org/node", selectors: ["unix:uid:7"]`)
+	entryIs(`{"masked":false,"rendered":true,"set":false}`)
+	k.until("an Event says that the disk is full", func(out string, err error) bool { return err == nil && strings.Contains(out, "disk is full") },
+		"-n", "default", "get", "events", "--field-selector=involvedObject.kind=ClusterStaticEntry,involvedObject.name="+spire.mark+"-late", "-o", "jsonpath={.items[*].message}")
 	// Pods come and go.
 	k.simulate("during", node)
 	agent.until(ctx, "a pod that came has its identity", id("before"), id("during"))
@@ -196,7 +211,7 @@ func TestResourcesOnAFullDisk(t *testing.T) {
 	s.remove("ClusterCallPolicy", "goes")
 	s.gone("CallPolicy", "goes")
 	var events strings.Builder
-	for l := range strings.Lines(p.said.String()) {
+	for l := range strings.Lines(p.Out.String()) {
 		if strings.Contains(l, "custom resources are not in force yet") {
 			events.WriteString(l)
 		}
@@ -214,6 +229,7 @@ func TestResourcesOnAFullDisk(t *testing.T) {
 	for _, kind := range []string{"Federation", "Identity", "Revocation", "CallPolicy"} {
 		s.accepted(kind, "late")
 	}
+	entryIs(`{"masked":false,"rendered":true,"set":true}`)
 	s.accepted("ClusterCallPolicy", "there")
 	if doc := s.document("CallPolicy", "there"); !strings.Contains(doc, "/changed") {
 		t.Errorf("with room again the CA holds %q", doc)

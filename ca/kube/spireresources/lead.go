@@ -16,6 +16,7 @@ import (
 
 	"github.com/signet-id/signet/ca/auditlog"
 	"github.com/signet-id/signet/ca/registry"
+	"github.com/signet-id/signet/ca/store"
 	"github.com/signet-id/signet/internal/strictyaml"
 )
 
@@ -57,10 +58,7 @@ func (r *Reader) Lead(ctx context.Context) error {
 			return nil
 		}
 		entries, err := r.writeEntries(ctx)
-		err = errors.Join(err, r.writeDomains(ctx))
-		if err == nil {
-			err = w.write(ctx, entries)
-		}
+		err = errors.Join(err, r.writeDomains(ctx), w.write(ctx, entries))
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -107,7 +105,7 @@ type entryStatus struct {
 }
 
 // writeEntries makes the entries of the ClusterStaticEntries hold, and removes those whose resource is gone. It returns the
-// statuses by name, nil if the resources are not known.
+// statuses by name of which something is known.
 func (r *Reader) writeEntries(ctx context.Context) (map[string]entryStatus, error) {
 	if !r.c.reads(KindClusterStaticEntry) {
 		return nil, nil
@@ -142,11 +140,14 @@ func (r *Reader) writeEntries(ctx context.Context) (map[string]entryStatus, erro
 			kept[e.ID] = true
 		case exists:
 			st.Masked, st.problem = true, err.Error()
-		default:
+		case invalid(err):
 			st.problem = err.Error()
-			if _, invalid := errors.AsType[*registry.ValidationError](err); !invalid {
-				errs = append(errs, fmt.Errorf("ClusterStaticEntry %s: %w", s.meta.Name, err))
+		default:
+			errs = append(errs, fmt.Errorf("ClusterStaticEntry %s: %w", s.meta.Name, err))
+			if !full(err) {
+				continue // soon it is known; until then the status stays
 			}
+			st.problem = "the CA's disk is full; the entry is made, or changed, by itself once there is room again"
 		}
 		out[s.meta.Name] = st
 	}
@@ -165,6 +166,16 @@ func (r *Reader) writeEntries(ctx context.Context) (map[string]entryStatus, erro
 		}
 	}
 	return out, errors.Join(errs...)
+}
+
+func invalid(err error) bool {
+	_, is := errors.AsType[*registry.ValidationError](err)
+	return is
+}
+
+// full tells whether an error is that there is no room for anything new, which may last.
+func full(err error) bool {
+	return errors.Is(err, store.ErrDiskFull) || errors.Is(err, auditlog.ErrDisk)
 }
 
 func metaOfEntry(s *staticEntry) *metav1.ObjectMeta { return &s.meta }
