@@ -2,6 +2,7 @@ package helm
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -101,8 +102,48 @@ func shown(all []runtime.Object) []string {
 	return lines
 }
 
+// explained is what of a line of shown the documentation must have.
+func explained(line string) (words []string) {
+	_, what, _ := strings.Cut(line, ": ")
+	fields := strings.Fields(what)
+	switch verbs, of := fields[0], fields[1:]; {
+	case verbs == "hostPath" && strings.HasSuffix(of[0], ".crt"):
+		return []string{"hostPath of the kubelet's certificate"}
+	case verbs == "hostPath":
+		return []string{"hostPath `" + of[0] + "`"}
+	case verbs == "token":
+		return []string{"token of its service account"}
+	case verbs == "secret": // which the installer named
+		return nil
+	case len(of) == 0: // a capability
+		return []string{verbs}
+	case of[0] == "signers":
+		return []string{"`" + verbs + "`"}
+	default:
+		for _, resource := range strings.Split(of[0], ",") {
+			if kind, part, _ := strings.Cut(resource, "/"); part == "status" {
+				words = append(words, "`"+kind+"`", "`status`")
+				continue
+			}
+			words = append(words, "`"+resource+"`")
+		}
+		return words
+	}
+}
+
 // TestPrivileges is the whole list: what is new in it is a decision, and is explained in docs/kubernetes/chart.md.
 func TestPrivileges(t *testing.T) {
+	text, err := os.ReadFile("../../docs/kubernetes/chart.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, page, _ := strings.Cut(string(text), "\n## Privileges\n")
+	page, _, _ = strings.Cut(page, "\n## ")
+	for _, word := range []string{"| `hostPID` |", "| user 0 |"} {
+		if !strings.Contains(page, word) {
+			t.Errorf("docs/kubernetes/chart.md does not explain %s", word)
+		}
+	}
 	for values, want := range map[string][]string{
 		"{}": {
 			"ClusterRole signet-system-signet-agent: get nodes/pods",
@@ -157,6 +198,13 @@ func TestPrivileges(t *testing.T) {
 		},
 	} {
 		_, _, all := configs(t, values, "crds: {aggregateRoles: false}")
+		for _, line := range want {
+			for _, word := range explained(line) {
+				if !strings.Contains(page, word) {
+					t.Errorf("docs/kubernetes/chart.md does not explain %q: it has no %s below Privileges", line, word)
+				}
+			}
+		}
 		if got := shown(all); !slices.Equal(got, want) {
 			t.Errorf("%s:\n%s\nwant\n%s", values, strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"testing"
 	"time"
 
@@ -65,15 +64,16 @@ func TestAPIServerAwayForLongerThanSVIDsLive(t *testing.T) {
 	line.setCut(true)
 	cut, last := time.Now(), at
 	for { // renewed for as long as the agent has its own
+		asked := time.Now()
 		now, err := fetch()
-		if err == nil && time.Now().After(now.Add(time.Second)) {
+		if err == nil && asked.After(now) {
 			t.Fatalf("an SVID is served that has ended at %s", now)
 		}
 		if err == nil {
 			last = now
-		} else if slices.Contains([]codes.Code{codes.Unavailable, codes.DeadlineExceeded}, status.Code(err)) {
+		} else if status.Code(err) == codes.Unavailable || time.Now().After(last) {
 			break
-		} else {
+		} else if status.Code(err) != codes.DeadlineExceeded { // which a busy machine may be the reason of, as long as an SVID is good
 			t.Fatalf("a workload is told %v", err)
 		}
 		pause(t, ctx)

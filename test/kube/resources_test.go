@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -333,6 +334,16 @@ func TestResourcesWhileTheAPIServerIsAway(t *testing.T) {
 	s.accepted("ClusterCallPolicy", "stays")
 	s.accepted("ClusterCallPolicy", "goes")
 	w.setCut(true)
+	for { // until the CA has noticed
+		got, err := healthv1.NewHealthClient(s.ca.AdminConn()).Check(ctx, &healthv1.HealthCheckRequest{Service: "kubernetes/prod"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Status == healthv1.HealthCheckResponse_NOT_SERVING {
+			break
+		}
+		pause(t, ctx)
+	}
 	s.remove("ClusterCallPolicy", "goes")
 	s.mustCreate("ClusterCallPolicy", "comes", "service: /d\nallow:\n- from: [/b]\n")
 	if s.document("CallPolicy", "goes") == "" || s.document("CallPolicy", "stays") == "" {
