@@ -90,8 +90,8 @@ func TestInstalledNamesStay(t *testing.T) {
 	}
 	k.afterwards(func() { k.shell(env, "helm uninstall names --namespace "+k.namespace) })
 	for values, want := range map[string]string{
-		"trustDomain=example.com,clusterName=prod":  `trustDomain: "names-ca" here was installed with "example.org", which cannot be changed`,
-		"trustDomain=example.org,clusterName=prod2": `clusterName: "names-ca" here was installed with "prod", which cannot be changed`,
+		"trustDomain=example.com,clusterName=prod":                                                                `trustDomain: "names-ca" here was installed with "example.org", which cannot be changed`,
+		"trustDomain=example.org,clusterName=prod2":                                                               `clusterName: "names-ca" here was installed with "prod", which cannot be changed`,
 		"ca.enabled=false,agent.serverAddress=ca:1,agent.bundleConfigMap=b,trustDomain=example.org,clusterName=x": `clusterName: "names-`,
 	} {
 		if out, err := helm("upgrade", values); err == nil || !strings.Contains(out, want) {
