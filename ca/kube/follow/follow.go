@@ -192,7 +192,7 @@ func (f *Follower) list(ctx context.Context) (version string, err error) {
 		var large interface{ TooLarge() bool }
 		if errors.As(err, &large) && large.TooLarge() && size > 1 {
 			// Somebody made objects that are as large as an API server takes them. They must not hide those of others.
-			size = max(size/8, 1)
+			size = max(size/2, 1)
 			continue
 		}
 		if err != nil {
