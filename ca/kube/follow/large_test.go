@@ -93,7 +93,7 @@ func TestLargeObjectsHideNobodys(t *testing.T) {
 			t.Fatalf("object %d is %s", i, name)
 		}
 	}
-	if asked > 60 { // seven in four requests, where they are large
+	if asked > 40 {
 		t.Errorf("%d requests", asked)
 	}
 }
