@@ -31,7 +31,7 @@ run() {
 }
 
 cleanup() {
-	local status=$? left=0 n
+	local status=$? left=0 n to
 	trap '' INT TERM HUP PIPE
 	set +e # to the end, also where nobody reads what is said
 	if [ -n "$child" ]; then
@@ -39,11 +39,15 @@ cleanup() {
 		wait "$child" 2>/dev/null
 		kill -KILL -- "-$child" 2>/dev/null
 	fi
-	for n in a b c; do
-		if [ $status != 0 ] && [ -d "$dir/$n/logs" ]; then
-			mkdir -p "${E2E_LOGS:-dist/e2e-kube}/$n"
-			cp -r "$dir/$n/logs/." "${E2E_LOGS:-dist/e2e-kube}/$n/"
-		fi
+	if [ $status != 0 ]; then
+		for n in "$dir"/*/logs "$dir"/*/node2/logs; do
+			[ -d "$n" ] || continue
+			to=${n#"$dir"/} to=${E2E_LOGS:-dist/e2e-kube}/${to%/logs}
+			mkdir -p "$to"
+			cp -r "$n/." "$to/"
+		done
+	fi
+	for n in a b c d; do
 		[ -d "$dir/$n" ] && { KUBEBOX_DIR=$dir/$n bash $box/down.sh || left=1; }
 	done
 	rm -rf "$dir" || left=1
@@ -67,7 +71,7 @@ abandoned() {
 		if [ "$(began "$pid")" = "$since" ]; then continue; fi # it runs
 		echo "e2e-kube: removing $old of a run that was killed"
 		if read -r pid since <"$old/child" && [ "$(began "$pid")" = "$since" ]; then kill -KILL -- "-$pid" || true; fi
-		for n in a b c; do
+		for n in a b c d; do
 			if [ -d "$old/$n" ]; then KUBEBOX_DIR=$old/$n bash $box/down.sh || true; fi
 		done
 		rm -rf "$old"
@@ -113,6 +117,7 @@ say "two clusters and an API server are up"
 export SIGNET_KUBECONFIG=$dir/a/host.kubeconfig SIGNET_KUBECONFIG_OTHER=$dir/b/host.kubeconfig
 export SIGNET_KUBECONFIG_WEBHOOK=$dir/c/host.kubeconfig SIGNET_KUBE_WEBHOOK_HOST=localhost
 export SIGNET_KUBEBOX=$build/kubebox SIGNET_KUBEBOX_DIR=$dir/a SIGNET_KUBEBOX_DIR_OTHER=$dir/b
+export SIGNET_KUBEBOX_DIR_NODES=$dir/d SIGNET_KUBE_ARCHIVES=$dir/images
 export SIGNET_KUBE_CA_LISTEN=127.0.0.1:$port SIGNET_KUBE_CA_ADDRESS=10.90.0.1:18081
 export SIGNET_KUBE_NODE_ROOT SIGNET_KUBE_CGROUP_ROOT=/$name-a SIGNET_KUBE_CGROUP_ROOT_OTHER=/$name-b
 SIGNET_KUBE_NODE_ROOT=/proc/$(cat "$dir/a/node.pid")/root

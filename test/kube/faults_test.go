@@ -14,7 +14,10 @@ import (
 )
 
 // traffic is a service and its caller in pods, and a program that holds a stream, while something happens to the node.
-type traffic struct{ d *daemonSet }
+type traffic struct {
+	d              *daemonSet
+	caller, holder string // pods
+}
 
 // startTraffic returns when calls succeed. SVIDs last so short that they are renewed all the time.
 func startTraffic(d *daemonSet) *traffic {
@@ -28,14 +31,14 @@ func startTraffic(d *daemonSet) *traffic {
 	d.workload("holder", "", "  containers: [{name: holder, IMAGE, command: [/workload, hold]}]\n")
 	d.k.says("holder", "holder", "svid: /holder ")
 	d.k.says("caller", "caller", "calls: ")
-	return &traffic{d}
+	return &traffic{d, "caller", "holder"}
 }
 
 // now is what was tried up to now: the last line of the tally.
 func (f *traffic) now() (calls, failedCalls, fetches, failedFetches int) {
 	f.d.k.t.Helper()
 	for { // logs may not be had just now
-		text, _ := f.d.k.try("", "-n", f.d.k.namespace, "logs", "caller")
+		text, _ := f.d.k.try("", "-n", f.d.k.namespace, "logs", f.caller)
 		lines := strings.Split(text, "\n")
 		for i := len(lines) - 1; i >= 0; i-- {
 			if n, _ := fmt.Sscanf(lines[i], "calls: %d failed: %d fetches: %d failed: %d", &calls, &failedCalls, &fetches, &failedFetches); n == 4 {
@@ -56,7 +59,7 @@ func (f *traffic) goesOn(what string, fetchesToo bool) {
 		if calls >= before+50 && fetches > asked {
 			if failed > 0 || fetchesToo && missed > 0 {
 				f.d.k.t.Errorf("%s: %d of %d calls failed, and %d of %d fetches:\n%s", what, failed, calls, missed, fetches,
-					grep(f.d.k.kubectl("-n", f.d.k.namespace, "logs", "caller"), "failed: "))
+					grep(f.d.k.kubectl("-n", f.d.k.namespace, "logs", f.caller), "failed: "))
 			}
 			f.d.k.t.Logf("%s: %d calls, %d failed; %d fetches, %d failed", what, calls, failed, fetches, missed)
 			return
@@ -80,9 +83,9 @@ func grep(text, prefix string) string {
 func (f *traffic) renewed(from, to time.Time) int {
 	f.d.k.t.Helper()
 	n := 0
-	for l := range strings.Lines(f.d.k.kubectl("-n", f.d.k.namespace, "logs", "holder", "--timestamps")) {
+	for l := range strings.Lines(f.d.k.kubectl("-n", f.d.k.namespace, "logs", f.holder, "--timestamps")) {
 		at, line, _ := strings.Cut(l, " ")
-		if when, err := time.Parse(time.RFC3339Nano, at); err == nil && strings.HasPrefix(line, "svid: /holder ") && when.After(from) && when.Before(to) {
+		if when, err := time.Parse(time.RFC3339Nano, at); err == nil && strings.HasPrefix(line, "svid: ") && when.After(from) && when.Before(to) {
 			n++
 		}
 	}
@@ -115,7 +118,7 @@ func awaitRenewal(f *traffic, from time.Time) {
 	for f.renewed(from, time.Now()) == 0 {
 		pause(f.d.k.t, f.d.k.ctx)
 	}
-	if lost := grep(f.d.k.kubectl("-n", f.d.k.namespace, "logs", "holder"), "watch: PermissionDenied"); lost != "" {
+	if lost := grep(f.d.k.kubectl("-n", f.d.k.namespace, "logs", f.holder), "watch: PermissionDenied"); lost != "" {
 		f.d.k.t.Errorf("a stream was told that there is no identity:\n%s", lost)
 	}
 }

@@ -17,7 +17,9 @@
 //	                            kubelet has written into the pods. Default: tokens of the API call that the kubelet makes for them
 //	SIGNET_KUBE_WEBHOOK_HOST    the name by which an API server reaches 127.0.0.1 of this machine, such as localhost, and in
 //	                            SIGNET_KUBECONFIG_WEBHOOK a kubeconfig of an admin of it; it needs no nodes
-//	SIGNET_KUBEBOX              kubebox, if the clusters are its, and in SIGNET_KUBEBOX_DIR the state directory of the first one
+//	SIGNET_KUBEBOX              kubebox, if the clusters are its, and in SIGNET_KUBEBOX_DIR the state directory of the first one;
+//	                            SIGNET_KUBEBOX_DIR_NODES is where a test may make another, of two nodes, for which SIGNET_KUBE_ARCHIVES
+//	                            has signet-agent.tar and signet.test_workload_e2e.tar, the images of above
 //	SPIRE_AGENT_BIN             an unmodified spire-agent, and in SPIRE_SERVER_BIN an unmodified spire-server
 //	SPIFFE_CSI_BIN              an unmodified spiffe-csi-driver, and in CSI_REGISTRAR_BIN csi-node-driver-registrar, both static
 //	SIGNET_KUBE_RENEWAL         1: wait for what takes the kubelet half an hour

@@ -20,12 +20,15 @@ import (
 )
 
 // templated starts a CA that watches the pods of a cluster, and agents.
-func templated(t *testing.T, k *cluster) *daemonSet {
+func templated(t *testing.T, k *cluster, changes ...func(*ca.Config)) *daemonSet {
 	t.Helper()
 	k.allow()
 	kubeconfig := k.credentials("ca")
 	s := startCA(t, map[string]*cluster{"prod": k}, func(c *ca.Config) {
 		c.Kubernetes.Clusters = map[string]ca.KubernetesCluster{"prod": {Kubeconfig: kubeconfig, Namespace: k.namespace, Pods: &ca.KubernetesPods{}}}
+		for _, change := range changes {
+			change(c)
+		}
 	})
 	return k.runAgents(s, "prod", nil)
 }

@@ -14,28 +14,34 @@ import (
 	"time"
 )
 
-// load imports image archives into the node's containerd.
+// load imports image archives into the containerd of every node.
 func load(args []string) error {
 	fs := flag.NewFlagSet("load", flag.ExitOnError)
 	dir := dirFlag(fs)
 	fs.Parse(args)
-	for _, archive := range fs.Args() {
-		f, err := os.Open(archive)
-		if err != nil {
-			return err
-		}
-		cmd, err := inNode(*dir, "ctr", "-n", "k8s.io", "images", "import", "-")
-		if err == nil {
-			cmd.Stdin = f
-			var out []byte
-			if out, err = cmd.CombinedOutput(); err != nil {
-				err = fmt.Errorf("%s: %w: %s", archive, err, out)
+	for _, node := range nodeDirs(*dir) {
+		for _, archive := range fs.Args() {
+			if err := loadInto(node, archive); err != nil {
+				return err
 			}
 		}
-		f.Close()
-		if err != nil {
-			return err
-		}
+	}
+	return nil
+}
+
+func loadInto(dir, archive string) error {
+	f, err := os.Open(archive)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	cmd, err := inNode(dir, "ctr", "-n", "k8s.io", "images", "import", "-")
+	if err != nil {
+		return err
+	}
+	cmd.Stdin = f
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", archive, err, out)
 	}
 	return nil
 }
@@ -52,7 +58,7 @@ func execInNode(args []string) error {
 	if err != nil {
 		return err
 	}
-	return syscall.Exec(cmd.Path, cmd.Args, cmd.Env)
+	return syscall.Exec(cmd.Path, cmd.Args, cmd.Environ())
 }
 
 // inNode returns a command that runs inside the node, with kubectl ready to use.
@@ -160,19 +166,18 @@ func rename(args []string) error {
 	if err := stop([]string{"-dir", abs, "kubelet", "kube-proxy"}); err != nil {
 		return err
 	}
-	if err := errors.Join(ca.node(fs.Arg(0)), writeFile(abs, nodeNameFile, fs.Arg(0))); err != nil {
+	ip, err := os.ReadFile(filepath.Join(abs, nodeIPFile))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(ca.node(fs.Arg(0), string(ip)), writeFile(abs, nodeNameFile, fs.Arg(0))); err != nil {
 		return err
 	}
 	return start([]string{"-dir", abs, "kubelet", "kube-proxy"})
 }
 
-const nodeNameFile = "node-name"
-
-// nodeNameIn returns the name of the node of the cluster in dir.
-func nodeNameIn(dir string) string {
-	b, err := os.ReadFile(filepath.Join(dir, nodeNameFile))
-	if err != nil {
-		return nodeName
-	}
-	return string(b)
-}
+// Files with the name and the address of a node.
+const (
+	nodeNameFile = "node-name"
+	nodeIPFile   = "node-ip"
+)

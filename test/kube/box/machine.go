@@ -66,22 +66,31 @@ func (n *node) mounts() error {
 	return mount("", "/", "", syscall.MS_REC|syscall.MS_SHARED, "")
 }
 
-// network sets up the node's network namespace, which has no way out.
+// network sets up the node's network namespace, which has no way out but to
+// the other nodes.
 func (n *node) network() error {
-	if err := syscall.Sethostname([]byte(nodeName)); err != nil {
+	if err := syscall.Sethostname([]byte(n.place().name)); err != nil {
 		return err
 	}
-	for _, c := range []string{
+	commands := []string{
 		"ip link set lo up",
 		// A pair, so that eth0 has a carrier.
 		"ip link add eth0 type veth peer name eth0-peer",
 		"ip link set eth0-peer up",
 		"ip addr add " + nodeIP + "/24 dev eth0",
 		"ip link set eth0 up",
-		// For kube-proxy, which redirects them before they get to eth0.
-		"ip route add " + serviceCIDR + " dev eth0",
-	} {
+	}
+	if n.number > 1 {
+		commands = joined(n.place())
+	}
+	// For kube-proxy, which redirects them before they get to eth0.
+	for _, c := range append(commands, "ip route add "+serviceCIDR+" dev eth0") {
 		if err := n.run(strings.Fields(c)...); err != nil {
+			return err
+		}
+	}
+	if n.number > 1 {
+		if err := syscall.Close(firstNetwork); err != nil { // nobody else is to have it
 			return err
 		}
 	}
@@ -97,23 +106,50 @@ func (n *node) network() error {
 	return nil
 }
 
-func (n *node) makeCgroupRoot() error {
-	if n.cgroup == "/" {
-		return nil
+// firstNetwork is the descriptor of the first node's network namespace that up
+// hands on to the others.
+const firstNetwork = 3
+
+// joined are the commands that connect a further node with the first. There
+// its end of the wire has the node's name; the first node is the way to all
+// others.
+func joined(at place) []string {
+	first := fmt.Sprint("/proc/1/fd/", firstNetwork)
+	on := "nsenter --net=" + first + " "
+	return []string{
+		"ip link set lo up",
+		"ip link add eth0 type veth peer name " + at.name + " netns " + first,
+		on + "ip addr add " + nodeIP + "/32 dev " + at.name,
+		on + "ip link set " + at.name + " up",
+		on + "ip route add " + at.ip + " dev " + at.name,
+		on + "ip route add " + at.podCIDR + " via " + at.ip + " dev " + at.name,
+		"ip addr add " + at.ip + "/32 dev eth0",
+		"ip link set eth0 up",
+		"ip route add " + nodeIP + " dev eth0",
+		"ip route add " + nodeCIDR + " via " + nodeIP,
+		"ip route add " + clusterCIDR + " via " + nodeIP,
 	}
+}
+
+// makeCgroupRoot makes the cgroup that pods are under, and those above it.
+func (n *node) makeCgroupRoot() error {
 	hierarchies, err := cgroupMounts()
 	if err != nil {
 		return err
 	}
 	for _, h := range hierarchies {
-		if err := os.MkdirAll(filepath.Join(h, n.cgroup), 0o755); err != nil {
-			return err
-		}
-		// A new v1 cpuset admits no process until it has CPUs and memory nodes.
-		for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
-			if b, err := os.ReadFile(filepath.Join(h, f)); err == nil {
-				if err := os.WriteFile(filepath.Join(h, n.cgroup, f), b, 0o644); err != nil {
-					return err
+		for _, name := range strings.FieldsFunc(n.cgroup, func(r rune) bool { return r == '/' }) {
+			above := h
+			h = filepath.Join(h, name)
+			if err := os.MkdirAll(h, 0o755); err != nil {
+				return err
+			}
+			// A new v1 cpuset admits no process until it has CPUs and memory nodes.
+			for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
+				if b, err := os.ReadFile(filepath.Join(above, f)); err == nil {
+					if err := os.WriteFile(filepath.Join(h, f), b, 0o644); err != nil {
+						return err
+					}
 				}
 			}
 		}

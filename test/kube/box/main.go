@@ -1,11 +1,12 @@
-// Kubebox is a one-node Kubernetes for end-to-end tests, in one binary.
+// Kubebox is a Kubernetes for end-to-end tests, in one binary.
 //
 // "kubebox up" makes a node out of Linux namespaces (mount, network, PID, UTS
 // and IPC) and runs etcd, the Kubernetes control plane, a kubelet, kube-proxy
-// and the distribution's containerd in it. Everything the node makes, its
-// mounts, interfaces, firewall rules and processes, goes with its namespaces;
-// only its cgroups and its state directory need removing, which up does when
-// it ends.
+// and the distribution's containerd in it. Further nodes are the same without
+// etcd and control plane, each on a wire to the first. Everything a node makes,
+// its mounts, interfaces, firewall rules and processes, goes with its
+// namespaces; only its cgroups and its state directory need removing, which up
+// does when it ends.
 package main
 
 import (
@@ -18,8 +19,8 @@ const usage = `usage:
   kubebox up [flags]                     run a cluster until SIGTERM or SIGINT
   kubebox down [-dir DIR]                stop it, and remove what a killed one left
   kubebox image [flags] FILE=PATH...     write an image archive of static files
-  kubebox load [-dir DIR] ARCHIVE...     import image archives into the node
-  kubebox exec [-dir DIR] [--] CMD...    run a command inside the node
+  kubebox load [-dir DIR] ARCHIVE...     import image archives into every node
+  kubebox exec [-dir DIR] [--] CMD...    run a command inside the node (DIR/node2: another one)
   kubebox stop [-dir DIR] COMPONENT...   kill components, which stay away
   kubebox start [-dir DIR] COMPONENT...  until this
   kubebox rename [-dir DIR] NAME         let the kubelet come back as a node of another name

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -19,6 +20,8 @@ import (
 // kills all that runs there.
 type node struct {
 	dir          string
+	number       int // 1 has the control plane
+	nodes        int // how many there are
 	cgroup       string
 	controlPlane bool // no node: etcd, the API server and the controllers, in the machine's network
 	audit        bool
@@ -33,6 +36,8 @@ func runNode(args []string) error {
 	fs := flag.NewFlagSet("node", flag.ExitOnError)
 	n := &node{exited: map[int]chan syscall.WaitStatus{}}
 	fs.StringVar(&n.dir, "dir", "", "")
+	fs.IntVar(&n.number, "number", 1, "")
+	fs.IntVar(&n.nodes, "nodes", 1, "")
 	fs.StringVar(&n.cgroup, "cgroup-root", "/", "")
 	fs.BoolVar(&n.controlPlane, "control-plane", false, "")
 	fs.BoolVar(&n.audit, "audit", false, "")
@@ -103,6 +108,8 @@ func split(list string) []string {
 	return strings.FieldsFunc(list, func(r rune) bool { return r == ',' })
 }
 
+func (n *node) place() place { return placeOf(n.number) }
+
 // boot starts the components, in the order in which they need each other, and
 // waits until the cluster can run pods.
 func (n *node) boot(pause string) error {
@@ -110,6 +117,9 @@ func (n *node) boot(pause string) error {
 	self, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return err
+	}
+	if n.number > 1 {
+		return n.join(self, pause)
 	}
 	if n.audit {
 		if err := writeFile(n.dir, "audit.yaml", auditPolicy); err != nil {
@@ -127,7 +137,7 @@ func (n *node) boot(pause string) error {
 		component("kube-apiserver", n.apiServer()...),
 	}
 	if !n.controlPlane {
-		first = append(first, n.keep("containerd", fixed("containerd", "--config", file("etc/containerd.toml"))))
+		first = append(first, n.containerd())
 	}
 	for _, f := range first {
 		if err := f(); err != nil {
@@ -138,7 +148,7 @@ func (n *node) boot(pause string) error {
 	if err != nil {
 		return err
 	}
-	if err := n.await("the API server", 2*time.Minute, func() error { return api.ok("/readyz") }); err != nil {
+	if err := n.awaitAPI(api); err != nil {
 		return err
 	}
 	n.say(start, "API server ready")
@@ -167,15 +177,57 @@ func (n *node) boot(pause string) error {
 	if err := n.serveDNS(api); err != nil {
 		return err
 	}
-	rest := []func() error{
-		component("kube-scheduler",
-			"--kubeconfig="+file("scheduler.kubeconfig"),
-			"--leader-elect=false", "--bind-address=127.0.0.1",
-		),
-		n.keep("kube-proxy", func() []string {
-			return []string{self, "kube-proxy", "--config=" + file("etc/proxy.yaml"), "--hostname-override=" + nodeNameIn(n.dir)}
-		}),
+	scheduler := component("kube-scheduler",
+		"--kubeconfig="+file("scheduler.kubeconfig"),
+		"--leader-elect=false", "--bind-address=127.0.0.1",
+	)
+	if err := scheduler(); err != nil {
+		return err
 	}
+	if err := n.runPods(self, pause); err != nil {
+		return err
+	}
+	return n.ready(start, api, func() error {
+		for number := 1; number <= n.nodes; number++ {
+			name := placeOf(number).name
+			status, err := api.get("/api/v1/nodes/" + name)
+			if err != nil {
+				return err
+			}
+			if !nodeReady(status) {
+				return fmt.Errorf("%s is not ready", name)
+			}
+		}
+		return nil
+	})
+}
+
+// join makes this a further node of a cluster whose control plane starts at
+// the same time.
+func (n *node) join(self, pause string) error {
+	if err := n.containerd()(); err != nil {
+		return err
+	}
+	api, err := n.client("node")
+	if err != nil {
+		return err
+	}
+	if err := n.awaitAPI(api); err != nil {
+		return err
+	}
+	return n.runPods(self, pause)
+}
+
+func (n *node) awaitAPI(api *apiClient) error {
+	return n.await("the API server", 2*time.Minute, func() error { return api.ok("/readyz") })
+}
+
+func (n *node) containerd() func() error {
+	return n.keep("containerd", fixed("containerd", "--config", filepath.Join(n.dir, "etc/containerd.toml")))
+}
+
+// runPods starts kube-proxy and the kubelet, once containerd serves.
+func (n *node) runPods(self, pause string) error {
 	if err := n.await("containerd", time.Minute, func() error { return n.run("ctr", "version") }); err != nil {
 		return err
 	}
@@ -184,22 +236,19 @@ func (n *node) boot(pause string) error {
 			return err
 		}
 	}
-	rest = append(rest, n.keep("kubelet", func() []string {
-		return []string{self, "kubelet", "--config=" + file("etc/kubelet.yaml"), "--kubeconfig=" + file("node.kubeconfig"),
-			"--hostname-override=" + nodeNameIn(n.dir), "--node-ip=" + nodeIP}
-	}))
-	for _, f := range rest {
-		if err := f(); err != nil {
-			return err
+	file := func(name string) string { return filepath.Join(n.dir, name) }
+	named := func(args ...string) func() []string { // it may be renamed
+		return func() []string {
+			name, err := os.ReadFile(file(nodeNameFile))
+			if err != nil {
+				name = []byte(n.place().name)
+			}
+			return append(slices.Clone(args), "--hostname-override="+string(name))
 		}
 	}
-	return n.ready(start, api, func() error {
-		status, err := api.get("/api/v1/nodes/" + nodeName)
-		if err == nil && !nodeReady(status) {
-			err = errors.New("the node is not ready")
-		}
-		return err
-	})
+	return errors.Join(
+		n.keep("kube-proxy", named(self, "kube-proxy", "--config="+file("etc/proxy.yaml")))(),
+		n.keep("kubelet", named(self, "kubelet", "--config="+file("etc/kubelet.yaml"), "--kubeconfig="+file("node.kubeconfig"), "--node-ip="+n.place().ip))())
 }
 
 // auditPolicy has a line for each request, watches too, when it comes.

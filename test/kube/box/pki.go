@@ -53,10 +53,19 @@ func openPKI(dir string) (*pki, error) {
 	return &pki{dir: dir, cert: pair.Leaf, key: pair.PrivateKey.(crypto.Signer)}, nil
 }
 
+// in is the same authority for another directory.
+func (p *pki) in(dir string) (*pki, error) {
+	if dir == p.dir {
+		return p, nil
+	}
+	other := &pki{dir, p.cert, p.key}
+	return other, errors.Join(other.writeKey("ca", p.key), other.write("ca.crt", "CERTIFICATE", p.cert.Raw, 0o644))
+}
+
 // node issues the kubelet's certificates.
-func (p *pki) node(name string) error {
+func (p *pki) node(name, ip string) error {
 	return errors.Join(
-		p.server("kubelet", []string{"127.0.0.1", nodeIP}, name, "localhost"),
+		p.server("kubelet", []string{"127.0.0.1", ip}, name, "localhost"),
 		p.client("node", "system:node:"+name, "system:nodes"))
 }
 

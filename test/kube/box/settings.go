@@ -39,10 +39,10 @@ contexts:
 }
 
 // writeSettings writes the configuration files of the node's programs.
-func writeSettings(dir, cgroup string) error {
+func writeSettings(dir, cgroup string, at place) error {
 	vars := []string{
 		"{DIR}", dir, "{PKI}", filepath.Join(dir, "pki"), "{CGROUP}", cgroup,
-		"{PODCIDR}", podCIDR, "{PAUSE}", pauseImage, "{NODEIP}", nodeIP,
+		"{PODCIDR}", at.podCIDR, "{CLUSTERCIDR}", clusterCIDR, "{PAUSE}", pauseImage, "{DNS}", nodeIP,
 	}
 	for name, text := range map[string]string{
 		"containerd.toml": containerdSettings,
@@ -103,7 +103,7 @@ oomScoreAdj: 0
 kubeAPIQPS: 500
 kubeAPIBurst: 1000
 resolvConf: ""
-clusterDNS: [{NODEIP}]
+clusterDNS: [{DNS}]
 clusterDomain: cluster.local
 syncFrequency: 10s
 fileCheckFrequency: 2s
@@ -117,7 +117,7 @@ const proxySettings = `apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 clientConnection: {kubeconfig: "{DIR}/proxy.kubeconfig"}
 mode: iptables
-clusterCIDR: "{PODCIDR}"
+clusterCIDR: "{CLUSTERCIDR}"
 iptables: {minSyncPeriod: 0s}
 nodePortAddresses: [primary]
 oomScoreAdj: 0

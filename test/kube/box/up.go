@@ -17,12 +17,12 @@ import (
 	"time"
 )
 
-// Addresses inside the node's network namespace. Nothing outside it can reach
-// them, so they are the same for every cluster.
+// Addresses inside the nodes' network namespaces. Nothing outside them can
+// reach them, so they are the same for every cluster.
 const (
-	nodeName    = "node1"
-	nodeIP      = "10.90.0.1"
-	podCIDR     = "10.91.0.0/24"
+	nodeIP      = "10.90.0.1" // the first node's, where the control plane is
+	nodeCIDR    = "10.90.0.0/24"
+	clusterCIDR = "10.91.0.0/16" // of all pods
 	serviceCIDR = "10.96.0.0/16"
 	apiService  = "10.96.0.1"
 	apiAddr     = "127.0.0.1:6443"
@@ -31,6 +31,29 @@ const (
 	issuer      = "https://kubernetes.default.svc"
 	pauseImage  = "kubebox.test/pause:1"
 )
+
+// A place is that of one of the cluster's nodes, which count from 1.
+type place struct{ name, ip, podCIDR string }
+
+func placeOf(number int) place {
+	return place{fmt.Sprint("node", number), fmt.Sprint("10.90.0.", number), fmt.Sprintf("10.91.%d.0/24", number-1)}
+}
+
+// below returns what a node has in a directory of the cluster: the first one
+// has the directory itself.
+func below(dir string, number int) string {
+	if number == 1 {
+		return dir
+	}
+	return filepath.Join(dir, placeOf(number).name)
+}
+
+// nodeDirs lists the state directories of a cluster's nodes, the cluster's own
+// last.
+func nodeDirs(dir string) []string {
+	dirs, _ := filepath.Glob(filepath.Join(dir, "node[0-9]*")) // the pattern is well-formed
+	return append(dirs, dir)
+}
 
 // stateDir is the default state directory.
 func stateDir() string {
@@ -80,13 +103,14 @@ func (m *mappings) Set(s string) error {
 	return nil
 }
 
-// up makes a node and runs the cluster in it until it is told to stop.
+// up makes nodes and runs the cluster in them until it is told to stop.
 func up(args []string) (err error) {
 	fs := flag.NewFlagSet("up", flag.ExitOnError)
 	dir := dirFlag(fs)
 	apiPort := fs.String("api-port", "16443", "loopback port of the machine for the API server (0: any free one)")
 	cgroup := fs.String("cgroup-root", "/", "cgroup to put pods under; a second cluster at the same time needs its own")
 	pause := fs.String("pause", "", "archive of the pause image")
+	nodes := fs.Int("nodes", 1, "number of nodes; what the others than the first have is in node2, node3, ... in the state directory")
 	keep := fs.Bool("keep", false, "keep the state directory at the end")
 	controlPlane := fs.Bool("control-plane", false, "run etcd, the API server and the controller manager alone, in the machine's network: no node, no pods")
 	audit := fs.Bool("audit", false, "write who asks the API server for what to audit.log in the state directory")
@@ -105,20 +129,19 @@ func up(args []string) (err error) {
 	if err := removeState(*dir); err != nil {
 		return err
 	}
-	cmd := exec.Command("/proc/self/exe", "node", "-dir", *dir)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
-		Pdeathsig:  syscall.SIGKILL,
-		Setpgid:    true, // a terminal's interrupt is for up alone
+	const maxNodes = 9
+	if *nodes < 1 || *nodes > maxNodes {
+		return fmt.Errorf("-nodes %d: want 1 to %d", *nodes, maxNodes)
 	}
+	cmd := nodeCommand(*dir)
+	cmds := []*exec.Cmd{cmd}
 	if *audit {
 		cmd.Args = append(cmd.Args, "-audit")
 	}
 	api, hostAPI := apiAddr, ""
 	if *controlPlane {
-		if len(forward)+len(outward) > 0 {
-			return errors.New("-control-plane is in the machine's network already; leave out -forward and -outward")
+		if len(forward)+len(outward) > 0 || *nodes > 1 {
+			return errors.New("-control-plane is in the machine's network already, without a node; leave out -forward, -outward and -nodes")
 		}
 		at, err := freeAddresses(*apiPort)
 		if err != nil {
@@ -127,51 +150,123 @@ func up(args []string) (err error) {
 		api, hostAPI, *cgroup = at.api, at.api, ""
 		cmd.Args = append(cmd.Args, "-control-plane", "-api", at.api, "-etcd", at.etcd, "-peer", at.peer)
 	} else {
-		if err := checkCgroups(*cgroup); err != nil {
-			return err
+		for number := 1; number <= *nodes; number++ {
+			if err := checkCgroups(below(*cgroup, number)); err != nil {
+				return err
+			}
 		}
 		if hostAPI, err = openPorts(cmd, *apiPort, forward); err != nil {
 			return err
 		}
-		cmd.Args = append(cmd.Args, "-cgroup-root", *cgroup, "-pause", *pause, "-outward", outward.froms())
-		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWNET | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC
+		cmd.Args = append(cmd.Args, "-nodes", strconv.Itoa(*nodes), "-outward", outward.froms())
+		for number := 2; number <= *nodes; number++ {
+			other := nodeCommand(below(*dir, number))
+			other.Args = append(other.Args, "-number", strconv.Itoa(number), "-api", inNodes(apiAddr))
+			cmds = append(cmds, other)
+		}
+		for i, c := range cmds {
+			c.Args = append(c.Args, "-cgroup-root", below(*cgroup, i+1), "-pause", *pause)
+			c.SysProcAttr.Cloneflags |= syscall.CLONE_NEWNET | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC
+		}
 	}
 	defer func() {
 		if !*keep {
 			err = errors.Join(err, removeState(*dir))
 		} else {
-			err = errors.Join(err, removeCgroups(*cgroup))
+			err = errors.Join(err, removeAllCgroups(*dir))
 		}
 	}()
-	if err := prepare(*dir, *cgroup, api, hostAPI); err != nil {
+	if err := prepare(*dir, *cgroup, api, hostAPI, *nodes); err != nil {
 		return err
 	}
 	if err := serveOutward(*dir, outward); err != nil {
 		return err
 	}
 
-	// The node dies with the thread that starts it (Pdeathsig), so keep this
-	// one.
-	runtime.LockOSThread()
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	if err := writeFile(*dir, "node.pid", strconv.Itoa(cmd.Process.Pid)+"\n"); err != nil {
-		cmd.Process.Kill()
-		cmd.Wait()
-		return err
-	}
-	go func() {
-		<-stop
-		cmd.Process.Signal(syscall.SIGTERM)
-	}()
-	if err := cmd.Wait(); err != nil {
+	if err := runNodes(*dir, cmds, stop); err != nil {
 		*keep = true // for its logs
-		return fmt.Errorf("the node: %w; its logs are in %s", err, filepath.Join(*dir, "logs"))
+		return err
 	}
 	return nil
+}
+
+// nodeCommand is process 1 of a node, whose state is in dir.
+func nodeCommand(dir string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", "node", "-dir", dir)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
+		Pdeathsig:  syscall.SIGKILL,
+		Setpgid:    true, // a terminal's interrupt is for up alone
+	}
+	return cmd
+}
+
+// runNodes runs the nodes. When one ends, which the first does by stop, all do.
+func runNodes(dir string, cmds []*exec.Cmd, stop <-chan os.Signal) error {
+	// A node dies with the thread that starts it (Pdeathsig), so keep this one.
+	runtime.LockOSThread()
+	type end struct {
+		number int
+		err    error
+	}
+	ended := make(chan end)
+	running := 0
+	start := func(cmd *exec.Cmd) error {
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		running++
+		number := running
+		go func() { ended <- end{number, cmd.Wait()} }()
+		return writeFile(below(dir, number), "node.pid", strconv.Itoa(cmd.Process.Pid)+"\n")
+	}
+	startAll := func() error {
+		if err := start(cmds[0]); err != nil || len(cmds) == 1 {
+			return err
+		}
+		network, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", cmds[0].Process.Pid))
+		if err != nil {
+			return err
+		}
+		defer network.Close()
+		for _, cmd := range cmds[1:] {
+			cmd.ExtraFiles = []*os.File{network}
+			if err := start(cmd); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	err := startAll()
+	if err == nil {
+		go func() {
+			<-stop
+			cmds[0].Process.Signal(syscall.SIGTERM)
+		}()
+		one := <-ended
+		running--
+		if one.err != nil {
+			err = fmt.Errorf("%s: %w; its logs are in %s", placeOf(one.number).name, one.err, filepath.Join(below(dir, one.number), "logs"))
+		}
+	}
+	for _, cmd := range cmds {
+		if cmd.Process != nil {
+			cmd.Process.Kill()
+		}
+	}
+	for range running {
+		<-ended
+	}
+	return err
+}
+
+// inNodes is where the other nodes find what listens at a port of the first.
+func inNodes(address string) string {
+	_, port, _ := strings.Cut(address, ":")
+	return nodeIP + ":" + port
 }
 
 // openPorts opens the machine's side of the forwarded ports, for the node to
@@ -234,48 +329,70 @@ func listen(apiPort string, forward mappings) (ls []net.Listener, err error) {
 }
 
 // prepare writes the cluster's certificates and settings.
-func prepare(dir, cgroup, api, hostAPI string) error {
-	for _, d := range []string{"pki", "etc/cni", "manifests", "logs", "containerd", "kubelet", "podlogs"} {
-		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
-			return err
-		}
-	}
-	if err := os.MkdirAll(filepath.Join(dir, "etcd"), 0o700); err != nil {
-		return err
-	}
-	if err := writeFile(dir, nodeNameFile, nodeName); err != nil {
+func prepare(dir, cgroup, api, hostAPI string, nodes int) error {
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "pki"), 0o755), os.MkdirAll(filepath.Join(dir, "etcd"), 0o700)); err != nil {
 		return err
 	}
 	ca, err := newPKI(filepath.Join(dir, "pki"))
 	if err != nil {
 		return err
 	}
+	for number := 1; number <= nodes; number++ {
+		server := api
+		if number > 1 {
+			server = inNodes(api)
+		}
+		if err := prepareNode(below(dir, number), below(cgroup, number), server, ca, placeOf(number)); err != nil {
+			return err
+		}
+	}
 	err = errors.Join(
 		ca.tokenKey("sa"),
 		ca.server("apiserver", []string{"127.0.0.1", nodeIP, apiService}, "localhost",
 			"kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"),
-		ca.node(nodeName),
 		ca.client("apiserver-kubelet", "kube-apiserver", "system:masters"),
-		ca.client("admin", "kubebox-admin", "system:masters"),
 		ca.client("controllers", "system:kube-controller-manager"),
 		ca.client("scheduler", "system:kube-scheduler"),
+	)
+	if err != nil {
+		return err
+	}
+	for _, user := range []string{"controllers", "scheduler"} {
+		if err := writeKubeconfig(dir, user, user, "https://"+api); err != nil {
+			return err
+		}
+	}
+	return writeKubeconfig(dir, "host", "admin", "https://"+hostAPI)
+}
+
+// prepareNode writes what one node needs.
+func prepareNode(dir, cgroup, api string, ca *pki, at place) error {
+	for _, d := range []string{"pki", "etc/cni", "manifests", "logs", "containerd", "kubelet", "podlogs"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	ca, err := ca.in(filepath.Join(dir, "pki"))
+	if err != nil {
+		return err
+	}
+	err = errors.Join(
+		writeFile(dir, nodeNameFile, at.name),
+		writeFile(dir, nodeIPFile, at.ip),
+		writeFile(dir, "cgroup-root", cgroup),
+		ca.node(at.name, at.ip),
+		ca.client("admin", "kubebox-admin", "system:masters"),
 		ca.client("proxy", "system:kube-proxy"),
 	)
 	if err != nil {
 		return err
 	}
-	for _, user := range []string{"admin", "node", "controllers", "scheduler", "proxy"} {
+	for _, user := range []string{"admin", "node", "proxy"} {
 		if err := writeKubeconfig(dir, user, user, "https://"+api); err != nil {
 			return err
 		}
 	}
-	if err := writeKubeconfig(dir, "host", "admin", "https://"+hostAPI); err != nil {
-		return err
-	}
-	if err := writeFile(dir, "cgroup-root", cgroup); err != nil {
-		return err
-	}
-	return writeSettings(dir, cgroup)
+	return writeSettings(dir, cgroup, at)
 }
 
 // livePID returns the process of the node of the cluster in dir, if it is up.
@@ -339,13 +456,21 @@ func parentPID(pid int) int {
 // removeState removes the state directory and the cgroups of a cluster that is
 // not up.
 func removeState(dir string) error {
-	root, err := os.ReadFile(filepath.Join(dir, "cgroup-root"))
-	if err == nil {
-		err = removeCgroups(string(root))
-	} else if errors.Is(err, fs.ErrNotExist) {
-		err = nil // never got as far as having any
+	return errors.Join(removeAllCgroups(dir), os.RemoveAll(dir))
+}
+
+// removeAllCgroups removes those of a cluster's nodes.
+func removeAllCgroups(dir string) (err error) {
+	for _, d := range nodeDirs(dir) {
+		root, e := os.ReadFile(filepath.Join(d, "cgroup-root"))
+		if e == nil {
+			e = removeCgroups(string(root))
+		} else if errors.Is(e, fs.ErrNotExist) {
+			e = nil // never got as far as having any
+		}
+		err = errors.Join(err, e)
 	}
-	return errors.Join(err, os.RemoveAll(dir))
+	return err
 }
 
 func writeFile(dir, name, text string) error {

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Starts a one-node Kubernetes for end-to-end tests, or with "-control-plane"
+# Starts a Kubernetes for end-to-end tests, or with "-control-plane"
 # an API server for controllers' tests, and waits until it is of use. It
 # installs what is missing from Debian's packages, and builds kubebox if its
 # sources have changed. down.sh stops it.
