@@ -111,6 +111,7 @@ func TestNothingIsStoredPerPod(t *testing.T) {
 	if len(before) == 0 {
 		t.Fatal("the store has nothing, not even the Identity")
 	}
+	x.takeIdentities() // as Run does first, at some moment
 	running(t, x)
 	var all []*Pod
 	var uids []string
