@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -84,10 +85,42 @@ func TestExecEndsWithAllItStarted(t *testing.T) {
 	}
 }
 
+// TestMain makes the test binary be a listener where the environment says so. A shell could not: a signal that comes just before it
+// reads waits for the end of the reading.
+func TestMain(m *testing.M) {
+	if os.Getenv("SIGNET_TEST_SIGNALS") == "" {
+		os.Exit(m.Run())
+	}
+	got := make(chan os.Signal, 16)
+	signal.Notify(got, unix.SIGHUP, unix.SIGUSR1)
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	fmt.Println("ready")
+	for s := range got {
+		fmt.Println(strings.TrimPrefix(unix.SignalName(s.(unix.Signal)), "SIG"))
+	}
+}
+
+// self is the program of a listener.
+func self(t *testing.T) string {
+	t.Helper()
+	path, err := os.Executable()
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // listener is a process that says which signals it gets.
 func listener(t *testing.T) (cmd *exec.Cmd, next func() string) {
 	t.Helper()
-	cmd = exec.Command("/bin/bash", "-c", `trap 'echo HUP' HUP; trap 'echo USR1' USR1; echo ready; while read -r line || [ $? -gt 128 ]; do :; done`)
+	cmd = exec.Command(self(t))
+	cmd.Env = append(os.Environ(), "SIGNET_TEST_SIGNALS=1")
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -117,10 +150,6 @@ func listener(t *testing.T) (cmd *exec.Cmd, next func() string) {
 
 func TestSignal(t *testing.T) {
 	cmd, next := listener(t)
-	bash, err := filepath.EvalSymlinks("/bin/bash")
-	if err != nil {
-		t.Fatal(err)
-	}
 	pid := cmd.Process.Pid
 	file := filepath.Join(t.TempDir(), "pid")
 	write := func(s string) {
@@ -141,7 +170,7 @@ func TestSignal(t *testing.T) {
 	if got := next(); got != "HUP" {
 		t.Errorf("the process got %q", got)
 	}
-	if err := tell(&Signal{Signal: unix.SIGUSR1, PIDFile: file, Executable: bash}); err != nil {
+	if err := tell(&Signal{Signal: unix.SIGUSR1, PIDFile: file, Executable: self(t)}); err != nil {
 		t.Fatal(err)
 	}
 	if got := next(); got != "USR1" {
@@ -222,16 +251,12 @@ func TestSignalByAnothersPIDFile(t *testing.T) {
 		return path
 	}
 	roots := make("root", mine.Process.Pid, 0, 0o644)
-	bash, err := filepath.EvalSymlinks("/bin/bash")
-	if err != nil {
-		t.Fatal(err)
-	}
 	theirOwn := make("their-own", theirs.Process.Pid, uid, 0o644)
 	for _, tt := range []struct {
 		file, exe, want string
 	}{
 		{make("theirs", mine.Process.Pid, uid, 0o644), "", "it gets no signal"},
-		{make("theirs-exe", mine.Process.Pid, uid, 0o644), bash, "it gets no signal"},
+		{make("theirs-exe", mine.Process.Pid, uid, 0o644), self(t), "it gets no signal"},
 		{link("their-link", roots, uid), "", "it gets no signal"},
 		{make("open", mine.Process.Pid, 0, 0o666), "", "writable by others"},
 		{make("group", mine.Process.Pid, 0, 0o664), "", "writable by others"},
