@@ -89,6 +89,9 @@ func TestExecEndsWithAllItStarted(t *testing.T) {
 // reads waits for the end of the reading.
 func TestMain(m *testing.M) {
 	if os.Getenv("SIGNET_TEST_SIGNALS") == "" {
+		if signal.Ignored(unix.SIGHUP) { // as under nohup: what the tests start would ignore it, too
+			signal.Notify(make(chan os.Signal, 1), unix.SIGHUP)
+		}
 		os.Exit(m.Run())
 	}
 	got := make(chan os.Signal, 16)
