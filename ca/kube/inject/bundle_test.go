@@ -22,36 +22,12 @@ type configurations struct {
 	place *followtest.Place
 }
 
-func (c configurations) all(ctx context.Context, o metav1.ListOptions) (*admissionregistrationv1.MutatingWebhookConfigurationList, []followtest.Object, error) {
-	list, err := c.MutatingWebhookConfigurationInterface.List(ctx, o)
-	if err != nil {
-		return nil, nil, err
-	}
-	list.ResourceVersion = followtest.Version
-	var objects []followtest.Object
-	for i := range list.Items {
-		objects = append(objects, &list.Items[i])
-	}
-	return list, objects, nil
-}
-
 func (c configurations) List(ctx context.Context, o metav1.ListOptions) (*admissionregistrationv1.MutatingWebhookConfigurationList, error) {
-	list, objects, err := c.all(ctx, o)
-	c.place.Listed(objects)
-	return list, err
+	return followtest.List(ctx, c.place, c.MutatingWebhookConfigurationInterface, o)
 }
 
 func (c configurations) Watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-	w, err := c.MutatingWebhookConfigurationInterface.Watch(ctx, o)
-	if err != nil {
-		return nil, err
-	}
-	_, now, err := c.all(ctx, metav1.ListOptions{})
-	if err != nil {
-		w.Stop()
-		return nil, err
-	}
-	return c.place.Watch(w, now), nil
+	return followtest.Watch(ctx, c.place, c.MutatingWebhookConfigurationInterface, o)
 }
 
 // TestCABundleIsKept: what an upgrade of the chart takes away is back at once.

@@ -172,36 +172,12 @@ type requests struct {
 	place *followtest.Place
 }
 
-func (r requests) all(ctx context.Context, o metav1.ListOptions) (*certificatesv1beta1.PodCertificateRequestList, []followtest.Object, error) {
-	list, err := r.PodCertificateRequestInterface.List(ctx, o)
-	if err != nil {
-		return nil, nil, err
-	}
-	list.ResourceVersion = followtest.Version
-	var objects []followtest.Object
-	for i := range list.Items {
-		objects = append(objects, &list.Items[i])
-	}
-	return list, objects, nil
-}
-
 func (r requests) List(ctx context.Context, o metav1.ListOptions) (*certificatesv1beta1.PodCertificateRequestList, error) {
-	list, objects, err := r.all(ctx, o)
-	r.place.Listed(objects)
-	return list, err
+	return followtest.List(ctx, r.place, r.PodCertificateRequestInterface, o)
 }
 
 func (r requests) Watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-	w, err := r.PodCertificateRequestInterface.Watch(ctx, o)
-	if err != nil {
-		return nil, err
-	}
-	_, now, err := r.all(ctx, metav1.ListOptions{})
-	if err != nil {
-		w.Stop()
-		return nil, err
-	}
-	return r.place.Watch(w, now), nil
+	return followtest.Watch(ctx, r.place, r.PodCertificateRequestInterface, o)
 }
 
 func agentOf(nodeUID string) spiffeid.ID {

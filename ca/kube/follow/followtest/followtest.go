@@ -2,16 +2,18 @@
 package followtest
 
 import (
+	"context"
 	"sync"
 
 	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/watch"
 )
 
-// Version is what a list of a fake clientset is to be given as its version.
-const Version = "1"
+// version is what a list of a fake clientset is to be given as its version.
+const version = "1"
 
 // An Object is one that a cluster has.
 type Object interface {
@@ -25,8 +27,51 @@ type Place struct {
 	listed map[string]Object
 }
 
-// Listed notes the objects of a list.
-func (p *Place) Listed(objects []Object) {
+// A Client is as much of one of a fake clientset as is followed; L is its kind of lists.
+type Client[L runtime.Object] interface {
+	List(ctx context.Context, o metav1.ListOptions) (L, error)
+	Watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error)
+}
+
+// List lists by c, so that a watch can go on from there.
+func List[L runtime.Object](ctx context.Context, p *Place, c Client[L], o metav1.ListOptions) (L, error) {
+	list, objects, err := all(ctx, c, o)
+	p.note(objects)
+	return list, err
+}
+
+// Watch watches by c from where the last List ended.
+func Watch[L runtime.Object](ctx context.Context, p *Place, c Client[L], o metav1.ListOptions) (watch.Interface, error) {
+	w, err := c.Watch(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	_, now, err := all(ctx, c, metav1.ListOptions{})
+	if err != nil {
+		w.Stop()
+		return nil, err
+	}
+	return p.watch(w, now), nil
+}
+
+func all[L runtime.Object](ctx context.Context, c Client[L], o metav1.ListOptions) (list L, objects []Object, err error) {
+	if list, err = c.List(ctx, o); err != nil {
+		return list, nil, err
+	}
+	m, err := meta.ListAccessor(list)
+	if err != nil {
+		return list, nil, err
+	}
+	m.SetResourceVersion(version)
+	err = meta.EachListItem(list, func(o runtime.Object) error {
+		objects = append(objects, o.(Object))
+		return nil
+	})
+	return list, objects, err
+}
+
+// note remembers the objects of a list.
+func (p *Place) note(objects []Object) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.listed = map[string]Object{}
@@ -35,10 +80,10 @@ func (p *Place) Listed(objects []Object) {
 	}
 }
 
-// Watch returns a watch of a fake clientset as one that began where the list ended: what was made or changed since comes first. now is taken
+// watch returns a watch of a fake clientset as one that began where the list ended: what was made or changed since comes first. now is taken
 // after w began, so that nothing is missed between the two; that w tells once more how an object of now's was made is left out. So nothing
 // comes twice and nothing goes back, as it is with an API server. What was deleted between list and watch is not told.
-func (p *Place) Watch(w watch.Interface, now []Object) watch.Interface {
+func (p *Place) watch(w watch.Interface, now []Object) watch.Interface {
 	out := make(chan watch.Event)
 	proxy := watch.NewProxyWatcher(out)
 	known := map[string]bool{}
